@@ -1,0 +1,312 @@
+"""Embeddings and metrics: `embed`, `EmbeddingSpace`, `METRICS`, `evaluate`.
+
+A metric is a function `space -> float` or `(space, k) -> float` and its row in `METRICS`. Definitions: NMI and F1 of a
+k-means clustering, retrieval metrics by Euclidean distance, the query excluded by its index, ties against the network.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.cluster import KMeans
+from sklearn.metrics import normalized_mutual_info_score
+from sklearn.neighbors import NearestNeighbors
+from torch import nn
+from tqdm import tqdm
+
+from auxiliaries import UserError, notice
+
+try:
+    import faiss
+except ImportError:
+    faiss = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    from datasets import ImageLoader, RetrievalLoaders
+
+QUERY_TILE, GALLERY_TILE = 512, 4096  # products of this shape stay in the cache
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Embeddings
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def embed(net: nn.Module, loader: ImageLoader, device: torch.device, name: str = "") -> torch.Tensor:
+    """Embeds a loader's images.
+
+    Args:
+        net: images `(B, 3, H, W)` uint8 to embeddings `(B, D)`; it is put into evaluation mode.
+        loader: gives (images, labels, indices), in order.
+        device: where the network is.
+        name: what the progress bar says.
+
+    Returns:
+        `(N, D)` float32, on the device.
+    """
+    net.eval()
+    batches = tqdm(loader, desc=f"embedding {name}".strip(), leave=False, disable=None)
+    return torch.cat([net(images.to(device, non_blocking=True)).float() for images, _, _ in batches])
+
+
+class EmbeddingSpace:
+    """Queries and the gallery they search, with what metrics share computed once, when first asked for.
+
+    Args:
+        query: `(Q, D)` embeddings.
+        query_labels: `(Q,)` integers.
+        gallery: `(G, D)`; without it the gallery is the queries, and no query finds itself.
+        gallery_labels: `(G,)`.
+
+    Attributes:
+        has_positive: `(Q,)` bool, whether a query has something to find; the others don't count in retrieval metrics.
+
+    Raises:
+        UserError: an embedding is not finite.
+    """
+
+    def __init__(
+        self,
+        query: torch.Tensor | np.ndarray,
+        query_labels: np.ndarray,
+        gallery: torch.Tensor | np.ndarray | None = None,
+        gallery_labels: np.ndarray | None = None,
+    ):
+        self.query = torch.as_tensor(query).float()
+        self.query_labels = np.asarray(query_labels)
+        self.is_self = gallery is None
+        self.gallery = self.query if gallery is None else torch.as_tensor(gallery).float()
+        self.gallery_labels = self.query_labels if gallery_labels is None else np.asarray(gallery_labels)
+        if not (self.query.isfinite().all() and self.gallery.isfinite().all()):
+            raise UserError("the network's embeddings are not finite: lower --lr, or check the weights it started from")
+        classes, counts = np.unique(self.gallery_labels, return_counts=True)
+        size = dict(zip(classes.tolist(), counts.tolist()))
+        self.has_positive = np.array([size.get(label, 0) > self.is_self for label in self.query_labels.tolist()], bool)
+
+    @cached_property
+    def negatives_ahead(self) -> np.ndarray:
+        """For each query, how many items of other classes are at least as near as its nearest positive, `(Q,)` int64.
+
+        The query finds a positive among its k nearest, ties counted against it, when this is below k. Works tile by
+        tile, so that memory stays small; a value is only compared with values of products of the same shape, since
+        another shape may round differently.
+        """
+        queries, query_order, query_labels = self._sorted_tiles(self.query, self.query_labels, QUERY_TILE, False)
+        gallery, gallery_order, gallery_labels = self._sorted_tiles(
+            self.gallery, self.gallery_labels, GALLERY_TILE, True
+        )
+        scores = queries.new_empty(QUERY_TILE, GALLERY_TILE)
+        ahead = np.empty(len(self.query), np.int64)
+        for row in range(0, len(queries), QUERY_TILE):
+            tile = queries[row : row + QUERY_TILE]
+            labels, order = query_labels[row : row + QUERY_TILE], query_order[row : row + QUERY_TILE]
+            # Sorted by label, the items of the tile's classes stand together.
+            first = np.searchsorted(gallery_labels, labels[0]) // GALLERY_TILE * GALLERY_TILE
+            last = np.searchsorted(gallery_labels, labels[-1], side="right")
+            same_class: dict[int, torch.Tensor] = {}
+            nearest = queries.new_full((QUERY_TILE,), -torch.inf)
+            for column in range(first, last, GALLERY_TILE):
+                same = labels[:, None] == gallery_labels[column : column + GALLERY_TILE]
+                found = same
+                if self.is_self:
+                    found = same & (order[:, None] != gallery_order[column : column + GALLERY_TILE])
+                same_class[column] = self._tile_mask(same)
+                torch.mm(tile, gallery[column : column + GALLERY_TILE].T, out=scores)
+                nearest = torch.maximum(nearest, scores.masked_fill_(~self._tile_mask(found), -torch.inf).amax(dim=1))
+            counts = torch.zeros_like(nearest, dtype=torch.int64)
+            for column in range(0, len(gallery), GALLERY_TILE):
+                torch.mm(tile, gallery[column : column + GALLERY_TILE].T, out=scores)
+                at_least_as_near = scores.ge_(nearest[:, None])  # 0 and 1 in the scores' own memory
+                if column in same_class:
+                    at_least_as_near.masked_fill_(same_class[column], 0)
+                counts += at_least_as_near.sum(dim=1).long()
+            ahead[order] = counts[: len(order)].cpu().numpy()
+        return ahead
+
+    def _sorted_tiles(
+        self, points: torch.Tensor, labels: np.ndarray, tile: int, is_gallery: bool
+    ) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+        """Points sorted by label, filled up to whole tiles, with a further dimension that makes products distances.
+
+        For gallery items it is -‖g‖²/2 and for queries 1, so that q·g - ‖g‖²/2 is the larger the nearer g is to q.
+
+        Returns:
+            `(whole tiles, D + 1)` points; `(N,)` their positions before sorting; `(N,)` sorted labels.
+        """
+        order = np.argsort(labels, kind="stable")
+        sorted_points = points[torch.from_numpy(order).to(points.device)]
+        extra = (
+            -0.5 * sorted_points.square().sum(1, keepdim=True) if is_gallery else torch.ones_like(sorted_points[:, :1])
+        )
+        padding = -len(order) % tile
+        filled = F.pad(torch.cat([sorted_points, extra], dim=1), (0, 0, 0, padding))
+        if is_gallery and padding:
+            filled[-padding:, -1] = torch.finfo(filled.dtype).min  # farther than anything
+        return filled, order, labels[order]
+
+    def _tile_mask(self, mask: np.ndarray) -> torch.Tensor:
+        """A bool mask filled up to a whole tile, on the embeddings' device."""
+        rows, columns = mask.shape
+        filled = torch.from_numpy(mask).to(self.query.device)
+        return F.pad(filled, (0, GALLERY_TILE - columns, 0, QUERY_TILE - rows))
+
+    def neighbours(self, chosen: np.ndarray, k: int) -> np.ndarray:
+        """The k nearest gallery items `(len(chosen), min(k, G))` of the chosen queries, without the query itself."""
+        gallery_size = len(self.gallery)
+        wanted = min(k + self.is_self, gallery_size)
+        if faiss is None:
+            _warn_of_sklearn()
+            search = NearestNeighbors(algorithm="brute").fit(_as_numpy(self.gallery))
+            found = search.kneighbors(_as_numpy(self.query[torch.as_tensor(chosen)]), wanted, return_distance=False)
+        else:
+            index: Any = faiss.IndexFlatL2(self.gallery.shape[1])
+            if self._use_faiss_gpu():
+                index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), self.gallery.device.index or 0, index)
+            index.add(_as_numpy(self.gallery))
+            _, found = index.search(_as_numpy(self.query[torch.as_tensor(chosen)]), wanted)
+        if not self.is_self:
+            return found
+        # Exact duplicates may push the query out of its own list: then the last one goes.
+        is_query = found == np.asarray(chosen)[:, None]
+        is_query[~is_query.any(axis=1), -1] = True
+        return found[~is_query].reshape(len(found), wanted - 1)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """`(N,)` labels of all points: the queries and, where there is one, the gallery."""
+        return self.query_labels if self.is_self else np.concatenate([self.query_labels, self.gallery_labels])
+
+    @cached_property
+    def points(self) -> torch.Tensor:
+        """`(N, D)` all points: the queries and, where there is one, the gallery."""
+        return self.query if self.is_self else torch.cat([self.query, self.gallery])
+
+    @cached_property
+    def clusters(self) -> np.ndarray:
+        """`(N,)` the k-means cluster of every point: 20 iterations on all points, k = number of their classes."""
+        points = _as_numpy(self.points)
+        k = len(np.unique(self.labels))
+        if faiss is None:
+            _warn_of_sklearn()
+            return KMeans(k, max_iter=20, n_init=1, random_state=0).fit_predict(points)
+        settings: dict[str, Any] = {"niter": 20, "seed": 0, "gpu": self._use_faiss_gpu()}
+        settings |= {"min_points_per_centroid": 1, "max_points_per_centroid": 10**9}  # or it drops points
+        kmeans = faiss.Kmeans(points.shape[1], k, **settings)
+        kmeans.train(points)
+        return kmeans.index.search(points, 1)[1][:, 0]
+
+    def _use_faiss_gpu(self) -> bool:
+        return self.query.is_cuda and faiss.get_num_gpus() > 0
+
+
+def _as_numpy(points: torch.Tensor) -> np.ndarray:
+    return np.ascontiguousarray(points.cpu().numpy())
+
+
+def _warn_of_sklearn() -> None:
+    notice("faiss can't be imported: scikit-learn clusters and searches, more slowly")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def nmi(space: EmbeddingSpace) -> float:
+    """Normalised mutual information of clusters and labels, normalised by the arithmetic mean of their entropies."""
+    return float(normalized_mutual_info_score(space.labels, space.clusters))
+
+
+def f1(space: EmbeddingSpace) -> float:
+    """F1 over pairs of points: precision of pairs in one cluster, recall of pairs of one class."""
+
+    def pairs(values: np.ndarray) -> int:
+        counts = np.unique(values, return_counts=True)[1]
+        return int((counts * (counts - 1) // 2).sum())
+
+    _, labels = np.unique(space.labels, return_inverse=True)
+    together = pairs(labels * (int(space.clusters.max()) + 1) + space.clusters)
+    in_cluster, in_class = pairs(space.clusters), pairs(labels)
+    return 2 * together / (in_cluster + in_class) if in_cluster + in_class else 0.0
+
+
+def recall_at_k(space: EmbeddingSpace, k: int) -> float:
+    """Share of the queries with an item of their class among the k nearest."""
+    return float((space.negatives_ahead[space.has_positive] < k).mean())
+
+
+METRICS: dict[str, Callable[..., float]] = {
+    "NMI": nmi,
+    "F1": f1,
+    "Recall": recall_at_k,
+}
+
+
+def intra_inter_ratio(space: EmbeddingSpace) -> float:
+    """Mean over classes of the mean cosine distance of their pairs, over the mean cosine distance of class means.
+
+    Classes of one image are left out of the first.
+    """
+    classes, labels, counts = np.unique(space.labels, return_inverse=True, return_counts=True)
+    points = F.normalize(space.points.double(), dim=1)
+    sums = torch.zeros(len(classes), points.shape[1], dtype=points.dtype, device=points.device)
+    sums.index_add_(0, torch.from_numpy(labels).to(points.device), points)
+
+    # n unit vectors with sum s have n (n - 1) ordered pairs, whose cosines sum to ‖s‖² - n
+    def mean_distance(squared_norm_of_sum: np.ndarray, n: np.ndarray) -> np.ndarray:
+        return 1 - (squared_norm_of_sum - n) / (n * (n - 1))
+
+    several = counts > 1
+    intra = mean_distance(sums.square().sum(dim=1).cpu().numpy()[several], counts[several]).mean()
+    means = F.normalize(sums, dim=1)
+    inter = mean_distance(np.asarray(means.sum(dim=0).square().sum().item()), np.asarray(len(classes)))
+    return float(intra / inter)
+
+
+def compute_metrics(space: EmbeddingSpace, k_vals: Sequence[int]) -> dict[str, float]:
+    """All of `METRICS`, by name; those of k as `Recall @ 1`, …, for every k and for 1."""
+    results: dict[str, float] = {}
+    for name, metric in METRICS.items():
+        if "k" in inspect.signature(metric).parameters:
+            results |= {f"{name} @ {k}": metric(space, k) for k in sorted({1, *k_vals})}
+        else:
+            results[name] = metric(space)
+    return results
+
+
+def evaluate(
+    net: nn.Module, sets: Sequence[RetrievalLoaders], k_vals: Sequence[int], device: torch.device
+) -> tuple[dict[str, float], list[EmbeddingSpace]]:
+    """Embeds retrieval sets and computes their metrics.
+
+    Args:
+        net: the network, on `device`.
+        sets: one or more, each with or without a gallery.
+        k_vals: the k of Recall @ k.
+        device: where to compute.
+
+    Returns:
+        One flat dict of metrics, named `Set 0 Recall @ 1`, … where there are several sets; and the embedding spaces.
+    """
+    metrics: dict[str, float] = {}
+    spaces = []
+    for position, chosen in enumerate(sets):
+        query = embed(net, chosen.query, device, chosen.name)
+        gallery = embed(net, chosen.gallery, device, f"{chosen.name} gallery") if chosen.gallery else None
+        space = EmbeddingSpace(query, chosen.query.labels, gallery, chosen.gallery.labels if chosen.gallery else None)
+        prefix = f"Set {position} " if len(sets) > 1 else ""
+        metrics |= {prefix + name: value for name, value in compute_metrics(space, k_vals).items()}
+        spaces.append(space)
+    return metrics, spaces
+
+
+def mean_over_sets(metrics: dict[str, float], name: str) -> float:
+    """The metric, or its mean over the test sets where there are several."""
+    return float(np.mean([value for key, value in metrics.items() if key == name or key.endswith(f" {name}")]))

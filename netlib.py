@@ -1,0 +1,236 @@
+"""Backbones (`ARCHS`) and the embedding network on top of them (`EmbeddingNet`, `networkselect`)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models import get_model, get_model_weights, list_models
+
+import googlenet
+from auxiliaries import UserError, load_checkpoint, number
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags of the network."""
+    group = parser.add_argument_group("network")
+    group.add_argument(
+        "--arch",
+        default="resnet50",
+        choices=ARCHS,
+        metavar="NAME",
+        help="resnet50, googlenet, or another classification network of torchvision (resnet18, vit_b_16, …)",
+    )
+    group.add_argument("--embed_dim", type=number(int, 1), help="embedding dimension (default: 128; googlenet 512)")
+    group.add_argument("--not_pretrained", action="store_true", help="start from random weights")
+    group.add_argument("--weights", metavar="FILE", help="start from the state dict in FILE instead of downloading one")
+    group.add_argument(
+        "--freeze_batchnorm",
+        action=argparse.BooleanOptionalAction,
+        help="keep BatchNorm's running statistics as they are; its affine parameters learn on (default: if pretrained)",
+    )
+
+
+@dataclass(frozen=True)
+class Arch:
+    """An architecture's row.
+
+    Attributes:
+        build: `(pretrained, load)` to a backbone and its number of output features. `pretrained` tells whether the
+            weights are or will be pretrained ones, `load` whether to load them at once.
+        crop_size: side of its input, px.
+        resize: shorter side of a test image before its centre crop, px.
+        embed_dim: default embedding dimension.
+        mean, std: of its input, by channel, for images in 0 … 1.
+    """
+
+    build: Callable[[bool, bool], tuple[nn.Module, int]]
+    crop_size: int = 224
+    resize: int = 256
+    embed_dim: int = 128
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
+
+
+def torchvision_arch(name: str, weights_name: str = "DEFAULT") -> Arch:
+    """The row of a classification network of torchvision, with the input that its weights want."""
+    weights = get_model_weights(name)[weights_name]
+    wanted = weights.transforms()
+
+    def build(pretrained: bool, load: bool) -> tuple[nn.Module, int]:
+        inception = {"aux_logits": False, "transform_input": pretrained} if name == "inception_v3" else {}
+        if inception and not load:
+            inception["init_weights"] = not pretrained
+        network = get_model(name, weights=weights if load else None, **inception)
+        return network, remove_classifier(network, name)
+
+    return Arch(
+        build,
+        crop_size=wanted.crop_size[0],
+        resize=wanted.resize_size[0],
+        mean=tuple(wanted.mean),
+        std=tuple(wanted.std),
+    )
+
+
+def remove_classifier(network: nn.Module, name: str) -> int:
+    """Replaces the last layer by the identity and returns how many features it got.
+
+    Raises:
+        UserError: the last layer isn't a Linear.
+    """
+    linears = [(path, module) for path, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not linears or linears[-1][1].out_features != 1000:
+        raise UserError(f"--arch {name} does not end in a Linear layer that an embedding could replace: choose another")
+    path, last = linears[-1]
+    parent, _, attribute = path.rpartition(".")
+    setattr(network.get_submodule(parent), attribute, nn.Identity())
+    return last.in_features
+
+
+ARCHS: dict[str, Arch] = {
+    "resnet50": torchvision_arch("resnet50", "IMAGENET1K_V1"),
+    "googlenet": Arch(googlenet.build, googlenet.CROP_SIZE, googlenet.RESIZE, googlenet.EMBED_DIM),
+}
+ARCHS |= {name: torchvision_arch(name) for name in list_models(module=torchvision.models) if name not in ARCHS}
+
+
+class EmbeddingNet(nn.Module):
+    """A backbone and a linear embedding layer.
+
+    Args:
+        backbone: normalised images `(B, 3, H, W)` to features `(B, features)`.
+        features: number of features.
+        embed_dim: dimension D of the embedding.
+        normalize: whether embeddings are scaled to length 1.
+        freeze_batchnorm: whether BatchNorm layers keep their running statistics in training.
+        mean, std: by channel, for images in 0 … 1.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        features: int,
+        embed_dim: int = 128,
+        normalize: bool = True,
+        freeze_batchnorm: bool = False,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.embedding = nn.Linear(features, embed_dim)
+        self.normalize = normalize
+        self.freeze_batchnorm = freeze_batchnorm
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images `(B, 3, H, W)` uint8 to embeddings `(B, D)`."""
+        features = self.backbone((images - self.mean) / self.std)
+        embeddings = self.embedding(features)
+        return F.normalize(embeddings, dim=1) if self.normalize else embeddings
+
+    def train(self, mode: bool = True) -> EmbeddingNet:
+        """Sets the mode; frozen BatchNorm layers stay in evaluation mode."""
+        super().train(mode)
+        if self.freeze_batchnorm:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def extra_repr(self) -> str:
+        return f"normalize={self.normalize}, freeze_batchnorm={self.freeze_batchnorm}"
+
+    def parameter_groups(self, lr: float, decay: float, fc_lr_mul: float = 0) -> list[dict[str, Any]]:
+        """The optimiser's groups; the embedding layer's learning rate is `lr * fc_lr_mul`, or `lr` when that is 0."""
+        if not fc_lr_mul:
+            return [{"params": list(self.parameters()), "lr": lr, "weight_decay": decay}]
+        return [
+            {"params": list(self.backbone.parameters()), "lr": lr, "weight_decay": decay},
+            {"params": list(self.embedding.parameters()), "lr": lr * fc_lr_mul, "weight_decay": decay},
+        ]
+
+
+def networkselect(opt: argparse.Namespace | Mapping[str, Any], load_pretrained: bool | None = None) -> EmbeddingNet:
+    """Builds the network of the resolved flags.
+
+    Args:
+        opt: the resolved flags, or the dict that a run keeps of them in hypa.pkl.
+        load_pretrained: whether to load pretrained weights (default: for flags, yes; for a run's dict, whose weights
+            are in its checkpoint, no). The network, its input transform included, is the same either way.
+
+    Raises:
+        UserError: the architecture can't be used, or its weights can't be had or don't fit.
+    """
+    if load_pretrained is None:
+        load_pretrained = not isinstance(opt, Mapping)
+    if isinstance(opt, Mapping):
+        opt = argparse.Namespace(**opt)
+    arch = ARCHS[opt.arch]
+    pretrained = not opt.not_pretrained
+    from_file = opt.weights if load_pretrained else None
+    try:
+        backbone, features = arch.build(pretrained, load_pretrained and pretrained and from_file is None)
+    except OSError as error:
+        raise UserError(
+            f"pretrained weights of {opt.arch} can't be downloaded ({error}): give them as --weights FILE, or train "
+            "from scratch with --not_pretrained"
+        ) from None
+    if from_file is not None:
+        load_weights(backbone, from_file)
+    net = EmbeddingNet(backbone, features, opt.embed_dim, opt.normalize, opt.freeze_batchnorm, arch.mean, arch.std)
+    check_input(net, opt.arch, opt.crop_size)
+    return net
+
+
+def load_weights(backbone: nn.Module, file: str) -> None:
+    """Loads a backbone's state dict: torchvision's, whose classifier is left out, or that of a run's checkpoint.
+
+    Raises:
+        UserError: the file can't be read, or its entries are not the backbone's.
+    """
+    state = load_checkpoint(file)
+    if "state_dict" in state:
+        state = state["state_dict"]
+        state = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
+    own = backbone.state_dict()
+    missing = [name for name in own if name not in state]
+    misshapen = [name for name in own if name in state and state[name].shape != own[name].shape]
+    for names, problem in ((missing, "lacks"), (misshapen, "has another shape of")):
+        if names:
+            raise UserError(f"--weights {file} {problem} {names[0]} and {len(names) - 1} more: it is of another --arch")
+    backbone.load_state_dict({name: state[name] for name in own})
+
+
+def check_input(net: EmbeddingNet, arch: str, crop_size: int) -> None:
+    """Makes sure that the network takes images of that size.
+
+    Raises:
+        UserError: it doesn't.
+    """
+    device = net.embedding.weight.device
+    net.eval()
+    try:
+        with torch.inference_mode():
+            net(torch.zeros(1, 3, crop_size, crop_size, dtype=torch.uint8, device=device))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        fitting = ARCHS[arch].crop_size
+        raise UserError(
+            f"--arch {arch} can't take images of --crop_size {crop_size} ({error}): try {fitting}"
+        ) from None
+    net.train()
