@@ -19,13 +19,16 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from matplotlib import get_data_path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors and flags
@@ -401,22 +404,32 @@ class Retrieval:
 
 def save_recoveries(path: Path, retrievals: Sequence[Retrieval]) -> None:
     """Draws each query (framed red) beside its nearest neighbours (green: right class; grey: wrong) into a PNG."""
+    side, frame, caption, gap = 128, 5, 18, 6  # px
+    cell = side + 2 * frame
     columns = 1 + max(len(retrieval.neighbours) for retrieval in retrievals)
-    figure = Figure(figsize=(1.6 * columns, 1.95 * len(retrievals) + 0.4), layout="constrained")
-    grid = figure.subplots(len(retrievals), columns, squeeze=False)
-    for axes_row, retrieval in zip(grid, retrievals):
+    canvas = Image.new("RGB", (columns * (cell + gap) + gap, len(retrievals) * (cell + caption + gap) + 28), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((gap, 8), "query (red) and its nearest neighbours (green: right class, grey: wrong)", "black", _font(13))
+    for row, retrieval in enumerate(retrievals):
         images = [retrieval.query, *retrieval.neighbours]
         names = [retrieval.query_class, *retrieval.neighbour_classes]
-        colours = ["tab:red", *("tab:green" if right else "0.7" for right in retrieval.correct)]
-        for axes, image, name, colour in zip(axes_row, images, names, colours):
-            axes.imshow(image)
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.set_title(textwrap.shorten(name.replace("_", " "), 24, placeholder="…"), fontsize=8)
-            for spine in axes.spines.values():
-                spine.set(color=colour, linewidth=4)
-        for axes in axes_row[len(images) :]:
-            axes.set_axis_off()
-    figure.suptitle("query (red) and its nearest neighbours (green: right class, grey: wrong)", fontsize="medium")
+        colours = ["#d62728", *("#2ca02c" if right else "#b0b0b0" for right in retrieval.correct)]
+        for column, (image, name, colour) in enumerate(zip(images, names, colours)):
+            x, y = gap + column * (cell + gap), 28 + row * (cell + caption + gap)
+            draw.text((x + cell // 2, y), _fitting(name.replace("_", " "), cell), "black", _font(11), anchor="ma")
+            thumbnail = ImageOps.pad(Image.fromarray(image), (side, side), color="white")
+            canvas.paste(ImageOps.expand(thumbnail, frame, colour), (x, y + caption))
     with replacing(path) as beside:
-        figure.savefig(beside, format="png", dpi=110)
+        canvas.save(beside, format="png")
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(os.path.join(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+
+
+def _fitting(text: str, width: int) -> str:
+    """The text, or as much of its beginning as fits into `width` px of a caption."""
+    if _font(11).getlength(text) <= width:
+        return text
+    return next(cut for end in range(len(text), -1, -1) if _font(11).getlength(cut := text[:end] + "…") <= width)

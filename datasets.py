@@ -545,8 +545,14 @@ def _check(dataset: str, splits: Splits) -> None:
     for test in splits.test:
         gallery = test.gallery or test.query
         seen = np.bincount(gallery.labels[:, 0], minlength=len(gallery.class_names[0]))
-        if not (seen[test.query.labels[:, 0]] > (test.gallery is None)).any():
+        alone = int((seen[test.query.labels[:, 0]] <= (test.gallery is None)).sum())
+        if alone == len(test.query):
             raise UserError(f"{dataset}, {test.name}: no query has another image of its class to find: add images")
+        if alone:
+            notice(
+                f"{dataset}, {test.name}: {alone} of {len(test.query)} queries have no other image of their class and "
+                "are left out of retrieval metrics"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

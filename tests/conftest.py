@@ -13,7 +13,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 
 # A run of these takes about a second: small images, a small network, no download.
-SMALL = ["--arch", "resnet18", "--not_pretrained", "--crop_size", "32", "--gpu", "-1", "--kernels", "0"]
+SMALL = ["--arch", "shufflenet_v2_x0_5", "--not_pretrained", "--crop_size", "32", "--gpu", "-1", "--kernels", "0"]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Named one-liners: the demo and the published settings.
+#
+#   bash Sample_Runs.sh --list                 show them
+#   bash Sample_Runs.sh NAME [more flags]      run one; later flags take precedence
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+runs() {
+    local resnet="--arch resnet50 --lr 1e-5 --bs 112 --embed_dim 128 --gamma 0.3"
+    local google="--arch googlenet --lr 1e-4 --bs 112 --embed_dim 512 --gamma 0.3"
+    local margin="--loss marginloss --sampling distance"
+    local semihard="--loss triplet --sampling semihard"
+    local softhard="--loss triplet --sampling softhard"
+    local npair="--loss npair --sampling npair"
+    local proxynca="--loss proxynca"
+    local demo="--dataset glyphs --arch resnet18 --not_pretrained --check_untrained_accuracy --savename demo"
+    cat <<TABLE
+demo                                      $demo $margin --crop_size 32 --lr 1e-3 --n_epochs 10 --tau 7
+cub200-resnet50-margin                    --dataset cub200 $resnet $margin --n_epochs 50 --tau 30
+cub200-resnet50-triplet                   --dataset cub200 $resnet $semihard --n_epochs 50 --tau 30
+cub200-resnet50-npair                     --dataset cub200 $resnet $npair --n_epochs 55 --tau 35
+cub200-resnet50-proxynca                  --dataset cub200 $resnet $proxynca --n_epochs 40 --tau 25
+cars196-resnet50-margin                   --dataset cars196 $resnet $margin --n_epochs 70 --tau 45
+cars196-resnet50-triplet                  --dataset cars196 $resnet $semihard --n_epochs 70 --tau 45
+cars196-resnet50-npair                    --dataset cars196 $resnet $npair --n_epochs 85 --tau 55
+cars196-resnet50-proxynca                 --dataset cars196 $resnet $proxynca --n_epochs 40 --tau 25
+online_products-resnet50-margin           --dataset online_products $resnet $margin --n_epochs 40 --tau 30
+online_products-resnet50-triplet          --dataset online_products $resnet $semihard --n_epochs 40 --tau 30
+online_products-resnet50-npair            --dataset online_products $resnet $npair --n_epochs 25 --tau 15 20
+in-shop-resnet50-margin                   --dataset in-shop $resnet $margin --n_epochs 40 --tau 25
+in-shop-resnet50-triplet                  --dataset in-shop $resnet $semihard --n_epochs 40 --tau 25
+in-shop-resnet50-npair                    --dataset in-shop $resnet $npair --n_epochs 40 --tau 25
+cub200-googlenet-margin                   --dataset cub200 $google $margin --n_epochs 60 --tau 10 20 30 40 50
+cub200-googlenet-triplet                  --dataset cub200 $google $semihard --n_epochs 70 --tau 15 40 60
+cub200-googlenet-npair                    --dataset cub200 $google $npair --n_epochs 150 --tau 100
+cub200-googlenet-proxynca                 --dataset cub200 $google $proxynca --n_epochs 25 --tau 7 17
+cars196-googlenet-margin                  --dataset cars196 $google $margin --n_epochs 70 --tau 30 50
+cars196-googlenet-triplet                 --dataset cars196 $google $semihard --n_epochs 70 --tau 30 50
+cars196-googlenet-npair                   --dataset cars196 $google $npair --n_epochs 85 --tau 40 65
+cars196-googlenet-proxynca                --dataset cars196 $google $proxynca --n_epochs 40 --tau 20 30
+online_products-googlenet-margin          --dataset online_products $google $margin --n_epochs 20 --tau 2 6
+online_products-googlenet-triplet         --dataset online_products $google $semihard --n_epochs 40 --tau 10
+online_products-googlenet-npair           --dataset online_products $google $npair --n_epochs 20 --tau 2 6
+in-shop-googlenet-margin                  --dataset in-shop $google $margin --n_epochs 40 --tau 25
+in-shop-googlenet-triplet                 --dataset in-shop $google $semihard --n_epochs 40 --tau 25
+in-shop-googlenet-npair                   --dataset in-shop $google $npair --n_epochs 40 --tau 25
+TABLE
+}
+
+name=${1:-}
+if [ "$name" = --list ]; then
+    runs
+    exit 0
+fi
+flags=$(runs | awk -v name="$name" '$1 == name { $1 = ""; print }')
+if [ -z "$flags" ]; then
+    echo "error: ${name:-no name} is none of the runs that bash Sample_Runs.sh --list shows" >&2
+    exit 2
+fi
+bash install.sh
+# shellcheck disable=SC2086 # the flags hold no spaces of their own
+exec "${DML_VENV:-.venv}/bin/python" main.py $flags "${@:2}"

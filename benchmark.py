@@ -1,0 +1,345 @@
+"""Times sampling and losses, evaluation, and data loading against naive loops and well-known libraries.
+
+Every ratio is measured in one run: the contestants take turns, and medians are compared.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pytorch_metric_learning import losses as pml_losses
+from pytorch_metric_learning import miners as pml_miners
+from torchvision import transforms
+
+import auxiliaries
+import datasets
+import losses
+from evaluate import EmbeddingSpace, f1, nmi, recall_at_k
+
+Row = dict[str, Any]
+
+
+def medians(contestants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Seconds of each contestant: the median over rounds in which each runs once, after one that doesn't count."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds + 1):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: float(np.median(values[1:])) for name, values in seconds.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses and sampling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def naive_distance_sampling(batch: torch.Tensor, labels: np.ndarray) -> list[tuple[int, int, int]]:
+    """One triplet an anchor, an anchor at a time, as repositories do it that came before."""
+    points = batch.detach().numpy()
+    distances = np.sqrt(np.maximum(((points[:, None] - points[None]) ** 2).sum(-1), 0))
+    dim, triplets = batch.shape[1], []
+    for anchor, label in enumerate(labels):
+        d = np.maximum(distances[anchor], 0.5)
+        log_weights = (2.0 - dim) * np.log(d) - (dim - 3) / 2 * np.log(np.maximum(1 - 0.25 * d**2, 1e-8))
+        log_weights[labels == label] = -np.inf
+        weights = np.exp(log_weights - log_weights.max())
+        positives = [other for other in np.flatnonzero(labels == label) if other != anchor]
+        negative = np.random.choice(len(labels), p=weights / weights.sum())
+        triplets.append((anchor, int(np.random.choice(positives)), int(negative)))
+    return triplets
+
+
+def naive_semihard_sampling(batch: torch.Tensor, labels: np.ndarray) -> list[tuple[int, int, int]]:
+    """One triplet an anchor, an anchor at a time."""
+    points = batch.detach().numpy()
+    distances = ((points[:, None] - points[None]) ** 2).sum(-1)
+    triplets = []
+    for anchor, label in enumerate(labels):
+        positive = np.random.choice([other for other in np.flatnonzero(labels == label) if other != anchor])
+        d = distances[anchor]
+        semihard = np.flatnonzero((labels != label) & (d > d[positive]) & (d < d[positive] + 0.2))
+        negatives = semihard if len(semihard) else np.flatnonzero(labels != label)
+        triplets.append((anchor, int(positive), int(np.random.choice(negatives))))
+    return triplets
+
+
+def naive_margin_loss(batch: torch.Tensor, labels: np.ndarray, beta: torch.Tensor) -> torch.Tensor:
+    """The margin loss, a triplet at a time."""
+    terms = []
+    for a, p, n in naive_distance_sampling(batch, labels):
+        to_positive, to_negative = (batch[a] - batch[p]).norm(), (batch[a] - batch[n]).norm()
+        terms += [F.relu(to_positive - beta[labels[a]] + 0.2), F.relu(beta[labels[a]] - to_negative + 0.2)]
+    stacked = torch.stack(terms)
+    return stacked.sum() / (stacked > 0).sum().clamp(min=1)
+
+
+def naive_triplet_loss(batch: torch.Tensor, labels: np.ndarray) -> torch.Tensor:
+    """The triplet loss, a triplet at a time."""
+    triplets = naive_semihard_sampling(batch, labels)
+    terms = [
+        F.relu((batch[a] - batch[p]).pow(2).sum() - (batch[a] - batch[n]).pow(2).sum() + 0.2) for a, p, n in triplets
+    ]
+    return torch.stack(terms).mean()
+
+
+def naive_npair_loss(batch: torch.Tensor, labels: np.ndarray) -> torch.Tensor:
+    """The n-pair loss, a class at a time."""
+    pairs = [np.random.choice(np.flatnonzero(labels == label), 2, replace=False) for label in np.unique(labels)]
+    terms = []
+    for number, (a, p) in enumerate(pairs):
+        others = [positive for other, (_, positive) in enumerate(pairs) if other != number]
+        products = torch.stack([batch[a] @ batch[n] - batch[a] @ batch[p] for n in others])
+        terms.append(torch.log1p(products.exp().sum()) + 0.02 * (batch[a].square().sum() + batch[p].square().sum()))
+    return torch.stack(terms).mean()
+
+
+def naive_proxynca(batch: torch.Tensor, labels: np.ndarray, proxies: torch.Tensor) -> torch.Tensor:
+    """The ProxyNCA loss, an image at a time."""
+    batch, proxies = 3 * F.normalize(batch, dim=1), 3 * F.normalize(proxies, dim=1)
+    terms = []
+    for embedding, label in zip(batch, labels):
+        distances = (embedding - proxies).square().sum(dim=1)
+        others = torch.cat([distances[:label], distances[label + 1 :]])
+        terms.append(distances[label] + (-others).logsumexp(dim=0))
+    return torch.stack(terms).mean()
+
+
+def benchmark_losses() -> list[Row]:
+    """Forward and backward of embeddings (112, 128), 28 classes of 4, and the samplers alone."""
+    auxiliaries.seed_everything(0)
+    labels = torch.arange(28).repeat_interleave(4)
+    points = F.normalize(torch.randn(112, 128), dim=1)
+    numpy_labels = labels.numpy()
+
+    def step(loss: Callable[[torch.Tensor, Any], torch.Tensor], of: Any = labels) -> Callable[[], None]:
+        def run() -> None:
+            batch = points.clone().requires_grad_()
+            loss(batch, of).backward()
+
+        return run
+
+    def pml(loss: torch.nn.Module, miner: torch.nn.Module | None = None) -> Callable[[], None]:
+        return step(lambda batch, of: loss(batch, of, miner(batch, of) if miner else None))
+
+    beta = torch.full((100,), 1.2, requires_grad=True)
+    contests: dict[str, tuple[int, dict[str, Callable[[], object]]]] = {
+        "margin + distance": (
+            50,
+            {
+                "ours": step(losses.MarginLoss(losses.Sampler("distance"), 100)),
+                "pytorch-metric-learning": pml(
+                    pml_losses.MarginLoss(learn_beta=True, num_classes=100), pml_miners.DistanceWeightedMiner()
+                ),
+                "naive loop": step(partial(naive_margin_loss, beta=beta), numpy_labels),
+            },
+        ),
+        "triplet + semihard": (
+            50,
+            {
+                "ours": step(losses.TripletLoss(losses.Sampler("semihard"))),
+                "pytorch-metric-learning": pml(
+                    pml_losses.TripletMarginLoss(0.2), pml_miners.TripletMarginMiner(0.2, type_of_triplets="semihard")
+                ),
+                "naive loop": step(naive_triplet_loss, numpy_labels),
+            },
+        ),
+        "npair": (
+            50,
+            {
+                "ours": step(losses.NPairLoss(losses.Sampler("npair"))),
+                "pytorch-metric-learning": pml(pml_losses.NPairsLoss()),
+                "naive loop": step(naive_npair_loss, numpy_labels),
+            },
+        ),
+    }
+    for classes in (100, 11318):
+        proxies = torch.randn(classes, 128, requires_grad=True)
+        contests[f"proxynca, {classes} classes"] = (
+            50 if classes == 100 else 5,
+            {
+                "ours": step(losses.ProxyNCA(classes, 128)),
+                "pytorch-metric-learning": pml(pml_losses.ProxyNCALoss(classes, 128)),
+                "naive loop": step(partial(naive_proxynca, proxies=proxies), numpy_labels),
+            },
+        )
+    for method in losses.Sampler().methods:
+        sampler = losses.Sampler(method)
+        contests[f"{method} sampling alone"] = (200, {"ours": partial(sampler.give, points, labels)})
+    rows = []
+    for what, (rounds, contestants) in contests.items():
+        seconds = medians(contestants, rounds)
+        rows += [_row(what, name, value * 1e3, "ms", seconds["ours"] * 1e3) for name, value in seconds.items()]
+    distance = pml_miners.DistanceWeightedMiner()(points, labels)
+    print(
+        f"triplets for 112 anchors: ours {len(losses.Sampler('distance').give(points, labels))}, "
+        f"pytorch-metric-learning's distance miner {len(distance[0])}"
+    )
+    return rows
+
+
+def _row(what: str, who: str, value: float, unit: str, ours: float) -> Row:
+    """A row of the table; the ratio is how many times ours the value is."""
+    return {"what": what, "who": who, "value": round(value, 3), "unit": unit, "times ours": round(value / ours, 2)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def online_products_embeddings() -> tuple[torch.Tensor, np.ndarray]:
+    """Embeddings of the size of Online Products' test set: 60,502 × 128 in 11,316 classes of 5 or 6."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(60502) % 11316
+    centres = rng.standard_normal((11316, 128), dtype=np.float32)
+    points = centres[labels] + 1.2 * rng.standard_normal((60502, 128), dtype=np.float32)
+    return F.normalize(torch.from_numpy(points), dim=1), labels
+
+
+def pair_counting_f1(labels: np.ndarray, clusters: np.ndarray) -> float:
+    """F1 with a pass over all points for every cluster, as repositories do it that came before."""
+    together = sum(
+        int((counts * (counts - 1) // 2).sum())
+        for cluster in np.unique(clusters)
+        for counts in [np.unique(labels[clusters == cluster], return_counts=True)[1]]
+    )
+    sizes = [np.unique(values, return_counts=True)[1] for values in (clusters, labels)]
+    return 2 * together / sum(int((size * (size - 1) // 2).sum()) for size in sizes)
+
+
+def benchmark_evaluation() -> list[Row]:
+    """Recall @ 1, 10, 100, 1000, NMI and F1 of Online Products' size, against faiss and straightforward counting."""
+    points, labels = online_products_embeddings()
+    k_vals = (1, 10, 100, 1000)
+    gc.collect()
+    start_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    space = EmbeddingSpace(points, labels)
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, run: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = run()
+        seconds[name] = time.perf_counter() - start
+        return result
+
+    recalls = timed("recall", lambda: [recall_at_k(space, k) for k in k_vals])
+    timed("k-means", lambda: space.clusters)
+    our_f1 = timed("f1", lambda: f1(space))
+    our_nmi = timed("nmi", lambda: nmi(space))
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start_memory) / 2**20
+
+    def search() -> list[float]:
+        index = faiss.IndexFlatL2(128)
+        index.add(points.numpy())
+        found = labels[index.search(points.numpy(), 1001)[1][:, 1:]] == labels[:, None]  # no duplicates here
+        return [float(found[:, :k].any(axis=1).mean()) for k in k_vals]
+
+    faiss_recalls = timed("faiss", search)
+    counted_f1 = timed("pair counting", lambda: pair_counting_f1(labels, space.clusters))
+    print(f"Recall @ {k_vals}: ours {recalls}, faiss {faiss_recalls}")
+    print(f"F1: ours {our_f1:.6f}, counted {counted_f1:.6f}; NMI: {our_nmi:.6f}")
+    return [
+        _row("Recall @ 1, 10, 100, 1000", "ours", seconds["recall"], "s", seconds["recall"]),
+        _row("Recall @ 1, 10, 100, 1000", "faiss search, k = 1001", seconds["faiss"], "s", seconds["recall"]),
+        _row("F1", "ours", seconds["f1"], "s", seconds["f1"]),
+        _row("F1", "a pass for each cluster", seconds["pair counting"], "s", seconds["f1"]),
+        _row("NMI", "ours", seconds["nmi"], "s", seconds["nmi"]),
+        _row("k-means and assignment", "faiss", seconds["k-means"], "s", seconds["k-means"]),
+        _row("peak memory above the start", "ours", peak, "GiB", peak),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data loading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def benchmark_data() -> list[Row]:
+    """Training images a second in one worker's thread: JPEGs of 500 × 375 to normalised crops of 224 px."""
+    rng = np.random.default_rng(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a data-loading worker
+    with tempfile.TemporaryDirectory() as folder:
+        paths = []
+        for number in range(64):
+            coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
+                (500, 375), Image.Resampling.BICUBIC
+            )
+            noisy = np.asarray(coarse, np.int16) + rng.integers(-12, 13, (375, 500, 3))
+            paths.append(str(Path(folder) / f"{number}.jpg"))
+            Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(paths[-1], quality=90)
+
+        normalise = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        plain = transforms.Compose(
+            [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalise]
+        )
+        labels = np.zeros((64, 1), np.int64)
+        images = datasets.ImageSet(paths, labels, [["image"]])
+        ours = datasets.BaseTripletDataset(images, datasets.train_transform(224), 64, 1, "shuffled")
+        seconds = medians(
+            {
+                "ours": lambda: [ours[(idx, idx)] for idx in range(64)],
+                "Pillow and torchvision v1": lambda: [plain(Image.open(path).convert("RGB")) for path in paths],
+            },
+            rounds=9,
+        )
+    torch.set_num_threads(threads)
+    return [
+        {
+            "what": "training images",
+            "who": name,
+            "value": round(64 / value, 1),
+            "unit": "images/s",
+            "times ours": round(seconds["ours"] / value, 2),
+        }
+        for name, value in seconds.items()
+    ]
+
+
+BENCHMARKS = {"losses": benchmark_losses, "evaluation": benchmark_evaluation, "data": benchmark_data}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the chosen benchmarks, prints a table and writes it as JSON."""
+    parser = auxiliaries.FlagParser(prog="benchmark.py", description=__doc__)
+    parser.add_argument("what", nargs="*", metavar="|".join(BENCHMARKS), help="which benchmarks (default: all)")
+    parser.add_argument("--json", default="benchmark.json", metavar="FILE", help="where the table is written")
+    opt = parser.parse_args(argv)
+    for name in opt.what:
+        if name not in BENCHMARKS:
+            near = auxiliaries.nearest_name(name, BENCHMARKS)
+            raise auxiliaries.UserError(f"{name} is no benchmark{near}: it is one of {', '.join(BENCHMARKS)}")
+    results = {name: BENCHMARKS[name]() for name in opt.what or BENCHMARKS}
+    for rows in results.values():
+        width = max(len(row["what"]) for row in rows)
+        for row in rows:
+            figures = f"{row['value']:>10} {row['unit']:<9}{row['times ours']:>8} × ours"
+            print(f"{row['what']:<{width}}  {row['who']:<26}{figures}")
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+    }
+    with auxiliaries.replacing(Path(opt.json)) as path:
+        path.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    auxiliaries.run_command(main)

@@ -1,0 +1,992 @@
+"""Readers, downloads, images, transforms and batches, on small trees and against a server on the loopback address."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import random
+import shutil
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, make_tree, save_image
+from PIL import Image
+from scipy.io import savemat
+from torchvision import transforms as v1
+
+import datasets
+import main
+from auxiliaries import UserError, seed_everything
+from datasets import (
+    BATCH_SAMPLERS,
+    DATASETS,
+    BaseTripletDataset,
+    ImageSet,
+    Loaders,
+    RetrievalSet,
+    Source,
+    Splits,
+    TrainLoader,
+    class_balanced,
+    collate,
+    load_image,
+    make_image_set,
+    shuffled,
+    train_transform,
+)
+
+# Small trees in the layouts of the official archives. Their files are empty, as readers look at names alone.
+
+CUB_CLASSES = ("10.Red_Bird", "2.Laysan", "100.Wren", "1.Black_Bird")
+CAR_CLASSES = ("Ram C/V Cargo Van 2012", "BMW M3 2012", "Acura TL 2012", "Audi A5 2012")
+CAR_FIELDS = ("relative_im_path", "bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "test")
+SUPER_CLASSES = (
+    *("bicycle", "cabinet", "chair", "coffee_maker", "fan", "kettle"),
+    *("lamp", "mug", "sofa", "stapler", "table", "toaster"),
+)
+IN_SHOP_ROWS = (
+    ("img/WOMEN/Dresses/id_00000007/01_1_front.jpg", "id_00000007", "train"),
+    ("img/WOMEN/Dresses/id_00000007/02_3_back.jpg", "id_00000007", "train"),
+    ("img/MEN/Denim/id_00000080/01_1_front.jpg", "id_00000080", "train"),
+    ("img/MEN/Denim/id_00000080/01_2_side.jpg", "id_00000080", "train"),
+    ("img/MEN/Denim/id_00000002/05_1_front.jpg", "id_00000002", "gallery"),
+    ("img/MEN/Denim/id_00000002/05_2_side.jpg", "id_00000002", "query"),
+    ("img/WOMEN/Shorts/id_00000033/01_1_front.jpg", "id_00000033", "query"),
+    ("img/WOMEN/Shorts/id_00000033/01_7_additional.jpg", "id_00000033", "gallery"),
+)
+VEHICLES = {
+    "train_list": "1 9\n12 9\n3 40\n1234567 40\n",
+    "test_list_800": "20 7\n21 7\n",
+    "test_list_1600": "20 7\n21 7\n22 100\n23 100\n",
+    "test_list_2400": "20 7\n21 7\n22 100\n23 100\n24 25\n25 25\n",
+}
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def write_birds(root: Path) -> None:
+    touch(root / "images", *(f"{name}/{i}.jpg" for name in ("wren", "crow", "owl", "tit", "jay") for i in range(2)))
+
+
+def write_cub200(root: Path, images: str = "images") -> None:
+    touch(root / images, *(f"{name}/{i}.jpg" for name in CUB_CLASSES for i in range(2)))
+
+
+def write_cars196(root: Path, official: bool = True) -> None:
+    """Eight images, in a folder for each class or, officially, together and beside their annotations."""
+    classes = (3, 1, 2, 4, 4, 2, 1, 3)  # positions in CAR_CLASSES, counted from 1 as in MATLAB
+    files = [f"{number:06d}.jpg" for number in range(1, 9)]
+    if not official:
+        folders = [CAR_CLASSES[number - 1].replace("/", "-") for number in classes]
+        return touch(root / "images", *(f"{folder}/{file}" for folder, file in zip(folders, files)))
+    touch(root / "car_ims", *files)
+    annotations = np.empty((1, 8), dtype=[(name, object) for name in CAR_FIELDS])
+    for i in range(8):
+        annotations[0, i] = (f"car_ims/{files[i]}", 10, 20, 300, 200, classes[i], i % 2)
+    names = np.empty((1, 4), dtype=object)
+    names[0] = CAR_CLASSES
+    savemat(root / "cars_annos.mat", {"annotations": annotations, "class_names": names}, do_compression=True)
+
+
+def write_online_products(root: Path, official: bool = False) -> None:
+    """24 classes of two images, half of them for training, each half with all twelve super classes."""
+    images, lists = ("Stanford_Online_Products",) * 2 if official else ("images", "Info_Files")
+    for part, class_ids in (("train", range(1, 13)), ("test", range(13, 25))):
+        rows = [(c, f"{SUPER_CLASSES[(c - 1) % 12]}_final/{c}_{i}.JPG") for c in class_ids for i in range(2)]
+        touch(root / images, *(path for _, path in rows))
+        listed = [f"{n} {c} {(c - 1) % 12 + 1} {path}\n" for n, (c, path) in enumerate(rows, start=1)]
+        listed[0] = listed[0].replace(".JPG", ".jpg")  # differs from its file
+        write(root / lists / f"Ebay_{part}.txt", "image_id class_id super_class_id path\n" + "".join(listed))
+    touch(root / lists, "Ebay_info.txt", "bicycle_final.txt")
+
+
+def write_in_shop(
+    root: Path, images: str = "img", info_file: str = "Eval/list_eval_partition.txt", announced: int = len(IN_SHOP_ROWS)
+) -> None:
+    touch((root / images).parent, *(name for name, _, _ in IN_SHOP_ROWS))
+    rows = "".join(f"{name:<70}{item:<15}{part}\n" for name, item, part in IN_SHOP_ROWS)
+    write(root / info_file, f"{announced}\nimage_name item_id evaluation_status\n{rows}")
+
+
+def write_vehicle_id(root: Path) -> None:
+    for name, rows in VEHICLES.items():
+        write(root / "train_test_split" / f"{name}.txt", rows)
+        touch(root / "image", *(f"{int(row.split()[0]):07d}.jpg" for row in rows.splitlines()))
+
+
+WRITE: dict[str, Callable[..., None]] = {
+    "birds": write_birds,
+    "cub200": write_cub200,
+    "cars196": write_cars196,
+    "online_products": write_online_products,
+    "in-shop": write_in_shop,
+    "vehicle_id": write_vehicle_id,
+}
+
+Content = dict[str, list[tuple[str, ...]]]
+
+
+def content(splits: Splits) -> Content:
+    """For each set its images: the file's name, and for each level the label with the name that it stands for."""
+    sets = {"train": splits.train}
+    for test in splits.test:
+        sets |= {test.name: test.query} | ({f"{test.name}, gallery": test.gallery} if test.gallery else {})
+    for images in sets.values():
+        assert all(os.path.isfile(path) for path in images.paths)
+        assert images.labels.dtype == np.int64
+        assert images.labels.shape == (len(images), len(images.class_names))
+
+    def described(images: ImageSet) -> list[tuple[str, ...]]:
+        return [
+            (os.path.basename(path), *(f"{label} {names[label]}" for label, names in zip(labels, images.class_names)))
+            for path, labels in zip(images.paths, images.labels.tolist())
+        ]
+
+    return {name: described(images) for name, images in sets.items()}
+
+
+EXPECTED: dict[str, Content] = {
+    "birds": {
+        "train": [(f"{i}.jpg", name) for name in ("0 crow", "1 jay") for i in range(2)],
+        "test": [(f"{i}.jpg", name) for name in ("2 owl", "3 tit", "4 wren") for i in range(2)],
+    },
+    "cub200": {
+        "train": [(f"{i}.jpg", name) for name in ("0 1.Black_Bird", "1 2.Laysan") for i in range(2)],
+        "test": [(f"{i}.jpg", name) for name in ("2 10.Red_Bird", "3 100.Wren") for i in range(2)],
+    },
+    "cars196": {
+        "train": [
+            ("000001.jpg", "0 Acura TL 2012"),
+            ("000008.jpg", "0 Acura TL 2012"),
+            ("000004.jpg", "1 Audi A5 2012"),
+            ("000005.jpg", "1 Audi A5 2012"),
+        ],
+        "test": [
+            ("000003.jpg", "2 BMW M3 2012"),
+            ("000006.jpg", "2 BMW M3 2012"),
+            ("000002.jpg", "3 Ram C-V Cargo Van 2012"),
+            ("000007.jpg", "3 Ram C-V Cargo Van 2012"),
+        ],
+    },
+    "online_products": {
+        part: [
+            (f"{c}_{i}.JPG", f"{c - 1} {c}", f"{(c - 1) % 12} {SUPER_CLASSES[(c - 1) % 12]}")
+            for c in class_ids
+            for i in range(2)
+        ]
+        for part, class_ids in (("train", range(1, 13)), ("test", range(13, 25)))
+    },
+    "in-shop": {  # training classes have the first labels; query and gallery share theirs
+        "train": [
+            ("01_1_front.jpg", "0 id_00000007", "1 WOMEN/Dresses"),
+            ("02_3_back.jpg", "0 id_00000007", "1 WOMEN/Dresses"),
+            ("01_1_front.jpg", "1 id_00000080", "0 MEN/Denim"),
+            ("01_2_side.jpg", "1 id_00000080", "0 MEN/Denim"),
+        ],
+        "test": [
+            ("05_2_side.jpg", "2 id_00000002", "0 MEN/Denim"),
+            ("01_1_front.jpg", "3 id_00000033", "2 WOMEN/Shorts"),
+        ],
+        "test, gallery": [
+            ("05_1_front.jpg", "2 id_00000002", "0 MEN/Denim"),
+            ("01_7_additional.jpg", "3 id_00000033", "2 WOMEN/Shorts"),
+        ],
+    },
+    "vehicle_id": {
+        "train": [("0000001.jpg", "0 9"), ("0000012.jpg", "0 9"), ("0000003.jpg", "1 40"), ("1234567.jpg", "1 40")],
+        "800": [("0000020.jpg", "2 7"), ("0000021.jpg", "2 7")],
+        "1600": [("0000020.jpg", "2 7"), ("0000021.jpg", "2 7"), ("0000022.jpg", "4 100"), ("0000023.jpg", "4 100")],
+        "2400": [
+            *(("0000020.jpg", "2 7"), ("0000021.jpg", "2 7")),
+            *(("0000024.jpg", "3 25"), ("0000025.jpg", "3 25")),
+            *(("0000022.jpg", "4 100"), ("0000023.jpg", "4 100")),
+        ],
+    },
+}
+
+LAYOUTS = [
+    ("birds", {}),
+    ("cub200", {"images": "images"}),
+    ("cub200", {"images": "CUB_200_2011/images"}),
+    ("cars196", {"official": False}),
+    ("cars196", {"official": True}),
+    ("online_products", {"official": False}),
+    ("online_products", {"official": True}),
+    ("in-shop", {}),
+    ("in-shop", {"info_file": "list_eval_partition.txt"}),
+    ("in-shop", {"images": "Img/img"}),
+    ("in-shop", {"images": "Img/img", "info_file": "list_eval_partition.txt"}),
+    ("vehicle_id", {}),
+]
+
+# Classes and images of each set, and the k of Recall @ k, as published.
+PUBLISHED: dict[str, tuple[dict[str, tuple[int, int | None]], tuple[int, ...]]] = {
+    "cub200": ({"train": (100, 5864), "test": (100, 5924)}, (1, 2, 4, 8)),
+    "cars196": ({"train": (98, 8054), "test": (98, 8131)}, (1, 2, 4, 8)),
+    "online_products": ({"train": (11318, 59551), "test": (11316, 60502)}, (1, 10, 100, 1000)),
+    "in-shop": ({"train": (3997, 25882), "query": (3985, 14218), "gallery": (3985, 12612)}, (1, 10, 20, 30, 50)),
+    "vehicle_id": ({"train": (13134, 110178), "800": (800, None), "1600": (1600, None), "2400": (2400, None)}, (1, 5)),
+}
+
+
+def read(dataset: str, source: Path) -> Splits:
+    return datasets.read_splits(dataset, str(source))
+
+
+def assert_one_sentence(message: str, *parts: object) -> None:
+    assert "\n" not in message
+    for part in parts:
+        assert str(part) in message
+
+
+@pytest.mark.parametrize(("dataset", "layout"), LAYOUTS, ids=str)
+def test_every_layout_gives_the_protocols_splits(dataset: str, layout: dict, tmp_path: Path) -> None:
+    WRITE[dataset](tmp_path / dataset, **layout)
+    assert content(read(dataset, tmp_path)) == EXPECTED[dataset]
+
+
+@pytest.mark.parametrize("dataset", PUBLISHED)
+def test_counts_that_differ_from_the_published_ones_are_noticed_with_both_numbers(
+    dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    WRITE[dataset](tmp_path / dataset)
+    found = content(read(dataset, tmp_path))
+    if dataset == "in-shop":
+        found = {"train": found["train"], "query": found["test"], "gallery": found["test, gallery"]}
+    counts, k_vals = PUBLISHED[dataset]
+    expected = set()
+    for part, (classes, images) in counts.items():
+        here = len({names for _, names, *_ in found[part]})
+        expected.add(f"{dataset}, {part}: {here} classes, where the published protocol has {classes}")
+        if images is not None:
+            expected.add(f"{dataset}, {part}: {len(found[part])} images, where the published protocol has {images}")
+    assert set(capsys.readouterr().err.splitlines()) == {f"notice: {line}" for line in expected}
+    assert datasets.default_k_vals(dataset) == k_vals
+
+
+def test_a_whole_data_set_is_read_without_a_notice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = tmp_path / "cub200" / "images"
+    for number in range(1, 201):
+        surplus = {1: 64, 200: 24}.get(number, 0)  # 100 * 58 + 64 = 5864, 100 * 59 + 24 = 5924
+        touch(images / f"{number:03d}.Bird", *(f"{i}.jpg" for i in range((58 if number <= 100 else 59) + surplus)))
+    splits = read("cub200", tmp_path)
+    assert (splits.train.num_classes(), splits.test[0].query.num_classes()) == (100, 100)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_wrong_announced_count_is_a_notice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_in_shop(tmp_path / "in-shop", announced=52712)
+    assert content(read("in-shop", tmp_path)) == EXPECTED["in-shop"]
+    assert "list_eval_partition.txt announces 52712 rows and has 8" in capsys.readouterr().err
+
+
+def test_hidden_files_are_no_images_and_other_files_are_noticed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_birds(tmp_path / "birds")
+    touch(tmp_path / "birds/images", "._crow", ".thumbs/0.jpg", "crow/._0.jpg", "crow/.DS_Store", "jay/.hidden.png")
+    assert content(read("birds", tmp_path)) == EXPECTED["birds"]
+    assert capsys.readouterr().err == ""
+
+    touch(tmp_path / "birds/images", "crow/2.JPEG", "crow/notes.txt", "tit/a.mp4")
+    assert content(read("birds", tmp_path))["train"][2] == ("2.JPEG", "0 crow")
+    assert_one_sentence(capsys.readouterr().err.strip(), "notice: 2 files", tmp_path / "birds/images/crow/notes.txt")
+
+
+@pytest.fixture(scope="module")
+def glyphs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Splits]:
+    source = tmp_path_factory.mktemp("glyphs")
+    return source, read("glyphs", source)
+
+
+def test_glyphs_are_sixteen_renderings_of_characters_that_no_other_looks_like(glyphs: tuple[Path, Splits]) -> None:
+    splits = glyphs[1]
+    train, test = splits.train, splits.test[0].query
+    characters, scripts = (list(names) for names in train.class_names)
+    assert len(characters) > 600
+    assert characters == sorted(characters, key=lambda name: int(name[2:], 16))
+    assert {"U+0041", "U+0416"} <= set(characters)  # Latin A, Cyrillic Zhe
+    assert "U+0391" not in characters  # Greek Alpha looks like Latin A
+    assert {"LATIN", "GREEK", "CYRILLIC"} <= set(scripts)
+
+    seen: dict[bytes, set[int]] = defaultdict(set)
+    for images, first, last in ((train, 0, len(characters) // 2), (test, len(characters) // 2, len(characters))):
+        assert np.bincount(images.labels[:, 0])[first:].tolist() == [16] * (last - first)
+        for path, (label, script) in zip(images.paths, images.labels.tolist()):
+            assert unicodedata.name(chr(int(characters[label][2:], 16))).split()[0] == scripts[script]
+            with Image.open(path) as image:
+                assert image.size == (64, 64)
+                seen[image.tobytes()].add(label)
+    assert all(len(labels) == 1 for labels in seen.values())
+    assert bytes([255]) * 64 * 64 not in seen
+
+
+def test_glyphs_are_rendered_once(glyphs: tuple[Path, Splits], capsys: pytest.CaptureFixture[str]) -> None:
+    source, splits = glyphs
+
+    def state() -> dict[str, int]:
+        return {str(path): path.stat().st_mtime_ns for path in source.rglob("*")}
+
+    before = state()
+    assert content(read("glyphs", source)) == content(splits)
+    assert state() == before
+    assert [path.name for path in (source / "glyphs").iterdir()] == ["images"]
+    assert capsys.readouterr().err == ""
+
+
+class ArchiveServer(ThreadingHTTPServer):
+    """Serves `files` by name; of those in `cut_off` it announces all and sends half."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), ArchiveRequest)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.files: dict[str, bytes] = {}
+        self.cut_off: set[str] = set()
+        self.requested: list[str] = []
+
+
+class ArchiveRequest(BaseHTTPRequestHandler):
+    server: ArchiveServer
+
+    def do_GET(self) -> None:
+        name = self.path.rsplit("/", 1)[-1]
+        self.server.requested.append(name)
+        if name not in self.server.files:
+            return self.send_error(404)
+        data = self.server.files[name]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2] if name in self.server.cut_off else data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ArchiveServer]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with ArchiveServer() as running:
+        thread = Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def pack(dataset: str, folder: Path) -> dict[str, bytes]:
+    """The data set's archives as the official ones are made."""
+    if dataset == "cub200":
+        write_cub200(folder, "CUB_200_2011/images")
+        touch(folder, "attributes.txt")
+    else:
+        WRITE[dataset](folder, official=True)
+    loose = {path.name: path.read_bytes() for path in folder.glob("*.mat")}
+    for name in loose:
+        (folder / name).unlink()
+    archive, kind = {
+        "cub200": ("CUB_200_2011.tgz", "gztar"),
+        "cars196": ("car_ims.tgz", "gztar"),
+        "online_products": ("Stanford_Online_Products.zip", "zip"),
+    }[dataset]
+    return {archive: Path(shutil.make_archive(f"{folder}_packed", kind, root_dir=folder)).read_bytes()} | loose
+
+
+def publish(files: dict[str, bytes], dataset: str, server: ArchiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serves the files, and puts their MD5 and, where the row has any, their address into the data set's row."""
+    server.files = dict(files)
+    row = DATASETS[dataset]
+    assert [archive.url.rsplit("/", 1)[-1] for archive in row.archives] == list(files)
+    archives = tuple(
+        replace(
+            archive, url=f"{server.url}/{name}" if "://" in archive.url else name, md5=hashlib.md5(data).hexdigest()
+        )
+        for archive, (name, data) in zip(row.archives, files.items())
+    )
+    monkeypatch.setitem(DATASETS, dataset, replace(row, archives=archives))
+
+
+@pytest.mark.parametrize("failure", ["404", "wrong MD5", "cut off"])
+@pytest.mark.parametrize("dataset", ["cub200", "online_products", "cars196"])
+def test_a_failed_download_leaves_no_data_and_the_next_one_works(
+    dataset: str, failure: str, server: ArchiveServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = pack(dataset, tmp_path / "packed")
+    publish(files, dataset, server, monkeypatch)
+    source, last = tmp_path / "Datasets", list(files)[-1]
+    url = f"{server.url}/mirror/" if dataset == "cars196" else None
+    if failure == "404":
+        del server.files[last]
+    elif failure == "wrong MD5":
+        server.files[last] = b"something else"
+    else:
+        server.cut_off = {last}
+    with pytest.raises(UserError) as error:
+        datasets.read_splits(dataset, str(source), download=True, download_url=url)
+    assert_one_sentence(str(error.value), dataset, "can't be fetched")
+    assert not (source / dataset).exists()
+
+    server.files, server.cut_off, server.requested = dict(files), set(), []
+    splits = datasets.read_splits(dataset, str(source), download=True, download_url=url)
+    assert content(splits) == EXPECTED[dataset]
+    assert set(server.requested) == {last}  # what was whole is not fetched again
+    assert [path.name for path in source.iterdir()] == [dataset]
+
+    server.files.clear()
+    assert content(datasets.read_splits(dataset, str(source), download=True, download_url=url)) == EXPECTED[dataset]
+
+
+@pytest.mark.parametrize("dataset", ["cub200", "online_products"])
+def test_an_archive_that_is_broken_at_its_origin_is_a_clear_error(
+    dataset: str, server: ArchiveServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {name: data[: len(data) // 2] for name, data in pack(dataset, tmp_path / "packed").items()}
+    publish(files, dataset, server, monkeypatch)
+    with pytest.raises(UserError, match=f"{dataset} can't be fetched"):
+        datasets.read_splits(dataset, str(tmp_path), download=True)
+    assert not (tmp_path / dataset).exists()
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1/archives", "/mnt/archives", "http://127.0.0.1:1/my archives"])
+def test_a_download_url_that_is_none_is_a_clear_error(url: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="can't be fetched"):
+        datasets.read_splits("cub200", str(tmp_path), download=True, download_url=url)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "download", "parts"),
+    [
+        ("cub200", False, ["--download fetches it"]),
+        ("online_products", False, ["--download fetches it"]),
+        ("cars196", False, ["--download --download_url URL"]),
+        ("cars196", True, ["--download --download_url URL"]),
+        ("in-shop", False, ["--download can't", "DeepFashion", "Eval/list_eval_partition.txt"]),
+        ("in-shop", True, ["--download can't", "DeepFashion", "Eval/list_eval_partition.txt"]),
+        ("vehicle_id", True, ["--download can't", "Peking University", "train_test_split/"]),
+        ("cup200", False, ["did you mean cub200?"]),
+        ("birds", True, ["images"]),
+    ],
+)
+@pytest.mark.parametrize("exists", [False, True])
+def test_missing_data_are_an_error_that_says_where_and_what_to_do(
+    dataset: str, download: bool, parts: list[str], exists: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if exists:
+        (tmp_path / "Datasets" / dataset).mkdir(parents=True)
+    with pytest.raises(UserError) as error:
+        datasets.read_splits(dataset, "Datasets", download=download)
+    assert_one_sentence(str(error.value), tmp_path / "Datasets" / dataset, "`bash Sample_Runs.sh demo`", *parts)
+
+
+def edit(old: str, new: str) -> Callable[[Path], object]:
+    """A function that replaces a text in a file."""
+
+    def apply(path: Path) -> None:
+        text = path.read_text(encoding="utf-8")
+        assert old in text
+        path.write_text(text.replace(old, new), encoding="utf-8")
+
+    return apply
+
+
+def fill(data: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def damage(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:200] + bytes(50) + data[250:])
+
+
+def keep_header(path: Path) -> None:
+    path.write_text(path.read_text(encoding="utf-8").splitlines()[0] + "\n", encoding="utf-8")
+
+
+def keep_one_class(path: Path) -> None:
+    for folder in list(path.iterdir())[1:]:
+        shutil.rmtree(folder)
+
+
+def make_a_file(path: Path) -> None:
+    shutil.rmtree(path)
+    path.touch()
+
+
+ANNOTATIONS, PARTITION = "cars_annos.mat", "Eval/list_eval_partition.txt"
+SOP_TRAIN, SOP_TEST = "Info_Files/Ebay_train.txt", "Info_Files/Ebay_test.txt"
+VEHICLE_TRAIN, VEHICLE_TEST = "train_test_split/train_list.txt", "train_test_split/test_list_800.txt"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "path", "spoil", "said"),
+    [
+        ("birds", "images/a", Path.mkdir, "holds no image"),
+        ("birds", "images", keep_one_class, "at least two"),
+        ("birds", "images", make_a_file, "images"),
+        ("cub200", "images/Wren", lambda path: touch(path, "0.jpg"), "class number"),
+        ("cars196", ANNOTATIONS, Path.unlink, "does not exist"),
+        ("cars196", ANNOTATIONS, fill(b"<html>404 not found</html>" * 20), "fetch it again"),
+        ("cars196", ANNOTATIONS, fill(b""), "fetch it again"),
+        ("cars196", ANNOTATIONS, cut, "fetch it again"),
+        ("cars196", ANNOTATIONS, damage, "fetch it again"),
+        ("cars196", ANNOTATIONS, lambda path: savemat(path, {"annotations": 1}), "fetch it again"),
+        ("cars196", "car_ims/000003.jpg", Path.unlink, "does not exist"),
+        ("online_products", SOP_TEST, Path.unlink, "does not exist"),
+        ("online_products", SOP_TRAIN, keep_header, ""),
+        ("online_products", SOP_TEST, keep_header, ""),
+        ("online_products", SOP_TRAIN, fill(bytes(range(256))), "is no table"),
+        ("online_products", SOP_TRAIN, edit(" chair_final/3_1.JPG", ""), "lacks path in row 6"),
+        ("online_products", SOP_TRAIN, edit("_final/3_1.JPG", " final/3_1.JPG"), "is no table"),
+        ("online_products", "images/chair_final/3_1.JPG", Path.unlink, "does not exist"),
+        ("in-shop", PARTITION, edit("item_id", "item"), "no column item_id"),
+        ("in-shop", PARTITION, edit("8\nimage_name", "image_name"), "no column image_name"),
+        ("in-shop", PARTITION, edit("query", "gallery"), "must assign train, query and gallery"),
+        ("in-shop", f"{IN_SHOP_ROWS[6][0]}", lambda path: shutil.rmtree(path.parents[1]), "does not exist"),
+        ("vehicle_id", VEHICLE_TRAIN, Path.unlink, "does not exist"),
+        ("vehicle_id", VEHICLE_TRAIN, fill(b"1\n12\n"), "image_number, class_id"),
+        ("vehicle_id", VEHICLE_TEST, edit("21 7", "21"), "lacks class_id in row 2"),
+        ("vehicle_id", VEHICLE_TEST, fill(b""), "is no table"),
+        ("vehicle_id", "image/0000012.jpg", Path.unlink, "does not exist"),
+    ],
+)
+def test_bad_data_are_one_sentence_with_the_path(
+    dataset: str, path: str, spoil: Callable[[Path], object], said: str, tmp_path: Path
+) -> None:
+    WRITE[dataset](tmp_path / dataset)
+    spoil(tmp_path / dataset / path)
+    with pytest.raises(UserError) as error:
+        read(dataset, tmp_path)
+    assert_one_sentence(str(error.value), tmp_path / dataset / path, said)
+
+
+@pytest.mark.parametrize("dataset", WRITE)
+def test_a_folder_in_no_known_layout_is_a_clear_error(dataset: str, tmp_path: Path) -> None:
+    touch(tmp_path / dataset, "pictures/0.jpg")
+    with pytest.raises(UserError) as error:
+        read(dataset, tmp_path)
+    assert_one_sentence(str(error.value), tmp_path / dataset)
+
+
+@pytest.mark.parametrize(
+    ("per_class", "said"),
+    [([2, 2, 1, 1], "no query has another image of its class"), ([2, 2, 2], "at least two")],
+    ids=["test classes of one image", "one training class"],
+)
+def test_splits_that_nothing_can_be_learned_or_measured_on_are_refused(
+    per_class: list[int], said: str, tmp_path: Path
+) -> None:
+    touch(tmp_path / "birds/images", *(f"{name}/{i}.jpg" for name, n in zip("abcd", per_class) for i in range(n)))
+    with pytest.raises(UserError) as error:
+        read("birds", tmp_path)
+    assert_one_sentence(str(error.value), "birds", said)
+
+
+@pytest.mark.parametrize("name", ["a/b", "birds/", "/birds", "../birds", "..", ".", ""])
+def test_a_data_sets_name_is_no_path(name: str, tmp_path: Path) -> None:
+    write_birds(tmp_path)  # so that source_path/.., /. and / itself would be read as a data set
+    write_birds(tmp_path / "source/birds")
+    with pytest.raises(UserError, match="is no name"):
+        read(name, tmp_path if name == "" else tmp_path / "source")
+
+
+def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    """A colourful image of the size (width, height), smooth enough for JPEG."""
+    noise = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+
+
+def as_array(image: Image.Image, mode: str = "RGB") -> np.ndarray:
+    return np.asarray(image.convert(mode)).astype(np.float64)
+
+
+def kinds_of_images() -> dict[str, tuple[Image.Image, dict, np.ndarray, float]]:
+    """File name -> image, keywords of `save`, expected `(H, W, 3)` or `(H, W)`, tolerated mean absolute difference."""
+    rgb = picture((48, 36))
+    pixels, grey = as_array(rgb), as_array(rgb, "L")
+    ramp = np.linspace(0, 255, 48).round().astype(np.uint8) * np.ones((36, 1), np.uint8)  # from left to right
+    on_white = ramp / 255 * (grey - 255) + 255
+    palette = rgb.quantize(8)
+    is_clear = np.asarray(palette) == 3
+    bits = Image.fromarray(grey.astype(np.uint8)).convert("1")
+    alpha = Image.fromarray(ramp)
+    rgba, grey_alpha = rgb.copy(), rgb.convert("L")
+    rgba.putalpha(alpha)
+    grey_alpha.putalpha(alpha)
+    return {
+        "rgb.png": (rgb, {}, pixels, 0),
+        "rgb.bmp": (rgb, {}, pixels, 0),
+        "rgb.jpg": (rgb, {"quality": 95}, pixels, 2),
+        "progressive.jpg": (rgb, {"quality": 95, "progressive": True}, pixels, 2),
+        "grey.jpg": (rgb.convert("L"), {"quality": 95}, grey, 2),
+        "grey.png": (rgb.convert("L"), {}, grey, 0),
+        "cmyk.jpg": (rgb.convert("CMYK"), {"quality": 95}, pixels, 3),
+        "palette.gif": (palette, {}, as_array(palette), 0),
+        "palette.png": (palette, {"transparency": 3}, np.where(is_clear[..., None], 255, as_array(palette)), 0),
+        "rgba.png": (rgba, {}, ramp[..., None] / 255 * (pixels - 255) + 255, 1),
+        "grey_alpha.png": (grey_alpha, {}, on_white, 1),
+        "one_bit.png": (bits, {}, as_array(bits, "L"), 0),
+        "sixteen_bit.png": (Image.fromarray((ramp.astype(np.uint16) << 8) + 7), {}, ramp, 1),
+    }
+
+
+@pytest.mark.parametrize("name", kinds_of_images())
+def test_images_of_every_kind_become_rgb(name: str, tmp_path: Path) -> None:
+    image, keywords, expected, tolerance = kinds_of_images()[name]
+    image.save(tmp_path / name, **keywords)
+    loaded = load_image(str(tmp_path / name))
+    assert (loaded.dtype, loaded.shape) == (torch.uint8, (3, 36, 48))
+    channels = expected if expected.ndim == 3 else expected[..., None]
+    assert np.abs(loaded.permute(1, 2, 0).numpy() - channels).mean() <= tolerance
+
+
+@pytest.mark.parametrize("size", [(48, 36), (37, 91), (1, 1), (640, 480)], ids=str)
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:0"])
+def test_jpegs_are_decoded_as_pillow_does(size: tuple[int, int], subsampling: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    picture(size).save(path, subsampling=subsampling)
+    with Image.open(path) as image:
+        difference = np.abs(load_image(str(path)).permute(1, 2, 0).numpy() - as_array(image))
+    assert difference.mean() <= 1
+
+
+def encode(suffix: str) -> bytes:
+    buffer = io.BytesIO()
+    picture((48, 36)).save(buffer, suffix)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("suffix", ["jpeg", "png", "gif", "bmp", "webp"])
+def test_an_image_cut_off_anywhere_is_a_clear_error(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{suffix}"
+    data = encode(suffix)
+    for length in np.linspace(0, 0.98 * len(data), 100).astype(int):
+        path.write_bytes(data[:length])
+        with pytest.raises(UserError) as error:
+            load_image(str(path))
+        assert_one_sentence(str(error.value), path)
+
+
+def prepare(source: Path, *flags: str) -> Loaders:
+    """The loaders of a run on the data set `tiny`."""
+    opt = main.resolve(main.parse_args([*SMALL, "--dataset", "tiny", "--source_path", str(source), *flags]))
+    return datasets.give_dataloaders(opt, read("tiny", source))
+
+
+@pytest.mark.parametrize("kernels", ["0", "2"])
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("a.jpg", b"not found"), ("a.png", b""), ("a.jpg", encode("jpeg")[:-600]), ("a.png", encode("png")[:-600])],
+    ids=["text", "empty", "cut JPEG", "cut PNG"],
+)
+def test_a_broken_image_arrives_as_one_sentence_from_every_loader(
+    name: str, data: bytes, kernels: str, tmp_path: Path
+) -> None:
+    images = make_tree(tmp_path / "tiny/images", classes=4, per_class=2)
+    for label in (0, 3):  # a training and a test class
+        (images / f"class_{label}" / name).write_bytes(data)
+    loaders = prepare(tmp_path, "--kernels", kernels, "--bs", "6", "--samples_per_class", "3")
+    broken = {loaders.train: 0, loaders.train_eval: 0, loaders.test[0].query: 3}
+    for loader, label in broken.items():
+        with pytest.raises(UserError) as error:
+            list(loader)
+        assert_one_sentence(str(error.value), images / f"class_{label}" / name)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("size", [(120, 90), (61, 83), (200, 20), (7, 5)], ids=str)
+def test_training_crops_are_torchvisions(size: tuple[int, int], mode: str, tmp_path: Path) -> None:
+    picture(size).convert(mode).save(tmp_path / "a.jpg")
+    image = load_image(str(tmp_path / "a.jpg"))
+    pillow = Image.fromarray(image.permute(1, 2, 0).numpy())
+    reference = v1.Compose([v1.RandomResizedCrop(32), v1.RandomHorizontalFlip()])  # draws scale, ratio, place, flip
+    transform = train_transform(32)
+    shifts = []
+    previous = np.zeros((32, 32, 3))
+    for seed in range(50):
+        torch.manual_seed(seed)
+        expected = as_array(reference(pillow))
+        torch.manual_seed(seed)
+        crop = transform(image)
+        assert (crop.dtype, crop.shape) == (torch.uint8, (3, 32, 32))
+        assert np.abs(crop.permute(1, 2, 0).numpy() - expected).mean() <= 2
+        shifts.append(np.abs(expected - previous).mean())
+        previous = expected
+    assert np.median(shifts) > 5  # another box would have been noticed
+
+
+@pytest.mark.parametrize("size", [(300, 301), (37, 91), (256, 256), (641, 200), (5, 7), (1, 1)], ids=str)
+@pytest.mark.parametrize(("crop_size", "resize"), [(224, 256), (227, 256), (33, 33)])
+def test_evaluation_crops_are_torchvisions(size: tuple[int, int], crop_size: int, resize: int) -> None:
+    pillow = picture(size)
+    image = torch.from_numpy(np.array(pillow)).permute(2, 0, 1)
+    crop = datasets.test_transform(crop_size, resize)(image)
+    assert (crop.dtype, crop.shape) == (torch.uint8, (3, crop_size, crop_size))
+    expected = as_array(v1.Compose([v1.Resize(resize), v1.CenterCrop(crop_size)])(pillow))
+    assert np.abs(crop.permute(1, 2, 0).numpy() - expected).mean() <= 2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "bs", "samples_per_class"),
+    [
+        ([5] * 10, 12, 4),  # 3 classes a batch: no divisor of 10
+        ([5] * 7, 20, 4),  # more than half of the classes in every batch
+        ([4] * 7, 28, 4),  # all classes in every batch
+        ([1, 2, 3, 7, 12, 4, 30, 5], 12, 4),
+        ([1, 2, 5], 8, 8),
+        ([2, 1, 2], 6, 3),  # fewer images than a batch
+        ([3] * 9, 4, 1),
+    ],
+    ids=str,
+)
+def test_balanced_batches(sizes: list[int], bs: int, samples_per_class: int) -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    times_drawn = np.zeros(len(labels))
+    for seed in range(60):
+        batches = list(class_balanced(labels, bs, samples_per_class, np.random.default_rng(seed)))
+        assert len(batches) == max(1, len(labels) // bs)
+        drawn: list[int] = []
+        for batch in batches:
+            groups = batch.reshape(bs // samples_per_class, samples_per_class)
+            classes = labels[groups]
+            assert (classes == classes[:, :1]).all()
+            assert len(np.unique(classes[:, 0])) == len(groups)
+            drawn += classes[:, 0].tolist()
+            for group, label in zip(groups, classes[:, 0]):
+                repeats = np.unique(group, return_counts=True)[1]
+                assert len(repeats) == min(samples_per_class, sizes[label])
+                assert repeats.max() - repeats.min() <= 1
+            np.add.at(times_drawn, batch, 1)
+        for start in range(0, len(drawn), len(sizes)):  # rounds over all classes, across the batches' borders
+            in_round = drawn[start : start + len(sizes)]
+            assert len(set(in_round)) == len(in_round)
+    for label, size in enumerate(sizes):  # no image of a class is preferred: within five standard deviations
+        times = times_drawn[labels == label]
+        assert np.abs(times - times.mean()).max() <= 5 * np.sqrt(times.mean()), f"{size} images"
+
+
+@pytest.mark.parametrize(("images", "bs"), [(50, 8), (48, 8), (8, 8), (5, 8), (1, 8)])
+def test_shuffled_batches_hold_each_image_at_most_once(images: int, bs: int) -> None:
+    labels = np.arange(images) % 3
+    orders = []
+    for seed in range(20):
+        batches = list(shuffled(labels, bs, 4, np.random.default_rng(seed)))
+        assert [len(batch) for batch in batches] == [min(bs, images)] * max(1, images // bs)
+        order = np.concatenate(batches)
+        assert len(set(order.tolist())) == len(order)
+        orders.append(tuple(order.tolist()))
+    assert images == 1 or len(set(orders)) > 10
+
+
+def test_the_published_proxynca_run_finds_its_batches(tmp_path: Path) -> None:
+    touch(tmp_path / "tiny/images", *(f"{label:03d}/{i}.jpg" for label in range(200) for i in range(3)))
+    batches = prepare(tmp_path, "--loss", "proxynca", "--bs", "112").train.dataset.batches  # type: ignore[attr-defined]
+    assert len(batches) == 300 // 112
+    assert all(len(set(batch.tolist())) == 112 for batch in batches)
+    with pytest.raises(UserError) as error:
+        prepare(tmp_path, "--bs", "404", "--samples_per_class", "4")
+    assert_one_sentence(str(error.value), "--bs 404", "--samples_per_class 4", "101", "100")
+
+
+@pytest.mark.parametrize(
+    ("flags", "noticed"),
+    [
+        (["--bs", "4", "--samples_per_class", "2"], []),
+        (["--bs", "8", "--samples_per_class", "4"], ["1 classes have fewer than 4 images"]),
+        (["--bs", "12", "--samples_per_class", "4"], ["1 classes have fewer than 4 images", "11 training images"]),
+        (["--bs", "8", "--samples_per_class", "4", "--batch_sampler", "shuffled"], []),
+        (["--bs", "8", "--loss", "proxynca"], []),
+    ],
+    ids=" ".join,
+)
+def test_repeated_images_are_noticed(
+    flags: list[str], noticed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    touch(
+        tmp_path / "tiny/images",
+        *(f"{name}/{i}.jpg" for name, n in zip("abcdef", (4, 3, 4, 2, 2, 2)) for i in range(n)),
+    )
+    prepare(tmp_path, *flags)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(noticed)
+    for line, part in zip(lines, noticed):
+        assert part in line
+
+
+Epoch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def one_epoch(loaders: Loaders, epoch: int) -> Epoch:
+    """All images `(N, 3, H, W)`, labels and indices of a training epoch."""
+    loaders.train.set_epoch(epoch)
+    batches = list(loaders.train)
+    assert len(batches) == len(loaders.train)
+    return tuple(torch.cat(column) for column in zip(*batches))  # type: ignore[return-value]
+
+
+def is_same(one: Epoch, other: Epoch) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other))
+
+
+def test_batches_and_all_other_draws_are_the_same_for_any_number_of_workers(tiny_source: Path) -> None:
+    def run(kernels: str) -> tuple[list[Epoch], list[float]]:
+        loaders = prepare(tiny_source, "--bs", "8", "--kernels", kernels)
+        epochs, drawn = [], []
+        for epoch in (1, 2):
+            seed_everything(1, epoch)
+            epochs.append(one_epoch(loaders, epoch))
+            drawn += [torch.rand(1).item(), np.random.rand(), random.random()]
+        return epochs, drawn
+
+    epochs, drawn = run("0")
+    images, labels, indices = epochs[0]
+    assert (images.dtype, images.shape) == (torch.uint8, (24, 3, 32, 32))
+    assert (labels.dtype, indices.dtype) == (torch.int64, torch.int64)
+    assert labels.tolist() == (indices // 6).tolist()  # six images a class, in order
+    for kernels in ("1", "2"):
+        others, drawn_there = run(kernels)
+        assert all(is_same(one, other) for one, other in zip(epochs, others))
+        assert drawn_there == drawn
+
+
+def test_batches_and_augmentations_change_with_epoch_and_seed(tiny_source: Path) -> None:
+    first = one_epoch(prepare(tiny_source, "--bs", "8", "--seed", "3"), 1)
+    assert is_same(first, one_epoch(prepare(tiny_source, "--bs", "8", "--seed", "3"), 1))
+    for seed, epoch in (("3", 2), ("4", 1)):
+        other = one_epoch(prepare(tiny_source, "--bs", "8", "--seed", seed), epoch)
+        assert not torch.equal(first[2], other[2])
+        augmented = {int(idx): image for image, idx in zip(other[0], other[2])}
+        shared = [(image, augmented[int(idx)]) for image, idx in zip(first[0], first[2]) if int(idx) in augmented]
+        assert len(shared) >= 8
+        assert not any(torch.equal(one, another) for one, another in shared)
+
+
+def test_evaluation_gives_every_image_in_order_and_changes_no_training(tiny_source: Path) -> None:
+    untouched = one_epoch(prepare(tiny_source, "--bs", "8"), 2)
+    loaders = prepare(tiny_source, "--bs", "8", "--eval_bs", "5")
+    one_epoch(loaders, 1)
+    before = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+    for loader, first_label in ((loaders.train_eval, 0), (loaders.test[0].query, 4)):
+        passes = [[torch.cat(column) for column in zip(*loader)] for _ in range(2)]
+        images, labels, indices = passes[0]
+        assert images.shape == (24, 3, 32, 32)
+        assert indices.tolist() == list(range(24))
+        assert labels.tolist() == (first_label + indices // 6).tolist() == loader.labels.tolist()
+        assert torch.equal(images, passes[1][0])
+    assert before == (random.getstate(), np.random.get_state()[1].tolist())  # type: ignore[index]
+    assert is_same(one_epoch(loaders, 2), untouched)
+
+
+def test_an_image_that_occurs_twice_is_augmented_differently(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    paths = [str(save_image(tmp_path / f"{i}.png", rng)) for i in range(3)]
+    images = ImageSet(paths, np.array([[0], [0], [1]]), [["a", "b"]])
+    dataset = BaseTripletDataset(images, train_transform(32), bs=8, samples_per_class=4)
+    crops, _, indices = next(iter(TrainLoader(dataset, collate_fn=collate)))
+    assert np.bincount(indices).tolist() == [2, 2, 4]
+    assert len({crop.numpy().tobytes() for crop in crops}) == 8
+
+
+def read_photos(root: Path) -> Splits:
+    """Eight classes: three to train on, two for validation, three of which the first images are the queries."""
+    paths = sorted(str(path) for path in root.glob("photos/*/*.jpg"))
+    classes = [os.path.basename(os.path.dirname(path)) for path in paths]
+    images = make_image_set(paths, classes, ["even" if int(name[-1]) % 2 == 0 else "odd" for name in classes])
+    label, is_first = images.labels[:, 0], np.array(["/0.jpg" in Path(path).as_posix() for path in images.paths])
+    return Splits(
+        images.subset(label < 3),
+        val=[RetrievalSet("validation", images.subset((label >= 3) & (label < 5)))],
+        test=[RetrievalSet("test", images.subset((label >= 5) & is_first), images.subset((label >= 5) & ~is_first))],
+    )
+
+
+def test_a_data_set_of_ones_own_needs_a_function_and_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = Source(read_photos, k_vals=(1, 3), counts={"train": (3, 9), "gallery": (4, None)})
+    monkeypatch.setitem(DATASETS, "tiny", row)
+    make_tree(tmp_path / "tiny/photos", classes=8, per_class=3)
+    loaders = prepare(tmp_path, "--bs", "4", "--samples_per_class", "2")
+    assert capsys.readouterr().err.splitlines() == [
+        "notice: tiny, gallery: 3 classes, where the published protocol has 4"
+    ]
+    assert datasets.default_k_vals("tiny") == (1, 3)
+    assert one_epoch(loaders, 1)[0].shape == (8, 3, 32, 32)
+    (val,), (test,) = loaders.val, loaders.test
+    assert (val.name, val.gallery, val.query.labels.tolist()) == ("validation", None, [3, 3, 3, 4, 4, 4])
+    assert test.gallery is not None
+    for loader, labels in ((test.query, [5, 6, 7]), (test.gallery, [5, 5, 6, 6, 7, 7])):
+        assert torch.cat([batch[1] for batch in loader]).tolist() == labels
+
+
+@pytest.mark.parametrize("download", [False, True])
+def test_a_data_set_of_ones_own_that_is_missing_is_a_clear_error(
+    download: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(DATASETS, "tiny", Source(read_photos))
+    with pytest.raises(UserError) as error:
+        datasets.read_splits("tiny", str(tmp_path), download=download)
+    assert_one_sentence(str(error.value), tmp_path / "tiny")
+
+
+def in_order(labels: np.ndarray, bs: int, samples_per_class: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Batches of neighbours in the list, the last one smaller."""
+    yield from np.split(np.arange(len(labels)), range(bs, len(labels), bs))
+
+
+def test_a_batch_sampler_of_ones_own_needs_a_function_and_a_row(
+    tiny_source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BATCH_SAMPLERS, "in_order", in_order)
+    loaders = prepare(tiny_source, "--bs", "10", "--samples_per_class", "2", "--batch_sampler", "in_order")
+    assert [len(labels) for _, labels, _ in loaders.train] == [10, 10, 4]
+    assert one_epoch(loaders, 2)[2].tolist() == list(range(24))
+
+
+class Curriculum(BaseTripletDataset):
+    """Begins with one batch an epoch, and gives one more in each."""
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        self.batches = self.batches[:epoch]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_subclass_may_form_an_epochs_batches(workers: int, tiny_source: Path) -> None:
+    images = read("tiny", tiny_source).train
+
+    def epochs(kind: type[BaseTripletDataset]) -> list[Sequence[torch.Tensor]]:
+        dataset = kind(images, train_transform(32), bs=8, samples_per_class=4)
+        loader = TrainLoader(dataset, collate_fn=collate, num_workers=workers)
+        indices: list[Sequence[torch.Tensor]] = []
+        for epoch in (1, 2, 3):
+            loader.set_epoch(epoch)
+            indices.append([idx for _, _, idx in loader])
+            assert len(indices[-1]) == len(loader)
+        return indices
+
+    for epoch, (few, all_) in enumerate(zip(epochs(Curriculum), epochs(BaseTripletDataset)), start=1):
+        assert (len(few), len(all_)) == (epoch, 3)
+        assert all(torch.equal(one, other) for one, other in zip(few, all_))

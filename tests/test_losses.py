@@ -1,0 +1,738 @@
+"""Samplers against probabilities that naive loops count out, losses against naive loops and an independent library,
+and both on fake CUDA tensors, where whatever would make the host wait raises."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import permutations, product
+from typing import Any
+
+import pytest
+import torch
+from pytorch_metric_learning import losses as pml_losses
+from pytorch_metric_learning.distances import DotProductSimilarity, LpDistance
+from pytorch_metric_learning.miners import DistanceWeightedMiner, distance_weighted_miner
+from pytorch_metric_learning.reducers import MeanReducer
+from scipy.stats import chi2
+from torch._subclasses import fake_tensor
+
+import losses
+import main
+from auxiliaries import UserError, seed_everything
+from losses import LOSSES, Criterion, Sampler
+
+Probabilities = dict[tuple[int, ...], float]
+
+# Unsorted and uneven: four images of class 0, three of 1, two of 2, two of 3, one of 7.
+LABELS = torch.tensor([2, 0, 1, 0, 7, 1, 0, 2, 3, 1, 0, 3])
+NUM_CLASSES, DIM = 8, 5
+TRIPLETS = [(1, 3, 0), (3, 1, 2), (3, 1, 2), (3, 6, 2), (2, 5, 4), (9, 2, 11), (0, 7, 10), (8, 11, 1), (6, 10, 4)]
+NPAIRS = [(1, 3, 2, 0, 8), (5, 2, 3, 0, 8), (7, 0, 3, 2, 8), (11, 8, 3, 2, 0)]
+DRAWS = 2000
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """On tensors this small threads only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def random_batch(size: int = len(LABELS), dim: int = DIM, **options: Any) -> torch.Tensor:
+    return torch.randn(size, dim, generator=torch.Generator().manual_seed(3), **options)
+
+
+def unit_batch(dim: int, size: int = len(LABELS)) -> torch.Tensor:
+    return torch.nn.functional.normalize(random_batch(size, dim), dim=1)
+
+
+def signed_axes(dim: int) -> torch.Tensor:
+    """Unit vectors whose distances are exactly 0, √2 and 2."""
+    axes = torch.cat([torch.eye(dim), -torch.eye(dim)])
+    return axes[torch.arange(len(LABELS)) * 3 % len(axes)]
+
+
+def build(loss: str, sampler: Sampler | None = None, **keywords: Any) -> Criterion:
+    """The loss with those of `sampler`, `num_classes` and `embed_dim` that it asks for."""
+    given = {"sampler": sampler, "num_classes": NUM_CLASSES, "embed_dim": DIM}
+    asked = inspect.signature(LOSSES[loss]).parameters
+    return LOSSES[loss](**{name: given[name] for name in given if name in asked}, **keywords)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling: probabilities by naive loops, frequencies by counting
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def anchors_of(labels: list[int]) -> Iterator[tuple[int, list[int], list[int]]]:
+    """Each position that has a positive and a negative, with all its positives and all its negatives."""
+    for a in range(len(labels)):
+        positives = [i for i in range(len(labels)) if i != a and labels[i] == labels[a]]
+        negatives = [i for i in range(len(labels)) if labels[i] != labels[a]]
+        if positives and negatives:
+            yield a, positives, negatives
+
+
+def random_probabilities(x: list[list[float]], labels: list[int]) -> Probabilities:
+    triplets = [(a, p, n) for a, positives, negatives in anchors_of(labels) for p in positives for n in negatives]
+    return dict.fromkeys(triplets, 1 / len(triplets))
+
+
+def semihard_probabilities(
+    x: list[list[float]], labels: list[int], margin: float = 0.2, squared: bool = False
+) -> Probabilities:
+    power = 2 if squared else 1
+    result: Probabilities = {}
+    for a, positives, negatives in anchors_of(labels):
+        for p in positives:
+            low = math.dist(x[a], x[p]) ** power
+            pool = [n for n in negatives if low < math.dist(x[a], x[n]) ** power < low + margin] or negatives
+            result.update({(a, p, n): 1 / len(positives) / len(pool) for n in pool})
+    return result
+
+
+def softhard_probabilities(x: list[list[float]], labels: list[int]) -> Probabilities:
+    result: Probabilities = {}
+    for a, positives, negatives in anchors_of(labels):
+        farthest_positive = max(math.dist(x[a], x[p]) for p in positives)
+        nearest_negative = min(math.dist(x[a], x[n]) for n in negatives)
+        hard_positives = [p for p in positives if math.dist(x[a], x[p]) > nearest_negative] or positives
+        hard_negatives = [n for n in negatives if math.dist(x[a], x[n]) < farthest_positive] or negatives
+        for p, n in product(hard_positives, hard_negatives):
+            result[a, p, n] = 1 / len(hard_positives) / len(hard_negatives)
+    return result
+
+
+def distance_probabilities(
+    x: list[list[float]], labels: list[int], lower_cutoff: float = 0.5, upper_cutoff: float = math.inf
+) -> Probabilities:
+    dim = len(x[0])
+    result: Probabilities = {}
+    for a, positives, negatives in anchors_of(labels):
+        reached = [n for n in negatives if math.dist(x[a], x[n]) <= upper_cutoff]
+        log_weights = dict.fromkeys(reached or negatives, 0.0)
+        for n in reached:
+            d = max(math.dist(x[a], x[n]), lower_cutoff)
+            log_weights[n] = -(dim - 2) * math.log(d) - (dim - 3) / 2 * math.log(max(1 - d**2 / 4, 1e-8))
+        largest = max(log_weights.values())
+        weights = {n: math.exp(log_weight - largest) for n, log_weight in log_weights.items()}
+        for p, n in product(positives, weights):
+            result[a, p, n] = weights[n] / sum(weights.values()) / len(positives)
+    return result
+
+
+def npair_probabilities(labels: list[int], anchor_class: int) -> Probabilities:
+    """Of the tuple of one class, its negatives in the order of their labels."""
+    members = {label: [i for i in range(len(labels)) if labels[i] == label] for label in sorted(set(labels))}
+    pairs = list(permutations(members.pop(anchor_class), 2))
+    negatives = list(product(*[positions for positions in members.values() if len(positions) > 1]))
+    return {(*pair, *rest): 1 / len(pairs) / len(negatives) for pair, rest in product(pairs, negatives)}
+
+
+def assert_frequencies(tuples: torch.Tensor, probabilities: Probabilities, draws: int) -> None:
+    """Pearson's χ² test; tuples that are expected less than five times count as one kind, impossible ones fail."""
+    counts = Counter(map(tuple, tuples.tolist()))
+    assert set(counts) <= set(probabilities), "a tuple that ought to have no chance"
+    expected = {key: draws * probability for key, probability in probabilities.items()}
+    rare = [key for key in expected if expected[key] < 5]
+    kinds = [[key] for key in expected if expected[key] >= 5] + ([rare] if rare else [])
+    cells = [(sum(counts[key] for key in kind), sum(expected[key] for key in kind)) for kind in kinds]
+    statistic = sum((seen - due) ** 2 / due for seen, due in cells)
+    freedom = len(cells) - round(sum(probabilities.values()))  # they sum to 1 for each independent draw
+    assert chi2.sf(statistic, freedom) > 1e-4, f"χ² = {statistic:.0f} with {freedom} degrees of freedom"
+
+
+def draw(method: str, batch: torch.Tensor, **params: Any) -> torch.Tensor:
+    """`(DRAWS, T, …)` tuples."""
+    seed_everything(0)
+    sampler = Sampler(method, **params)
+    return torch.stack([sampler.give(batch, LABELS) for _ in range(DRAWS)])
+
+
+@pytest.mark.parametrize(
+    ("oracle", "batch", "params"),
+    [
+        pytest.param(random_probabilities, unit_batch(4), {}, id="random"),
+        pytest.param(semihard_probabilities, unit_batch(4), {}, id="semihard"),
+        pytest.param(semihard_probabilities, unit_batch(4), {"margin": 0.5, "squared": True}, id="semihard squared"),
+        pytest.param(semihard_probabilities, unit_batch(4), {"margin": 0.0}, id="semihard, none between"),
+        pytest.param(softhard_probabilities, unit_batch(4), {}, id="softhard"),
+        pytest.param(softhard_probabilities, torch.arange(12.0)[:, None] ** 2, {}, id="softhard on a line"),
+        pytest.param(distance_probabilities, unit_batch(4), {}, id="distance"),
+        pytest.param(
+            distance_probabilities, unit_batch(4), {"lower_cutoff": 1.2, "upper_cutoff": 1.4}, id="distance, cutoffs"
+        ),
+        pytest.param(distance_probabilities, unit_batch(4), {"upper_cutoff": 0.01}, id="distance, all beyond"),
+        pytest.param(distance_probabilities, unit_batch(128), {}, id="distance, D = 128"),
+        pytest.param(distance_probabilities, 10 * random_batch(dim=4), {}, id="distance, not normalised"),
+        pytest.param(distance_probabilities, signed_axes(4), {}, id="distance, d = 2, D = 4"),
+        pytest.param(distance_probabilities, signed_axes(3), {"upper_cutoff": 1.4}, id="distance, d = 2, D = 3"),
+        pytest.param(distance_probabilities, signed_axes(2), {}, id="distance, d = 2, D = 2"),
+        pytest.param(distance_probabilities, unit_batch(2), {}, id="distance, D = 2"),
+        pytest.param(distance_probabilities, random_batch(dim=1), {}, id="distance, D = 1"),
+    ],
+)
+def test_tuples_come_with_the_probabilities_of_a_naive_loop(
+    oracle: Callable[..., Probabilities], batch: torch.Tensor, params: dict[str, Any]
+) -> None:
+    method = oracle.__name__.removesuffix("_probabilities")
+    given = draw(method, batch, **params)
+    rows = len(LABELS) if method == "random" else 11  # T = B; else one tuple for each anchor that has a positive
+    assert given.shape == (DRAWS, rows, 3)
+    assert given.dtype == torch.int64
+    probabilities = oracle(batch.double().tolist(), LABELS.tolist(), **params)
+    assert_frequencies(given.flatten(0, 1), probabilities, DRAWS * (rows if method == "random" else 1))
+
+
+def test_npair_tuples_are_a_pair_of_each_class_and_the_other_positives() -> None:
+    given = draw("npair", random_batch())
+    assert given.shape == (DRAWS, 4, 1 + 1 + 3)
+    positives = given[:, :, 1].sort(dim=1).values[:, None]
+    assert (given[:, :, 1:].sort(dim=2).values == positives).all()
+    by_label = LABELS[given[:, :, 2:]].argsort(dim=2)
+    ordered = torch.cat([given[:, :, :2], given[:, :, 2:].gather(2, by_label)], dim=2)
+    for label in range(4):
+        of_class = ordered[LABELS[given[:, :, 0]] == label]
+        assert len(of_class) == DRAWS
+        assert_frequencies(of_class, npair_probabilities(LABELS.tolist(), label), DRAWS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling: validity, errors, a user's own method
+# ---------------------------------------------------------------------------------------------------------------------
+
+METHODS = sorted(Sampler().methods)
+EMBEDDINGS: dict[str, Callable[[int], torch.Tensor]] = {
+    "all the same": lambda size: torch.ones(size, 4) / 2,
+    "zeros": lambda size: torch.zeros(size, 4),
+    "antipodes": lambda size: torch.eye(8)[0] * (-1.0) ** torch.arange(size)[:, None],
+    "one dimension": lambda size: random_batch(size, 1),
+    "two dimensions": lambda size: unit_batch(2, size),
+    "512 dimensions": lambda size: unit_batch(512, size),
+    "large": lambda size: random_batch(size, 4) * 1e6,
+    "beyond float32": lambda size: random_batch(size, 4) * 1e30,
+    "not a number": lambda size: torch.full((size, 4), torch.nan),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("embeddings", EMBEDDINGS)
+@pytest.mark.parametrize(
+    "labels",
+    [
+        LABELS,
+        torch.tensor([1, 0, 1, 0, 1]),  # one other class in reach
+        torch.arange(14).repeat(4)[torch.randperm(56, generator=torch.Generator().manual_seed(0))] * 10**12 - 5,
+    ],
+    ids=["uneven", "two classes", "56 images"],
+)
+def test_tuples_are_always_valid(method: str, embeddings: str, labels: torch.Tensor) -> None:
+    seed_everything(0)
+    batch = EMBEDDINGS[embeddings](len(labels))
+    for cutoff in (None, 0.1, 1.4):
+        tuples = Sampler(method, upper_cutoff=cutoff).give(batch, labels)
+        anchors, positives, negatives = tuples[:, 0], tuples[:, 1], tuples[:, 2:]
+        assert (anchors != positives).all()
+        assert (labels[anchors] == labels[positives]).all()
+        assert (labels[anchors, None] != labels[negatives]).all()
+        assert not tuples.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("method", "labels"),
+    [*product(METHODS, [[], [4], [4, 4, 4], [0, 1, 2]]), ("npair", [0, 0, 1, 2])],
+)
+def test_batches_without_tuples_are_refused(method: str, labels: list[int]) -> None:
+    with pytest.raises(UserError, match=r"raise --samples_per_class or --bs"):
+        Sampler(method).give(random_batch(len(labels)), torch.tensor(labels, dtype=torch.int64))
+
+
+class FixedSampler(Sampler):
+    """What a user may write: a method of their own that returns a plain list, whatever the batch."""
+
+    def __init__(self, tuples: Sequence[tuple[int, ...]], **params: Any):
+        super().__init__("fixed", **params)
+        self.methods["fixed"] = self.fixed_sampling
+        self.tuples = list(tuples)
+        self.received: dict[str, Any] = {}
+
+    def fixed_sampling(self, batch: torch.Tensor, labels: torch.Tensor, **params: Any) -> list[tuple[int, ...]]:
+        self.received = params
+        return self.tuples
+
+
+def test_own_method_gives_plain_lists_and_later_parameters_take_precedence() -> None:
+    sampler = FixedSampler(TRIPLETS, margin=5.0, temperature=2)
+    tuples = sampler.give(random_batch(), LABELS, margin=7.0)
+    assert tuples.dtype == torch.int64
+    assert list(map(tuple, tuples.tolist())) == TRIPLETS
+    assert sampler.received == {"margin": 7.0, "temperature": 2}
+    build("triplet", sampler, margin=0.3)(random_batch(), LABELS)
+    assert sampler.received == {"margin": 0.3, "temperature": 2, "squared": True}
+    build("marginloss", sampler, margin=0.4)(random_batch(), LABELS)
+    assert sampler.received == {"margin": 0.4, "temperature": 2}
+    with pytest.raises(UserError, match="gave no tuples"):
+        FixedSampler([]).give(random_batch(), LABELS)
+
+
+def test_parameters_of_give_replace_those_of_the_constructor_in_effect() -> None:
+    line, labels = torch.tensor([[0.0], [0.1], [1.0], [2.0]]), torch.tensor([0, 0, 1, 2])
+    sampler = Sampler("distance", upper_cutoff=1.5)
+    assert (sampler.give(line, labels)[:, 2] == 2).all()
+    far = torch.cat([sampler.give(line, labels, upper_cutoff=5.0) for _ in range(50)])[:, 2]
+    assert set(far.tolist()) == {2, 3}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses: naive loops in float64
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def naive_triplet(criterion: Any, batch: torch.Tensor, labels: list[int], margin: float = 0.2) -> torch.Tensor:
+    terms = []
+    for a, p, n in TRIPLETS:
+        violation = (batch[a] - batch[p]).pow(2).sum() - (batch[a] - batch[n]).pow(2).sum() + margin
+        terms.append(violation if violation > 0 else violation * 0)
+    return torch.stack(terms).mean()
+
+
+def naive_margin(
+    criterion: Any,
+    batch: torch.Tensor,
+    labels: list[int],
+    margin: float = 0.2,
+    beta: float = 1.2,
+    beta_constant: bool = False,
+    nu: float = 0.0,
+) -> torch.Tensor:
+    total, count = batch.sum() * 0, 0
+    for a, p, n in TRIPLETS:
+        beta_of_a: Any = beta if beta_constant else criterion.beta[labels[a]]
+        to_positive, to_negative = ((batch[a] - batch[other]).pow(2).sum().sqrt() for other in (p, n))
+        for term in (to_positive - beta_of_a + margin, beta_of_a - to_negative + margin):
+            if term > 0:
+                total, count = total + term, count + 1
+        total = total + nu * beta_of_a
+    return total / max(1, count)
+
+
+def naive_npair(criterion: Any, batch: torch.Tensor, labels: list[int], l2npair: float = 0.02) -> torch.Tensor:
+    terms = []
+    for a, p, *negatives in NPAIRS:
+        exps = [torch.exp(batch[a] @ batch[n] - batch[a] @ batch[p]) for n in negatives]
+        terms.append(torch.log(1 + torch.stack(exps).sum()) + l2npair * (batch[a].pow(2).sum() + batch[p].pow(2).sum()))
+    return torch.stack(terms).mean()
+
+
+def naive_proxynca(criterion: Any, batch: torch.Tensor, labels: list[int]) -> torch.Tensor:
+    proxies = [3 * proxy / proxy.pow(2).sum().sqrt() for proxy in criterion.proxies]
+    terms = []
+    for x, label in zip(batch, labels):
+        squared = [(3 * x / x.pow(2).sum().sqrt() - proxy).pow(2).sum() for proxy in proxies]
+        others = [torch.exp(-squared[z]) for z in range(NUM_CLASSES) if z != label]
+        terms.append(squared[label] + torch.log(torch.stack(others).sum()))
+    return torch.stack(terms).mean()
+
+
+def naive_crossentropy(criterion: Any, batch: torch.Tensor, labels: list[int]) -> torch.Tensor:
+    weight, bias = criterion.classifier.weight, criterion.classifier.bias
+    terms = []
+    for x, label in zip(batch, labels):
+        logits = torch.stack([weight[c] @ x + bias[c] for c in range(NUM_CLASSES)])
+        terms.append(-torch.log(torch.exp(logits[label]) / torch.exp(logits).sum()))
+    return torch.stack(terms).mean()
+
+
+NAIVE: dict[str, Callable[..., torch.Tensor]] = {
+    "triplet": naive_triplet,
+    "marginloss": naive_margin,
+    "npair": naive_npair,
+    "proxynca": naive_proxynca,
+    "crossentropy": naive_crossentropy,
+}
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("triplet", {}),
+    ("triplet", {"margin": 2.0}),
+    ("marginloss", {}),
+    ("marginloss", {"margin": 0.5, "beta": 1.7, "nu": 0.3}),
+    ("marginloss", {"beta_constant": True}),
+    ("marginloss", {"beta_constant": True, "beta": 0.8, "nu": 0.3}),
+    ("npair", {}),
+    ("npair", {"l2npair": 0.3}),
+    ("proxynca", {}),
+    ("crossentropy", {}),
+]
+
+
+def fixed_criterion(loss: str, **keywords: Any) -> Criterion:
+    """The loss in float64 with the fixed tuples and, where they are learned, parameters that differ by class."""
+    seed_everything(1)
+    criterion = build(loss, FixedSampler(NPAIRS if loss == "npair" else TRIPLETS), **keywords).double()
+    with torch.no_grad():
+        for parameter in trainable(criterion):
+            parameter += 0.3 * torch.randn_like(parameter)
+    return criterion
+
+
+def trainable(criterion: Criterion) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in criterion.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize(("loss", "keywords"), CASES)
+def test_value_and_gradients_are_those_of_a_naive_loop(loss: str, keywords: dict[str, Any]) -> None:
+    criterion = fixed_criterion(loss, **keywords)
+    batch = (0.6 * random_batch(dtype=torch.float64)).requires_grad_()
+    inputs = (batch, *trainable(criterion))
+    value, naive = criterion(batch, LABELS), NAIVE[loss](criterion, batch, LABELS.tolist(), **keywords)
+    torch.testing.assert_close(value, naive)
+    torch.testing.assert_close(torch.autograd.grad(value, inputs), torch.autograd.grad(naive, inputs))
+    assert torch.autograd.gradcheck(lambda *_: criterion(batch, LABELS), inputs)
+
+
+def test_margin_loss_counts_hinge_terms_not_tuples() -> None:
+    line = torch.tensor([[0.0], [2.0], [1.0], [5.0]])
+    labels = torch.tensor([0, 0, 1, 1])
+
+    def loss(*triplets: tuple[int, ...], nu: float = 0.0) -> float:
+        return build("marginloss", FixedSampler(triplets), nu=nu)(line, labels).item()
+
+    assert loss((0, 1, 2)) == pytest.approx((1.0 + 0.4) / 2)  # both terms above zero
+    assert loss((0, 1, 2), (0, 1, 3)) == pytest.approx((1.0 + 0.4 + 1.0) / 3)
+    assert loss((0, 1, 2), (0, 1, 3), nu=0.5) == pytest.approx((2.4 + 0.5 * 2 * 1.2) / 3)
+    line[1] = 0.0
+    assert loss((0, 1, 3)) == 0.0  # no term above zero
+    assert loss((0, 1, 3), nu=0.5) == pytest.approx(0.5 * 1.2)
+
+
+def test_constant_beta_is_one_that_is_not_learned_and_nu_pulls_learned_ones_down() -> None:
+    constant = build("marginloss", beta_constant=True, beta=0.7)
+    assert trainable(constant) == []
+    assert [parameter.tolist() for parameter in constant.parameters()] == [pytest.approx([0.7])]
+    batch = random_batch()
+    gradients = []
+    for nu in (0.0, 0.5):
+        criterion: Any = build("marginloss", FixedSampler(TRIPLETS), nu=nu)
+        assert criterion.beta.shape == (NUM_CLASSES,)
+        criterion(batch, LABELS).backward()
+        gradients.append(criterion.beta.grad)
+    pull = gradients[1] - gradients[0]
+    anchors = LABELS[[a for a, _, _ in TRIPLETS]].bincount(minlength=NUM_CLASSES)
+    torch.testing.assert_close(pull / pull.sum(), anchors / anchors.sum())
+    assert (pull[anchors > 0] > 0).all()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_of_exact_duplicates_are_finite(loss: str) -> None:
+    criterion = build(loss, FixedSampler(NPAIRS if loss == "npair" else TRIPLETS))
+    batch = random_batch(1).repeat(len(LABELS), 1).requires_grad_()
+    value = criterion(batch, LABELS)
+    value.backward()
+    assert batch.grad is not None
+    assert value.isfinite()
+    assert batch.grad.isfinite().all()
+    if loss in ("triplet", "marginloss"):
+        assert (batch.grad == 0).all()
+
+
+def test_npair_does_not_overflow() -> None:
+    criterion = build("npair", FixedSampler(NPAIRS), l2npair=0.0)
+    batch = (1000 * random_batch()).requires_grad_()
+    value = criterion(batch, LABELS)
+    value.backward()
+    gaps = [max((batch[a] @ (batch[n] - batch[p])).item() for n in negatives) for a, p, *negatives in NPAIRS]
+    assert value.item() == pytest.approx(sum(max(0.0, gap) for gap in gaps) / len(gaps), rel=1e-4)
+    assert batch.grad is not None
+    assert batch.grad.isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Agreement with pytorch-metric-learning, where definitions agree
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def library_margin(criterion: Any, margin: float, nu: float) -> torch.nn.Module:
+    """Their margin loss with our β."""
+    plain = LpDistance(normalize_embeddings=False)
+    theirs = pml_losses.MarginLoss(margin, nu, learn_beta=True, num_classes=NUM_CLASSES, distance=plain)
+    theirs.beta = torch.nn.Parameter(criterion.beta.detach().clone())
+    return theirs
+
+
+def library_triplet(criterion: Any, margin: float) -> torch.nn.Module:
+    squared = LpDistance(power=2, normalize_embeddings=False)
+    return pml_losses.TripletMarginLoss(margin=margin, distance=squared, reducer=MeanReducer())
+
+
+def library_npair(criterion: Any, l2npair: float) -> torch.nn.Module:
+    return pml_losses.NPairsLoss(distance=DotProductSimilarity(normalize_embeddings=False))
+
+
+@pytest.mark.parametrize(
+    ("loss", "library", "keywords"),
+    [
+        ("triplet", library_triplet, {"margin": 0.7}),
+        ("marginloss", library_margin, {"margin": 0.3, "nu": 0.2}),
+        ("npair", library_npair, {"l2npair": 0.0}),
+    ],
+)
+def test_losses_agree_with_the_library(
+    loss: str, library: Callable[..., torch.nn.Module], keywords: dict[str, Any]
+) -> None:
+    criterion = fixed_criterion(loss, **keywords)
+    batch = (0.6 * random_batch(dtype=torch.float64)).requires_grad_()
+    theirs = library(criterion, **keywords)
+    anchors, positives, negatives, *_ = torch.tensor(NPAIRS if loss == "npair" else TRIPLETS).T
+    value, expected = criterion(batch, LABELS), theirs(batch, LABELS, (anchors, positives, negatives))
+    torch.testing.assert_close(value, expected)
+    ours = torch.autograd.grad(value, (batch, *trainable(criterion)))
+    torch.testing.assert_close(ours, torch.autograd.grad(expected, (batch, *theirs.parameters())))
+
+
+def test_proxynca_agrees_with_the_library_whose_sum_has_the_positive_too() -> None:
+    criterion: Any = fixed_criterion("proxynca")
+    theirs = pml_losses.ProxyNCALoss(NUM_CLASSES, DIM, softmax_scale=9)  # length 3: squared distances nine-fold
+    theirs.proxies.data = criterion.proxies.detach()
+    for x, label in zip(random_batch(dtype=torch.float64)[:, None], LABELS[:, None]):
+        torch.testing.assert_close(torch.nn.functional.softplus(criterion(x, label)), theirs(x, label))
+
+
+def test_distance_probabilities_are_the_weights_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    def return_weights(*_: Any, weights: torch.Tensor, **__: Any) -> torch.Tensor:
+        return weights
+
+    monkeypatch.setattr(distance_weighted_miner.lmu, "get_random_triplet_indices", return_weights)
+    batch = unit_batch(4).double()
+    weights = DistanceWeightedMiner(cutoff=0.5, nonzero_loss_cutoff=1.4).mine(batch, LABELS, batch, LABELS)
+    expected = torch.zeros_like(weights)
+    ours = distance_probabilities(batch.tolist(), LABELS.tolist(), lower_cutoff=0.5, upper_cutoff=1.4)
+    for (a, _, n), probability in ours.items():
+        expected[a, n] += probability
+    paired = expected.sum(dim=1) > 0  # theirs has weights for anchors without a positive too
+    torch.testing.assert_close(weights[paired], expected[paired])
+    assert paired.sum() == 11
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nothing makes the host wait: fake CUDA tensors have no values to wait for
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def fake_cuda() -> Iterator[None]:
+    """New tensors are fake ones on CUDA; those made before are real and on the host."""
+    real_numpy = torch.Tensor.numpy
+
+    def numpy(tensor: torch.Tensor) -> Any:
+        with fake_tensor.unset_fake_temporarily():  # in the mode a real tensor's numpy() reads unset memory
+            return real_numpy(tensor)
+
+    with pytest.MonkeyPatch.context() as patch, fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
+        patch.setattr(torch.Tensor, "numpy", numpy)
+        with torch.device("cuda"):
+            yield
+
+
+def walk_backward(loss: torch.Tensor) -> dict[torch.Tensor, torch.Tensor]:
+    """The gradient for each leaf, by calling the graph's nodes one by one: `backward()` itself needs a CUDA driver."""
+    pending: dict[Any, torch.Tensor] = {loss.grad_fn: torch.ones_like(loss)}
+    gradients: dict[torch.Tensor, torch.Tensor] = {}
+    while pending:
+        node = max(pending, key=lambda node: node._sequence_nr())  # the latest: nothing else can still add to it
+        results = node(pending.pop(node))
+        for (following, _), result in zip(node.next_functions, results if isinstance(results, tuple) else [results]):
+            if following is None:
+                continue
+            if hasattr(following, "variable"):
+                leaf = following.variable
+                gradients[leaf] = gradients.get(leaf, 0) + result.sum_to_size(leaf.shape)
+            else:
+                pending[following] = pending.get(following, 0) + result
+    return gradients
+
+
+@pytest.mark.parametrize(
+    ("wait", "error"),
+    [
+        (lambda batch: batch.sum().item(), fake_tensor.DataDependentOutputException),
+        (lambda batch: bool((batch > 0).any()), fake_tensor.DataDependentOutputException),
+        (lambda batch: batch.nonzero(), fake_tensor.DynamicOutputShapeException),
+        (lambda batch: batch[batch > 0], fake_tensor.DynamicOutputShapeException),
+        (lambda batch: batch.cpu().numpy(), RuntimeError),
+    ],
+)
+def test_waiting_for_a_fake_tensor_raises(wait: Callable[[torch.Tensor], Any], error: type[Exception]) -> None:
+    with fake_cuda():
+        batch = torch.randn(4, 4)
+        assert batch.is_cuda
+        with pytest.raises(error):
+            wait(batch)
+
+
+@pytest.mark.parametrize("params", [{}, {"upper_cutoff": 1.4, "squared": True}])
+@pytest.mark.parametrize("method", METHODS)
+def test_samplers_do_not_wait(method: str, params: dict[str, Any]) -> None:
+    labels = LABELS.clone()
+    with fake_cuda():
+        tuples = Sampler(method, **params).give(torch.randn(len(labels), DIM), labels)
+        assert tuples.is_cuda
+        assert tuples.shape == ((4, 5) if method == "npair" else (12 if method == "random" else 11, 3))
+
+
+@pytest.mark.parametrize(("loss", "keywords"), CASES)
+def test_losses_do_not_wait(loss: str, keywords: dict[str, Any]) -> None:
+    def gradients() -> tuple[Criterion, torch.Tensor, torch.Tensor, dict[torch.Tensor, torch.Tensor]]:
+        seed_everything(0)
+        criterion = build(loss, Sampler(LOSSES[loss].sampling or "random"), **keywords)
+        batch = torch.randn(len(LABELS), DIM, requires_grad=True)
+        value = criterion(batch, labels)
+        return criterion, batch, value, walk_backward(value)
+
+    labels = LABELS.clone()
+    criterion, batch, value, walked = gradients()
+    value.backward()
+    for leaf in (batch, *trainable(criterion)):
+        torch.testing.assert_close(leaf.grad, walked[leaf])  # the walk does what backward() does
+
+    with fake_cuda():
+        criterion, batch, value, walked = gradients()
+        assert value.is_cuda
+        for leaf in (batch, *trainable(criterion)):
+            assert walked[leaf].is_cuda
+            assert walked[leaf].shape == leaf.shape
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Selection and flags
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def select(loss: str, *flags: str) -> tuple[Any, list[dict[str, Any]]]:
+    opt = main.resolve(main.parse_args(["--loss", loss, "--embed_dim", str(DIM), *flags]))
+    return losses.loss_select(loss, opt, [{"params": [], "lr": 1.0}], NUM_CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("loss", "flags", "lr"),
+    [
+        ("marginloss", [], 5e-4),
+        ("marginloss", ["--beta_lr", "0.3"], 0.3),
+        ("marginloss", ["--beta_constant"], None),
+        ("triplet", [], None),
+        ("npair", [], None),
+        ("proxynca", [], 1e-5),
+        ("proxynca", ["--proxy_lr", "0.3", "--lr", "0.1"], 0.3),
+        ("crossentropy", ["--lr", "0.1"], 0.1),
+    ],
+)
+def test_own_parameters_get_a_group_without_weight_decay(loss: str, flags: list[str], lr: float | None) -> None:
+    criterion, groups = select(loss, *flags)
+    assert groups[0] == {"params": [], "lr": 1.0}
+    assert len(groups) == (1 if lr is None else 2)
+    for group in groups[1:]:
+        assert (group["lr"], group["weight_decay"]) == (lr, 0)
+        assert list(map(id, group["params"])) == list(map(id, criterion.parameters()))
+
+
+# For each keyword of a loss that a flag sets, what shows that it arrived.
+ARRIVED: dict[str, Callable[[Any], Any]] = {
+    "margin": lambda criterion: criterion.margin,
+    "beta": lambda criterion: criterion.beta[0].item(),
+    "beta_lr": lambda criterion: criterion.lr,
+    "beta_constant": lambda criterion: criterion.beta_constant,
+    "nu": lambda criterion: criterion.nu,
+    "l2npair": lambda criterion: criterion.l2npair,
+    "proxy_lr": lambda criterion: criterion.lr,
+    "lr": lambda criterion: criterion.lr,
+}
+SET_ELSEWHERE = ("sampler", "num_classes", "embed_dim")
+
+
+@pytest.mark.parametrize(
+    ("loss", "keyword"),
+    [
+        (loss, name)
+        for loss in LOSSES
+        for name in inspect.signature(LOSSES[loss]).parameters
+        if name not in SET_ELSEWHERE
+    ],
+)
+def test_every_keyword_of_a_loss_has_a_flag(loss: str, keyword: str) -> None:
+    default = inspect.signature(LOSSES[loss]).parameters[keyword].default
+    given, arriving = ([], True) if default is False else (["0.625"], 0.625)
+    assert ARRIVED[keyword](select(loss)[0]) == pytest.approx(default)
+    assert ARRIVED[keyword](select(loss, f"--{keyword}", *given)[0]) == arriving
+
+
+def test_every_keyword_of_a_sampling_method_has_a_flag() -> None:
+    sampler = select("marginloss", "--sampling", "softhard", "--lower_cutoff", "0.7", "--upper_cutoff", "1.3")[
+        0
+    ].sampler
+    assert (sampler.method, sampler.params) == ("softhard", {"lower_cutoff": 0.7, "upper_cutoff": 1.3})
+    given_by_losses = {"batch", "labels", "margin", "squared", "_"}
+    for method in sampler.methods.values():
+        assert set(inspect.signature(method).parameters) <= given_by_losses | set(sampler.params)
+
+
+@pytest.mark.parametrize(
+    ("loss", "sampling", "chosen"),
+    [
+        ("marginloss", None, "distance"),
+        ("triplet", None, "distance"),
+        ("npair", None, "npair"),
+        ("npair", "npair", "npair"),
+        ("proxynca", None, None),
+        ("crossentropy", None, None),
+        ("marginloss", "semihard", "semihard"),
+        ("triplet", "random", "random"),
+    ],
+)
+def test_sampling_is_the_users_or_the_losss_own(loss: str, sampling: str | None, chosen: str | None) -> None:
+    assert losses.choose_sampling(loss, sampling) == chosen
+
+
+@pytest.mark.parametrize(
+    ("loss", "sampling", "reason"),
+    [
+        ("proxynca", "distance", "uses no tuples: leave --sampling out"),
+        ("crossentropy", "npair", "uses no tuples: leave --sampling out"),
+        ("npair", "semihard", "can't use the tuples of --sampling semihard: use --sampling npair"),
+        ("triplet", "npair", "can't use the tuples of --sampling npair: use --sampling distance"),
+        ("marginloss", "npair", "can't use the tuples of --sampling npair: use --sampling distance"),
+    ],
+)
+def test_sampling_that_the_loss_cannot_use_is_refused(loss: str, sampling: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        select(loss, "--sampling", sampling)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Determinism
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "method"),
+    [("proxynca", None), ("crossentropy", None), ("npair", "npair")]
+    + [(loss, method) for loss in ("triplet", "marginloss") for method in METHODS if method != "npair"],
+)
+def test_gradients_of_a_seed_are_bit_identical(loss: str, method: str | None) -> None:
+    labels = torch.arange(28).repeat_interleave(4)  # 112 images, D = 512: parallel additions do differ at this size
+
+    def gradients() -> list[torch.Tensor]:
+        seed_everything(5)
+        keywords: dict[str, Any] = {"num_classes": 28, "embed_dim": 512, "sampler": Sampler(method or "distance")}
+        asked = inspect.signature(LOSSES[loss]).parameters
+        criterion = LOSSES[loss](**{name: keywords[name] for name in keywords if name in asked})
+        batch = torch.nn.functional.normalize(torch.randn(112, 512), dim=1).requires_grad_()
+        return list(torch.autograd.grad(criterion(batch, labels), (batch, *criterion.parameters())))
+
+    torch.set_num_threads(2)
+    first = gradients()
+    for _ in range(5):
+        assert all(torch.equal(one, other) for one, other in zip(first, gradients()))

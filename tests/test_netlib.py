@@ -1,0 +1,403 @@
+"""netlib.py and googlenet.py: every architecture, frozen BatchNorm, input transforms, and weights from anywhere."""
+
+from __future__ import annotations
+
+import argparse
+import urllib.error
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.models as models
+from torch import nn
+from torchvision.models import _api, regnet
+
+import netlib
+from auxiliaries import FlagParser, UserError
+from netlib import ARCHS, Arch, EmbeddingNet, networkselect
+
+NO_LINEAR_LAYER = {"squeezenet1_0", "squeezenet1_1"}  # they end in a convolution
+
+Downloads = list[str]
+
+
+def flags(arch: str = "resnet18", **changes: Any) -> argparse.Namespace:
+    """Resolved flags of a small network for small images."""
+    values = {"weights": None, "embed_dim": 16, "normalize": True, "freeze_batchnorm": True, "crop_size": 32}
+    return argparse.Namespace(arch=arch, **{"not_pretrained": False, **values, **changes})
+
+
+def images(size: int = 32, count: int = 4, seed: int = 0) -> torch.Tensor:
+    return torch.randint(
+        0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def randomise_batchnorm(network: nn.Module, seed: int = 0) -> None:
+    """Gives BatchNorm statistics of a trained network's kind, so that nothing passes by being 0 or 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.normal_(0, 0.1, generator=generator)
+            module.running_var.uniform_(0.8, 1.2, generator=generator)
+
+
+def published(arch: str) -> dict[str, torch.Tensor]:
+    """A state dict as torchvision publishes it: with a classifier of 1000 and GoogLeNet's auxiliary classifiers."""
+    torch.manual_seed(0)
+    more: dict[str, Any] = {} if arch == "resnet18" else {"init_weights": False}
+    network = models.get_model(arch, weights=None, **more)
+    randomise_batchnorm(network)
+    return network.state_dict()
+
+
+@pytest.fixture(autouse=True)
+def downloads(monkeypatch: pytest.MonkeyPatch) -> Downloads:
+    """No test downloads: attempts fail as without a network, and their addresses are listed."""
+    tried: Downloads = []
+
+    def fail(url: str, *args: Any, **kwargs: Any) -> None:
+        tried.append(url)
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(_api, "load_state_dict_from_url", fail)
+    return tried
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, torch.Tensor]], None]:
+    """A function that makes every download give a state dict."""
+
+    def give(state: dict[str, torch.Tensor]) -> None:
+        monkeypatch.setattr(_api, "load_state_dict_from_url", lambda *args, **kwargs: state)
+
+    return give
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Architectures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def output_shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+    """Shapes of the embeddings of all EmbeddingNets while a test builds some, quickly, on the meta device."""
+    shapes: list[tuple[int, ...]] = []
+
+    def record(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(module, EmbeddingNet):
+            shapes.append(tuple(output.shape))
+
+    def block_params(*args: Any, original: Any = regnet.BlockParams.from_init_params, **kwargs: Any) -> Any:
+        with torch.device("cpu"):  # it computes widths with tensors
+            return original(*args, **kwargs)
+
+    monkeypatch.setattr(regnet.BlockParams, "from_init_params", block_params)
+    for name in ("kaiming_normal_", "kaiming_uniform_", "trunc_normal_", "normal_", "uniform_", "xavier_uniform_"):
+        monkeypatch.setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)  # slow, and without effect there
+    hook = nn.modules.module.register_module_forward_hook(record)
+    yield shapes
+    hook.remove()
+
+
+@pytest.mark.parametrize("arch", sorted(ARCHS.keys() - NO_LINEAR_LAYER))
+def test_every_architecture_embeds_images_of_its_size(
+    arch: str, output_shapes: list[tuple[int, ...]], downloads: Downloads
+) -> None:
+    """Rebuilt without its weights, as for a run's checkpoint, and on the meta device: shapes only."""
+    with torch.device("meta"):
+        net = networkselect(flags(arch, crop_size=ARCHS[arch].crop_size, embed_dim=48), load_pretrained=False)
+    assert output_shapes == [(1, 48)]
+    assert net.training
+    assert not any(isinstance(module, nn.Linear) and module.out_features == 1000 for module in net.modules())
+    assert not downloads
+
+
+@pytest.mark.parametrize("arch", sorted(NO_LINEAR_LAYER))
+def test_an_architecture_without_a_linear_layer_is_refused(arch: str) -> None:
+    with pytest.raises(UserError, match=f"--arch {arch} does not end in a Linear layer"):
+        networkselect(flags(arch, not_pretrained=True))
+
+
+@pytest.mark.parametrize(
+    ("arch", "crop_size", "resize", "embed_dim"),
+    [("resnet50", 224, 256, 128), ("googlenet", 227, 256, 512), ("inception_v3", 299, 342, 128)],
+)
+def test_default_sizes(arch: str, crop_size: int, resize: int, embed_dim: int) -> None:
+    row = ARCHS[arch]
+    assert (row.crop_size, row.resize, row.embed_dim) == (crop_size, resize, embed_dim)
+    assert (row.mean, row.std) == (netlib.IMAGENET_MEAN, netlib.IMAGENET_STD)
+
+
+def test_images_of_a_size_that_the_network_cannot_take_are_refused() -> None:
+    with torch.device("meta"), pytest.raises(UserError, match=r"vit_b_16 .* --crop_size 32 .* try 224"):
+        networkselect(flags("vit_b_16", crop_size=32), load_pretrained=False)
+
+
+def test_an_architecture_of_ones_own_needs_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def build(pretrained: bool, load: bool) -> tuple[nn.Module, int]:
+        calls.append((pretrained, load))
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), 3
+
+    monkeypatch.setitem(ARCHS, "tiny", Arch(build, crop_size=8, embed_dim=2, mean=(0, 0, 0), std=(1, 0.5, 1)))
+    parser = FlagParser()
+    netlib.add_arguments(parser)
+    assert parser.parse_args(["--arch", "tiny"]).arch == "tiny"
+    net = networkselect(flags("tiny", crop_size=8, embed_dim=2))
+    networkselect(vars(flags("tiny", crop_size=8, embed_dim=2, not_pretrained=True)))
+    assert calls == [(True, True), (False, False)]
+    pooled = images().float().mean(dim=(2, 3)) / torch.tensor([255, 127.5, 255])
+    torch.testing.assert_close(net(images()), F.normalize(net.embedding(pooled), dim=1))
+
+
+def test_resnet50_is_torchvisions_with_a_linear_embedding(serve: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    torch.manual_seed(0)
+    reference = models.resnet50(weights=None).eval()
+    randomise_batchnorm(reference)
+    serve(reference.state_dict())
+    net = networkselect(flags("resnet50", normalize=False)).eval()
+    reference.fc = nn.Identity()
+    normalised = models.ResNet50_Weights.IMAGENET1K_V1.transforms(crop_size=32, resize_size=32)(images())
+    with torch.inference_mode():
+        torch.testing.assert_close(net(images()), net.embedding(reference(normalised)), rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The embedding network
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def small_net(**settings: Any) -> EmbeddingNet:
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return EmbeddingNet(backbone, 6, 5, **settings)
+
+
+def test_images_are_normalised_on_the_way_in() -> None:
+    mean, std = (0.1, 0.5, 0.9), (0.2, 0.3, 0.4)
+    net = EmbeddingNet(nn.Flatten(), 3 * 32 * 32, 4, normalize=False, mean=mean, std=std)
+    seen: list[torch.Tensor] = []
+    net.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    net(images())
+    expected = (images() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(seen[0], expected)
+
+
+def test_embeddings_have_length_one_only_with_normalize() -> None:
+    lengths = small_net(normalize=True)(images()).norm(dim=1)
+    torch.testing.assert_close(lengths, torch.ones(4))
+    plain = small_net(normalize=False)(images())
+    assert (plain.norm(dim=1) - 1).abs().min() > 0.01
+    torch.testing.assert_close(small_net(normalize=True)(images()), plain / plain.norm(dim=1, keepdim=True))
+
+
+def test_frozen_batchnorm_keeps_its_statistics_and_learns_on() -> None:
+    net = small_net(freeze_batchnorm=True).eval().train()
+    batchnorm = net.backbone[1]  # type: ignore[index]
+    before = {name: buffer.clone() for name, buffer in batchnorm.named_buffers()}
+    net(images())[:, 0].sum().backward()
+    for name, buffer in batchnorm.named_buffers():  # mean, variance, number of batches
+        assert torch.equal(buffer, before[name]), name
+    assert net.training
+    assert net.backbone.training
+    assert not batchnorm.training
+    for parameter in batchnorm.parameters():
+        assert parameter.requires_grad
+        assert parameter.grad is not None
+        assert parameter.grad.abs().sum() > 0
+    assert not any("train" in vars(module) for module in net.modules())
+    assert "freeze_batchnorm=True" in repr(net)
+
+
+def test_batchnorm_that_is_not_frozen_updates_its_statistics() -> None:
+    net = small_net(freeze_batchnorm=False).train()
+    batchnorm = net.backbone[1]  # type: ignore[index]
+    net(images())
+    assert batchnorm.training
+    assert batchnorm.num_batches_tracked == 1
+    assert batchnorm.running_mean.abs().sum() > 0
+    assert "freeze_batchnorm=False" in repr(net)
+
+
+@pytest.mark.parametrize(("fc_lr_mul", "learning_rates"), [(0, [0.1]), (3, [0.1, 0.3])])
+def test_parameter_groups(fc_lr_mul: float, learning_rates: list[float]) -> None:
+    net = small_net()
+    groups = net.parameter_groups(lr=0.1, decay=0.01, fc_lr_mul=fc_lr_mul)
+    assert [group["lr"] for group in groups] == pytest.approx(learning_rates)
+    assert {group["weight_decay"] for group in groups} == {0.01}
+    given = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(given) == len(set(given))
+    assert set(given) == set(map(id, net.parameters()))
+    assert {id(p) for p in groups[-1]["params"]} >= set(map(id, net.embedding.parameters()))
+    torch.optim.Adam(groups)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GoogLeNet's input
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def googlenet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "googlenet.pth"
+    torch.save(published("googlenet"), path)
+    return path
+
+
+def googlenet_flags(**changes: Any) -> argparse.Namespace:
+    return flags("googlenet", crop_size=64, embed_dim=8, normalize=False, **changes)
+
+
+@pytest.mark.parametrize("source", ["download", "--weights", "rebuilt"])
+def test_googlenet_converts_its_input_wherever_its_weights_come_from(
+    source: str, googlenet_file: Path, serve: Callable[[dict[str, torch.Tensor]], None]
+) -> None:
+    weights = torch.load(googlenet_file)
+    if source == "download":
+        serve(dict(weights))
+    net = networkselect(
+        googlenet_flags(weights=str(googlenet_file) if source == "--weights" else None), source != "rebuilt"
+    ).eval()
+    if source == "rebuilt":
+        net.backbone.load_state_dict({name: weights[name] for name in net.backbone.state_dict()})
+
+    reference = models.googlenet(weights=None, aux_logits=False, transform_input=False, init_weights=False).eval()
+    reference.load_state_dict(weights, strict=False)
+    reference.fc = nn.Identity()
+    with torch.inference_mode():
+        features = reference((images(64) / 255 - 0.5) / 0.5)  # what these weights were trained on
+        torch.testing.assert_close(net(images(64)), net.embedding(features), rtol=1e-4, atol=1e-4)
+
+
+def test_googlenet_from_scratch_takes_its_input_as_it_is() -> None:
+    with torch.device("meta"):
+        rebuilt = networkselect(vars(googlenet_flags(not_pretrained=True)))
+    net = networkselect(googlenet_flags(not_pretrained=True)).train()
+    assert rebuilt.backbone.transform_input is net.backbone.transform_input is False
+    assert not net.backbone.aux_logits
+    assert (net.embedding.in_features, net.backbone.aux1, net.backbone.aux2) == (1024, None, None)
+    assert net(images(64)).shape == (4, 8)  # a tensor in training too, no tuple
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "googlenet", "inception_v3"])
+def test_a_run_is_rebuilt_from_its_parameters_without_a_download(
+    arch: str, downloads: Downloads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opt = flags(arch, crop_size=96, weights="/long/gone.pth")
+    rebuilt = networkselect(vars(opt))
+    assert not downloads
+    state = published(arch)
+    monkeypatch.setattr(_api, "load_state_dict_from_url", lambda *args, **kwargs: state)
+    trained = networkselect(flags(arch, crop_size=96))
+    own = trained.backbone.state_dict()
+    assert all(torch.equal(own[name], state[name]) for name in own)
+    assert list(rebuilt.state_dict()) == list(trained.state_dict())
+    rebuilt.load_state_dict(trained.state_dict())
+    with torch.inference_mode():
+        torch.testing.assert_close(rebuilt.eval()(images(96)), trained.eval()(images(96)))
+
+
+@pytest.mark.parametrize(
+    ("arch", "weights"),
+    [
+        ("resnet50", models.ResNet50_Weights.IMAGENET1K_V1),
+        ("googlenet", models.GoogLeNet_Weights.IMAGENET1K_V1),
+        ("efficientnet_b0", models.EfficientNet_B0_Weights.DEFAULT),
+    ],
+)
+def test_weights_are_downloaded_or_asked_for(arch: str, weights: models.WeightsEnum, downloads: Downloads) -> None:
+    with pytest.raises(UserError, match=rf"weights of {arch} .*--weights FILE.*--not_pretrained"):
+        networkselect(flags(arch))
+    assert downloads == [weights.url]
+
+
+def test_a_download_that_ends_early_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_off(*args: Any, **kwargs: Any) -> None:  # as torch.hub reports it
+        raise RuntimeError('invalid hash value (expected "f37072fd", got "00000000")')
+
+    monkeypatch.setattr(_api, "load_state_dict_from_url", cut_off)
+    with pytest.raises(UserError, match="--weights FILE"):
+        networkselect(flags())
+
+
+def test_a_broken_file_among_torchs_downloads_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # nothing is fetched: the file is there
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cached = tmp_path / "hub" / "checkpoints" / models.ResNet18_Weights.DEFAULT.url.rsplit("/", 1)[1]
+    cached.parent.mkdir(parents=True)
+    torch.save({"conv1.weight": torch.zeros(1000)}, cached)
+    cached.write_bytes(cached.read_bytes()[:2000])
+    with pytest.raises(UserError, match="--weights FILE"):
+        networkselect(flags())
+
+
+def test_weights_from_a_published_state_dict_of_another_number_of_classes(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    state = models.resnet18(weights=None, num_classes=7).state_dict()
+    torch.save(state, tmp_path / "resnet18.pth")
+    own = networkselect(flags(weights=str(tmp_path / "resnet18.pth"))).backbone.state_dict()
+    assert own.keys() == state.keys() - {"fc.weight", "fc.bias"}
+    assert all(torch.equal(own[name], state[name]) for name in own)
+
+
+def test_weights_from_a_runs_checkpoint(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    trained = networkselect(flags(not_pretrained=True))
+    torch.save({"epoch": 3, "state_dict": trained.state_dict()}, tmp_path / "checkpoint.pth.tar")
+    net = networkselect(flags(weights=str(tmp_path / "checkpoint.pth.tar"), embed_dim=9))
+    own, state = net.backbone.state_dict(), trained.backbone.state_dict()
+    assert all(torch.equal(own[name], state[name]) for name in own)
+    assert net.embedding.out_features == 9
+
+
+def other_shape() -> Any:
+    state = models.resnet18(weights=None).state_dict()
+    return {**state, "layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1)}
+
+
+def without_first_layer() -> Any:
+    state = models.resnet18(weights=None).state_dict()
+    return {"state_dict": {f"backbone.{name}": value for name, value in state.items() if name != "conv1.weight"}}
+
+
+UNFITTING: dict[str, tuple[Callable[[], Any], str]] = {
+    "an entry's shape": (other_shape, r"layer1\.0\.conv1\.weight"),
+    "a missing entry": (without_first_layer, r"conv1\.weight"),
+    "another network": (lambda: models.mobilenet_v3_small(weights=None).state_dict(), r"conv1\.weight"),
+    "a deeper network": (lambda: models.resnet34(weights=None).state_dict(), r"layer1\.2"),
+    "a tensor": (lambda: torch.zeros(3), ""),
+    "a number": (lambda: 3, ""),
+    "a list as state_dict": (lambda: {"state_dict": [1]}, ""),
+}
+
+
+@pytest.mark.parametrize(("make", "entry"), UNFITTING.values(), ids=UNFITTING)
+def test_weights_that_do_not_fit_name_the_file_and_the_entry(
+    make: Callable[[], Any], entry: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "some_weights.pth"
+    torch.save(make(), path)
+    with pytest.raises(UserError, match=rf"some_weights\.pth.*{entry}"):
+        networkselect(flags(weights=str(path)))
+
+
+@pytest.mark.parametrize("kept", [None, 0, 1000], ids=["missing", "empty", "cut off"])
+def test_weights_that_cannot_be_read_name_the_file(kept: int | None, tmp_path: Path) -> None:
+    path = tmp_path / "some_weights.pth"
+    if kept is not None:
+        torch.save({"conv1.weight": torch.zeros(1000)}, path)
+        path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"some_weights\.pth"):
+        networkselect(flags(weights=str(path)))

@@ -1,0 +1,168 @@
+"""What the README and Sample_Runs.sh tell a user to do, done."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL
+from PIL import Image
+
+import datasets
+import main
+import netlib
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EDIT = re.compile(
+    r"^`(\w+\.py)`, (?:at the end|after the line `(.+?)`):\n\n```python\n(.*?)^```", re.MULTILINE | re.DOTALL
+)
+LISTED = subprocess.run(
+    ["bash", "Sample_Runs.sh", "--list"], cwd=ROOT, capture_output=True, text=True, check=True
+).stdout
+RUNS = {name: flags.split() for name, _, flags in (line.partition(" ") for line in LISTED.splitlines())}
+TRAINING_CLASSES = {"cub200": 100, "cars196": 98, "online_products": 11318, "in-shop": 3997}
+
+
+def test_readme_extensions_work_together(tiny_source: Path, tmp_path: Path) -> None:
+    """A copy of the repository, edited as the README says, trains with what its examples add."""
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    edits = EDIT.findall(README)
+    assert {file for file, _, _ in edits} == {"losses.py", "datasets.py", "netlib.py", "evaluate.py"}
+    for file, line, code in edits:
+        text = (tmp_path / file).read_text(encoding="utf-8")
+        if line:
+            assert text.count(f"{line}\n") == 1, f"{file} has no such line: {line}"
+            text = text.replace(f"{line}\n", f"{line}\n{code}")
+        else:
+            text += f"\n\n{code}"
+        (tmp_path / file).write_text(text, encoding="utf-8")
+    shutil.copytree(tiny_source / "tiny", tmp_path / "Datasets" / "odd_even")
+    command = re.search(r"^python (main\.py --dataset odd_even .*)$", README, re.MULTILINE)
+    assert command
+    small = ["--crop_size", "32", "--gpu", "-1", "--kernels", "0", "--n_epochs", "1", "--bs", "8", "--savename", "run"]
+    done = subprocess.run(
+        [sys.executable, *shlex.split(command[1]), *small], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    header = (tmp_path / "Training_Results/odd_even/run/log_val_Base.csv").read_text().splitlines()[0]
+    assert header == "Epochs,Time,NMI,F1,Recall @ 1,Recall @ 2,Recall @ 4,Recall @ 8,Mean rank"
+
+
+def test_readme_names_every_flag_and_every_run() -> None:
+    for name in vars(main.parse_args([])):
+        assert f"--{name}" in README, name
+    for run in RUNS:
+        assert run.split("-")[0] in README
+
+
+def test_readme_pictures_exist() -> None:
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
+    assert len(pictures) >= 2
+    for picture in pictures:
+        assert (ROOT / picture).is_file()
+
+
+def test_published_settings_are_all_there() -> None:
+    """PROTOCOLS, section 5: epochs and milestones of the first table and of the GoogLeNet list."""
+    published = {
+        ("cub200", "resnet50"): {"margin": "50 30", "triplet": "50 30", "npair": "55 35", "proxynca": "40 25"},
+        ("cars196", "resnet50"): {"margin": "70 45", "triplet": "70 45", "npair": "85 55", "proxynca": "40 25"},
+        ("online_products", "resnet50"): {"margin": "40 30", "triplet": "40 30", "npair": "25 15 20"},
+        ("in-shop", "resnet50"): {"margin": "40 25", "triplet": "40 25", "npair": "40 25"},
+        ("cub200", "googlenet"): {
+            "margin": "60 10 20 30 40 50",
+            "triplet": "70 15 40 60",
+            "npair": "150 100",
+            "proxynca": "25 7 17",
+        },
+        ("cars196", "googlenet"): {
+            "margin": "70 30 50",
+            "triplet": "70 30 50",
+            "npair": "85 40 65",
+            "proxynca": "40 20 30",
+        },
+        ("online_products", "googlenet"): {"margin": "20 2 6", "triplet": "40 10", "npair": "20 2 6"},
+        ("in-shop", "googlenet"): {"margin": "40 25", "triplet": "40 25", "npair": "40 25"},
+    }
+    names = {f"{data}-{arch}-{loss}" for (data, arch), of_loss in published.items() for loss in of_loss}
+    assert set(RUNS) == {"demo", *names}
+    for (data, arch), of_loss in published.items():
+        for loss, numbers in of_loss.items():
+            opt = main.resolve(main.parse_args(RUNS[f"{data}-{arch}-{loss}"]))
+            assert f"{opt.n_epochs} {' '.join(map(str, opt.tau))}" == numbers
+            assert (opt.dataset, opt.arch, opt.bs, opt.decay, opt.gamma) == (data, arch, 112, 4e-4, 0.3)
+            assert (opt.lr, opt.embed_dim, opt.crop_size) == (
+                (1e-5, 128, 224) if arch == "resnet50" else (1e-4, 512, 227)
+            )
+            assert opt.samples_per_class == (1 if loss == "proxynca" else 4)
+
+
+@pytest.fixture(scope="module")
+def full_size_trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder trees with the real number of training classes; every image is the same file."""
+    source = tmp_path_factory.mktemp("full_size")
+    image = source / "image.jpg"
+    Image.new("RGB", (24, 24), "teal").save(image)
+    for name, classes in TRAINING_CLASSES.items():
+        for label in range(2 * classes):
+            folder = source / name / "images" / f"{label:05d}"
+            folder.mkdir(parents=True)
+            for number in range(4 if label < classes else 2):
+                os.link(image, folder / f"{number}.jpg")
+    return source
+
+
+def stand_in(pretrained: bool, load: bool) -> tuple[torch.nn.Module, int]:
+    """A network as small as can be."""
+    pooled = torch.nn.AdaptiveAvgPool2d(2)
+    return torch.nn.Sequential(pooled, torch.nn.Flatten()), 12
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "demo"])
+def test_published_settings_train_for_a_step(
+    name: str, full_size_trees: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*RUNS[name], "--source_path", str(full_size_trees), "--save_path", str(tmp_path), "--kernels", "0"]
+    opt = main.parse_args([*flags, "--crop_size", "16", "--n_epochs", "1", "--gpu", "-1", "--savename", "run"])
+    for arch in ("resnet50", "googlenet"):
+        monkeypatch.setitem(netlib.ARCHS, arch, netlib.Arch(stand_in, embed_dim=netlib.ARCHS[arch].embed_dim))
+    monkeypatch.setitem(datasets.DATASETS, opt.dataset, datasets.Source(read_first_classes))
+    form = datasets.BaseTripletDataset.set_epoch
+
+    def one_batch(self: datasets.BaseTripletDataset, epoch: int) -> None:
+        form(self, epoch)
+        del self.batches[1:]
+
+    monkeypatch.setattr(datasets.BaseTripletDataset, "set_epoch", one_batch)
+    metrics = main.main(opt)
+    assert metrics["Recall @ 1"] == 0  # all images are the same, and ties count against the network
+
+
+def read_first_classes(root: Path) -> datasets.Splits:
+    """All training classes; of the test classes, whose number doesn't matter here, the first eight."""
+    images = datasets.read_class_folders(root / "images")
+    classes = TRAINING_CLASSES[root.name]
+    label = images.labels[:, 0]
+    test = images.subset((label >= classes) & (label < classes + 8))
+    return datasets.Splits(images.subset(label < classes), test=[datasets.RetrievalSet("test", test)])
+
+
+def test_sample_runs_refuses_an_unknown_name() -> None:
+    done = subprocess.run(["bash", "Sample_Runs.sh", "nothing"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "nothing is none of the runs" in done.stderr
+
+
+def test_demo_starts_on_small_settings(tmp_path: Path) -> None:
+    """The demo's flags, on a few rendered characters."""
+    opt = main.resolve(main.parse_args(RUNS["demo"]))
+    assert (opt.dataset, opt.not_pretrained, opt.check_untrained_accuracy) == ("glyphs", True, True)
+    assert SMALL[1] == opt.arch or opt.arch in netlib.ARCHS
