@@ -16,7 +16,7 @@ runs() {
     local proxynca="--loss proxynca"
     local demo="--dataset glyphs --arch resnet18 --not_pretrained --check_untrained_accuracy --savename demo"
     cat <<TABLE
-demo                                      $demo $margin --crop_size 32 --lr 1e-3 --n_epochs 10 --tau 7
+demo                                      $demo $margin --crop_size 48 --bs 56 --lr 1e-3 --n_epochs 4 --tau 3
 cub200-resnet50-margin                    --dataset cub200 $resnet $margin --n_epochs 50 --tau 30
 cub200-resnet50-triplet                   --dataset cub200 $resnet $semihard --n_epochs 50 --tau 30
 cub200-resnet50-npair                     --dataset cub200 $resnet $npair --n_epochs 55 --tau 35

@@ -7,7 +7,8 @@ k-means clustering, retrieval metrics by Euclidean distance, the query excluded 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +85,7 @@ class EmbeddingSpace:
         self.is_self = gallery is None
         self.gallery = self.query if gallery is None else torch.as_tensor(gallery).float()
         self.gallery_labels = self.query_labels if gallery_labels is None else np.asarray(gallery_labels)
-        if not (self.query.isfinite().all() and self.gallery.isfinite().all()):
+        if not all(points.square().sum(dim=1).isfinite().all() for points in (self.query, self.gallery)):
             raise UserError("the network's embeddings are not finite: lower --lr, or check the weights it started from")
         classes, counts = np.unique(self.gallery_labels, return_counts=True)
         size = dict(zip(classes.tolist(), counts.tolist()))
@@ -94,44 +95,59 @@ class EmbeddingSpace:
     def negatives_ahead(self) -> np.ndarray:
         """For each query, how many items of other classes are at least as near as its nearest positive, `(Q,)` int64.
 
-        The query finds a positive among its k nearest, ties counted against it, when this is below k. Works tile by
-        tile, so that memory stays small; a value is only compared with values of products of the same shape, since
-        another shape may round differently.
+        The query finds a positive among its k nearest, ties counted against it, when this is below k.
         """
-        queries, query_order, query_labels = self._sorted_tiles(self.query, self.query_labels, QUERY_TILE, False)
-        gallery, gallery_order, gallery_labels = self._sorted_tiles(
-            self.gallery, self.gallery_labels, GALLERY_TILE, True
-        )
-        scores = queries.new_empty(QUERY_TILE, GALLERY_TILE)
         ahead = np.empty(len(self.query), np.int64)
-        for row in range(0, len(queries), QUERY_TILE):
-            tile = queries[row : row + QUERY_TILE]
-            labels, order = query_labels[row : row + QUERY_TILE], query_order[row : row + QUERY_TILE]
-            # Sorted by label, the items of the tile's classes stand together.
-            first = np.searchsorted(gallery_labels, labels[0]) // GALLERY_TILE * GALLERY_TILE
-            last = np.searchsorted(gallery_labels, labels[-1], side="right")
-            same_class: dict[int, torch.Tensor] = {}
-            nearest = queries.new_full((QUERY_TILE,), -torch.inf)
-            for column in range(first, last, GALLERY_TILE):
-                same = labels[:, None] == gallery_labels[column : column + GALLERY_TILE]
-                found = same
-                if self.is_self:
-                    found = same & (order[:, None] != gallery_order[column : column + GALLERY_TILE])
-                same_class[column] = self._tile_mask(same)
-                torch.mm(tile, gallery[column : column + GALLERY_TILE].T, out=scores)
-                nearest = torch.maximum(nearest, scores.masked_fill_(~self._tile_mask(found), -torch.inf).amax(dim=1))
-            counts = torch.zeros_like(nearest, dtype=torch.int64)
-            for column in range(0, len(gallery), GALLERY_TILE):
-                torch.mm(tile, gallery[column : column + GALLERY_TILE].T, out=scores)
-                at_least_as_near = scores.ge_(nearest[:, None])  # 0 and 1 in the scores' own memory
-                if column in same_class:
-                    at_least_as_near.masked_fill_(same_class[column], 0)
-                counts += at_least_as_near.sum(dim=1).long()
-            ahead[order] = counts[: len(order)].cpu().numpy()
+        for queries, counts in self._count_negatives(nearest_only=True):
+            ahead[queries] = counts[:, 0].cpu().numpy()
         return ahead
 
+    def _count_negatives(self, nearest_only: bool) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """For positives of each query, how many items of other classes are at least as near.
+
+        Works tile by tile, so that memory stays small. A value is only compared with values of products of the same
+        shape, since another shape may round differently.
+
+        Yields:
+            A tile of queries: their positions `(rows,)`, and counts `(rows, M)`, for the nearest positive only or for
+            all of them, nearest first; a query with fewer positives has counts without meaning at the end.
+        """
+        queries, query_order, query_labels = self._sorted_tiles(self.query, self.query_labels, QUERY_TILE, False)
+        gallery, _, gallery_labels = self._sorted_tiles(self.gallery, self.gallery_labels, GALLERY_TILE, True)
+        scores = queries.new_empty(QUERY_TILE, GALLERY_TILE)
+        for row in range(0, len(queries), QUERY_TILE):
+            labels, order = query_labels[row : row + QUERY_TILE], query_order[row : row + QUERY_TILE]
+            rows = queries[row : row + QUERY_TILE]
+            # Sorted by label, the items of a query's class stand together, from its start to its end.
+            bounds = np.zeros((2, QUERY_TILE), np.int64)
+            bounds[:, : len(labels)] = [np.searchsorted(gallery_labels, labels, side) for side in ("left", "right")]
+            start, end = torch.from_numpy(bounds).to(rows.device)[:, :, None]
+            with_positives = range(bounds[0, 0] // GALLERY_TILE * GALLERY_TILE, bounds.max(), GALLERY_TILE)
+
+            columns = start + torch.arange(max(1, int((bounds[1] - bounds[0]).max())), device=rows.device)
+            positives = rows.new_full(columns.shape, -torch.inf)
+            for column in with_positives:
+                torch.mm(rows, gallery[column : column + GALLERY_TILE].T, out=scores)
+                here = (columns >= column) & (columns < column + GALLERY_TILE) & (columns < end)
+                found = scores.gather(1, (columns - column).clamp(0, GALLERY_TILE - 1))
+                positives = torch.where(here, found, positives)
+            if self.is_self:
+                itself = torch.arange(row, row + QUERY_TILE, device=rows.device)[:, None]
+                positives.masked_fill_(columns == itself, -torch.inf)
+            nearest = positives.amax(1, keepdim=True) if nearest_only else positives.sort(dim=1, descending=True).values
+
+            counts = torch.zeros_like(nearest, dtype=torch.int64)
+            for column in range(0, len(gallery), GALLERY_TILE):
+                torch.mm(rows, gallery[column : column + GALLERY_TILE].T, out=scores)
+                if column in with_positives:
+                    columns = torch.arange(column, column + GALLERY_TILE, device=rows.device)
+                    scores.masked_fill_((columns >= start) & (columns < end), -torch.inf)
+                counts += _count_at_least(scores, nearest)
+            yield order, counts[: len(order)]
+
+    @staticmethod
     def _sorted_tiles(
-        self, points: torch.Tensor, labels: np.ndarray, tile: int, is_gallery: bool
+        points: torch.Tensor, labels: np.ndarray, tile: int, is_gallery: bool
     ) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
         """Points sorted by label, filled up to whole tiles, with a further dimension that makes products distances.
 
@@ -142,20 +158,13 @@ class EmbeddingSpace:
         """
         order = np.argsort(labels, kind="stable")
         sorted_points = points[torch.from_numpy(order).to(points.device)]
-        extra = (
-            -0.5 * sorted_points.square().sum(1, keepdim=True) if is_gallery else torch.ones_like(sorted_points[:, :1])
-        )
+        lengths = sorted_points.square().sum(dim=1, keepdim=True)
+        extra = -0.5 * lengths if is_gallery else torch.ones_like(lengths)
         padding = -len(order) % tile
         filled = F.pad(torch.cat([sorted_points, extra], dim=1), (0, 0, 0, padding))
         if is_gallery and padding:
             filled[-padding:, -1] = torch.finfo(filled.dtype).min  # farther than anything
         return filled, order, labels[order]
-
-    def _tile_mask(self, mask: np.ndarray) -> torch.Tensor:
-        """A bool mask filled up to a whole tile, on the embeddings' device."""
-        rows, columns = mask.shape
-        filled = torch.from_numpy(mask).to(self.query.device)
-        return F.pad(filled, (0, GALLERY_TILE - columns, 0, QUERY_TILE - rows))
 
     def neighbours(self, chosen: np.ndarray, k: int) -> np.ndarray:
         """The k nearest gallery items `(len(chosen), min(k, G))` of the chosen queries, without the query itself."""
@@ -190,20 +199,36 @@ class EmbeddingSpace:
 
     @cached_property
     def clusters(self) -> np.ndarray:
-        """`(N,)` the k-means cluster of every point: 20 iterations on all points, k = number of their classes."""
+        """`(N,)` the k-means cluster of every point: 20 iterations on all points, k = number of their classes.
+
+        It starts from k random points, different ones as far as there are, without which classes that fall on one
+        point each would not be told apart.
+        """
         points = _as_numpy(self.points)
         k = len(np.unique(self.labels))
+        rng = np.random.default_rng(0)
+        rows = points.view(np.dtype((np.void, points.strides[0]))).ravel()
+        start = rng.permutation(np.unique(rows, return_index=True)[1])[:k]
+        start = np.concatenate([start, rng.choice(len(points), k - len(start), replace=False)])
         if faiss is None:
             _warn_of_sklearn()
-            return KMeans(k, max_iter=20, n_init=1, random_state=0).fit_predict(points)
+            return KMeans(k, init=points[start], max_iter=20, n_init=1, random_state=0).fit_predict(points)
         settings: dict[str, Any] = {"niter": 20, "seed": 0, "gpu": self._use_faiss_gpu()}
         settings |= {"min_points_per_centroid": 1, "max_points_per_centroid": 10**9}  # or it drops points
         kmeans = faiss.Kmeans(points.shape[1], k, **settings)
-        kmeans.train(points)
+        kmeans.train(points, init_centroids=points[start])
         return kmeans.index.search(points, 1)[1][:, 0]
 
     def _use_faiss_gpu(self) -> bool:
         return self.query.is_cuda and faiss.get_num_gpus() > 0
+
+
+def _count_at_least(scores: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
+    """How many scores `(rows, columns)` of a row reach each of its thresholds `(rows, M)`; overwrites the scores."""
+    if thresholds.shape[1] == 1:
+        return scores.ge_(thresholds).sum(dim=1, keepdim=True).long()  # 0 and 1 in the scores' own memory
+    reached = [(scores >= threshold).sum(dim=1) for threshold in thresholds.T[:, :, None]]
+    return torch.stack(reached, dim=1)
 
 
 def _as_numpy(points: torch.Tensor) -> np.ndarray:
@@ -309,4 +334,4 @@ def evaluate(
 
 def mean_over_sets(metrics: dict[str, float], name: str) -> float:
     """The metric, or its mean over the test sets where there are several."""
-    return float(np.mean([value for key, value in metrics.items() if key == name or key.endswith(f" {name}")]))
+    return float(np.mean([value for key, value in metrics.items() if re.sub(r"^Set \d+ ", "", key) == name]))

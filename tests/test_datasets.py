@@ -612,10 +612,12 @@ def test_a_data_sets_name_is_no_path(name: str, tmp_path: Path) -> None:
         read(name, tmp_path if name == "" else tmp_path / "source")
 
 
-def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    """A colourful image of the size (width, height), smooth enough for JPEG."""
-    noise = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+def picture(size: tuple[int, int], grain: int = 0) -> Image.Image:
+    """A colourful image of the size (width, height), smooth enough for JPEG unless `grain` adds noise of a pixel."""
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    noise = rng.integers(-grain, grain + 1, (size[1], size[0], 3))
+    return Image.fromarray(np.clip(np.asarray(smooth) + noise, 0, 255).astype(np.uint8))
 
 
 def as_array(image: Image.Image, mode: str = "RGB") -> np.ndarray:
@@ -628,6 +630,8 @@ def kinds_of_images() -> dict[str, tuple[Image.Image, dict, np.ndarray, float]]:
     pixels, grey = as_array(rgb), as_array(rgb, "L")
     ramp = np.linspace(0, 255, 48).round().astype(np.uint8) * np.ones((36, 1), np.uint8)  # from left to right
     on_white = ramp / 255 * (grey - 255) + 255
+    light = pixels.max(axis=2, keepdims=True)  # 255 - black
+    inks = np.concatenate([255 * (1 - pixels / light), 255 - light], axis=2).round().astype(np.uint8)
     palette = rgb.quantize(8)
     is_clear = np.asarray(palette) == 3
     bits = Image.fromarray(grey.astype(np.uint8)).convert("1")
@@ -642,7 +646,7 @@ def kinds_of_images() -> dict[str, tuple[Image.Image, dict, np.ndarray, float]]:
         "progressive.jpg": (rgb, {"quality": 95, "progressive": True}, pixels, 2),
         "grey.jpg": (rgb.convert("L"), {"quality": 95}, grey, 2),
         "grey.png": (rgb.convert("L"), {}, grey, 0),
-        "cmyk.jpg": (rgb.convert("CMYK"), {"quality": 95}, pixels, 3),
+        "cmyk.jpg": (Image.frombytes("CMYK", rgb.size, inks.tobytes()), {"quality": 95}, pixels, 3),
         "palette.gif": (palette, {}, as_array(palette), 0),
         "palette.png": (palette, {"transparency": 3}, np.where(is_clear[..., None], 255, as_array(palette)), 0),
         "rgba.png": (rgba, {}, ramp[..., None] / 255 * (pixels - 255) + 255, 1),
@@ -718,7 +722,7 @@ def test_a_broken_image_arrives_as_one_sentence_from_every_loader(
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("size", [(120, 90), (61, 83), (200, 20), (7, 5)], ids=str)
 def test_training_crops_are_torchvisions(size: tuple[int, int], mode: str, tmp_path: Path) -> None:
-    picture(size).convert(mode).save(tmp_path / "a.jpg")
+    picture(size, grain=80).convert(mode).save(tmp_path / "a.jpg")
     image = load_image(str(tmp_path / "a.jpg"))
     pillow = Image.fromarray(image.permute(1, 2, 0).numpy())
     reference = v1.Compose([v1.RandomResizedCrop(32), v1.RandomHorizontalFlip()])  # draws scale, ratio, place, flip
@@ -740,7 +744,7 @@ def test_training_crops_are_torchvisions(size: tuple[int, int], mode: str, tmp_p
 @pytest.mark.parametrize("size", [(300, 301), (37, 91), (256, 256), (641, 200), (5, 7), (1, 1)], ids=str)
 @pytest.mark.parametrize(("crop_size", "resize"), [(224, 256), (227, 256), (33, 33)])
 def test_evaluation_crops_are_torchvisions(size: tuple[int, int], crop_size: int, resize: int) -> None:
-    pillow = picture(size)
+    pillow = picture(size, grain=80)
     image = torch.from_numpy(np.array(pillow)).permute(2, 0, 1)
     crop = datasets.test_transform(crop_size, resize)(image)
     assert (crop.dtype, crop.shape) == (torch.uint8, (3, crop_size, crop_size))

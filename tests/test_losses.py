@@ -19,6 +19,7 @@ from pytorch_metric_learning.miners import DistanceWeightedMiner, distance_weigh
 from pytorch_metric_learning.reducers import MeanReducer
 from scipy.stats import chi2
 from torch._subclasses import fake_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
 import main
@@ -30,9 +31,11 @@ Probabilities = dict[tuple[int, ...], float]
 # Unsorted and uneven: four images of class 0, three of 1, two of 2, two of 3, one of 7.
 LABELS = torch.tensor([2, 0, 1, 0, 7, 1, 0, 2, 3, 1, 0, 3])
 NUM_CLASSES, DIM = 8, 5
+# On a line: some positives are nearer than the nearest negative, some negatives farther than the farthest positive.
+LINE = torch.tensor([6, 0, 3.3, 1, 12, 4, 2.1, 7.5, 20, 8, 9, 20.5])[:, None]
 TRIPLETS = [(1, 3, 0), (3, 1, 2), (3, 1, 2), (3, 6, 2), (2, 5, 4), (9, 2, 11), (0, 7, 10), (8, 11, 1), (6, 10, 4)]
 NPAIRS = [(1, 3, 2, 0, 8), (5, 2, 3, 0, 8), (7, 0, 3, 2, 8), (11, 8, 3, 2, 0)]
-DRAWS = 2000
+DRAWS = 800
 
 
 @pytest.fixture(autouse=True)
@@ -152,18 +155,19 @@ def draw(method: str, batch: torch.Tensor, **params: Any) -> torch.Tensor:
     """`(DRAWS, T, …)` tuples."""
     seed_everything(0)
     sampler = Sampler(method, **params)
-    return torch.stack([sampler.give(batch, LABELS) for _ in range(DRAWS)])
+    return torch.stack([sampler.give(batch, LABELS[: len(batch)]) for _ in range(DRAWS)])
 
 
 @pytest.mark.parametrize(
     ("oracle", "batch", "params"),
     [
         pytest.param(random_probabilities, unit_batch(4), {}, id="random"),
+        pytest.param(random_probabilities, unit_batch(4, size=7), {}, id="random, few"),
         pytest.param(semihard_probabilities, unit_batch(4), {}, id="semihard"),
         pytest.param(semihard_probabilities, unit_batch(4), {"margin": 0.5, "squared": True}, id="semihard squared"),
         pytest.param(semihard_probabilities, unit_batch(4), {"margin": 0.0}, id="semihard, none between"),
         pytest.param(softhard_probabilities, unit_batch(4), {}, id="softhard"),
-        pytest.param(softhard_probabilities, torch.arange(12.0)[:, None] ** 2, {}, id="softhard on a line"),
+        pytest.param(softhard_probabilities, LINE, {}, id="softhard on a line"),
         pytest.param(distance_probabilities, unit_batch(4), {}, id="distance"),
         pytest.param(
             distance_probabilities, unit_batch(4), {"lower_cutoff": 1.2, "upper_cutoff": 1.4}, id="distance, cutoffs"
@@ -183,10 +187,11 @@ def test_tuples_come_with_the_probabilities_of_a_naive_loop(
 ) -> None:
     method = oracle.__name__.removesuffix("_probabilities")
     given = draw(method, batch, **params)
-    rows = len(LABELS) if method == "random" else 11  # T = B; else one tuple for each anchor that has a positive
+    labels = LABELS[: len(batch)].tolist()
+    rows = len(batch) if method == "random" else len(list(anchors_of(labels)))
     assert given.shape == (DRAWS, rows, 3)
     assert given.dtype == torch.int64
-    probabilities = oracle(batch.double().tolist(), LABELS.tolist(), **params)
+    probabilities = oracle(batch.double().tolist(), labels, **params)
     assert_frequencies(given.flatten(0, 1), probabilities, DRAWS * (rows if method == "random" else 1))
 
 
@@ -313,7 +318,7 @@ def naive_margin(
 ) -> torch.Tensor:
     total, count = batch.sum() * 0, 0
     for a, p, n in TRIPLETS:
-        beta_of_a: Any = beta if beta_constant else criterion.beta[labels[a]]
+        beta_of_a = beta if beta_constant else criterion.beta[labels[a]]
         to_positive, to_negative = ((batch[a] - batch[other]).pow(2).sum().sqrt() for other in (p, n))
         for term in (to_positive - beta_of_a + margin, beta_of_a - to_negative + margin):
             if term > 0:
@@ -376,7 +381,7 @@ def fixed_criterion(loss: str, **keywords: Any) -> Criterion:
     criterion = build(loss, FixedSampler(NPAIRS if loss == "npair" else TRIPLETS), **keywords).double()
     with torch.no_grad():
         for parameter in trainable(criterion):
-            parameter += 0.3 * torch.randn_like(parameter)
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
     return criterion
 
 
@@ -523,6 +528,17 @@ def test_distance_probabilities_are_the_weights_of_the_library(monkeypatch: pyte
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class NoCopiesToHost(TorchDispatchMode):
+    """Raises where a tensor on the device becomes one on the host, which fake tensors let pass."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        if isinstance(result, torch.Tensor) and not result.is_cuda and any(tensor.is_cuda for tensor in tensors):
+            raise RuntimeError(f"{func} copies to the host")
+        return result
+
+
 @contextmanager
 def fake_cuda() -> Iterator[None]:
     """New tensors are fake ones on CUDA; those made before are real and on the host."""
@@ -534,7 +550,8 @@ def fake_cuda() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch, fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
         patch.setattr(torch.Tensor, "numpy", numpy)
-        with torch.device("cuda"):
+        patch.setattr(torch.cuda, "is_available", lambda: False)  # the same everywhere: fake tensors can't be pinned
+        with torch.device("cuda"), NoCopiesToHost():
             yield
 
 
@@ -563,10 +580,12 @@ def walk_backward(loss: torch.Tensor) -> dict[torch.Tensor, torch.Tensor]:
         (lambda batch: bool((batch > 0).any()), fake_tensor.DataDependentOutputException),
         (lambda batch: batch.nonzero(), fake_tensor.DynamicOutputShapeException),
         (lambda batch: batch[batch > 0], fake_tensor.DynamicOutputShapeException),
-        (lambda batch: batch.cpu().numpy(), RuntimeError),
+        (lambda batch: batch.cpu(), RuntimeError),
+        (lambda batch: torch.zeros(4, 4, device="cpu").copy_(batch), RuntimeError),
+        (lambda batch: batch.numpy(), (RuntimeError, TypeError)),
     ],
 )
-def test_waiting_for_a_fake_tensor_raises(wait: Callable[[torch.Tensor], Any], error: type[Exception]) -> None:
+def test_waiting_for_a_fake_tensor_raises(wait: Callable[[torch.Tensor], Any], error: Any) -> None:
     with fake_cuda():
         batch = torch.randn(4, 4)
         assert batch.is_cuda
