@@ -144,10 +144,10 @@ class Sampler:
         """
         tuples = self.methods[self.method](batch, labels, **{**self.params, **additional_parameters})
         if not isinstance(tuples, torch.Tensor):
-            tuples = upload(np.asarray(tuples, dtype=np.int64), batch.device)
+            tuples = torch.from_numpy(np.asarray(tuples, dtype=np.int64))
         if tuples.ndim != 2 or len(tuples) == 0:
             raise UserError(f"--sampling {self.method} gave no tuples for a batch: raise --samples_per_class or --bs")
-        return tuples
+        return upload(tuples, batch.device)
 
     def random_sampling(self, batch: torch.Tensor, labels: torch.Tensor, **_: Any) -> torch.Tensor:
         """B triplets, uniformly and with replacement from all valid ones."""
@@ -207,7 +207,7 @@ class Sampler:
         """
         pairs, distances, same = self._anchors_and_distances(batch, labels)
         dim = batch.shape[1]
-        d = distances.clamp(min=lower_cutoff)
+        d = distances.clamp(lower_cutoff, torch.finfo(distances.dtype).max)
         inside = (1 - d.square() / 4).clamp(min=1e-8)
         log_weights = -(dim - 2) * d.log() - (dim - 3) / 2 * inside.log()
         if upper_cutoff is not None:
