@@ -30,10 +30,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors and flags
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 class UserError(Exception):
     """What the user got wrong: one sentence that says what is wrong, where, and what to do."""
@@ -107,20 +103,19 @@ class FlagParser(argparse.ArgumentParser):
         opt, unknown = self.parse_known_args(args, namespace)
         if unknown:
             kind = "flag" if unknown[0].startswith("-") else "argument"
-            near = nearest_name(unknown[0].split("=")[0], self._option_string_actions)
+            near = nearest_name(unknown[0].split("=")[0], self.flags())
             raise UserError(f"unknown {kind} {unknown[0]}{near}: main.py --help lists all flags")
         return opt
+
+    def flags(self) -> dict[str, argparse.Action]:
+        """All flags, such as `--lr`, with their actions."""
+        return self._option_string_actions
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
             listed = f"; it takes one of {', '.join(choices)}" if len(choices) <= 12 else ""
             raise UserError(f"{action.option_strings[0]} {value} is unknown{nearest_name(str(value), choices)}{listed}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Seeds and device
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _seed_cpu(numbers: Sequence[int]) -> int:
@@ -177,11 +172,6 @@ def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tens
 def cpu_cores() -> int:
     """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Run folder, checkpoints, logs
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def plain(value: Any) -> Any:
@@ -311,11 +301,6 @@ class GradientRecord:
             self.arrays[name] = np.concatenate([self.arrays[name], rows]) if self.arrays[name].size else rows
         with replacing(path) as beside:
             beside.write_bytes(pickle.dumps(self.arrays))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Plots
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _family(name: str) -> str:

@@ -45,11 +45,6 @@ def medians(contestants: Mapping[str, Callable[[], object]], rounds: int) -> dic
     return {name: float(np.median(values[1:])) for name, values in seconds.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses and sampling
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def naive_distance_sampling(batch: torch.Tensor, labels: np.ndarray) -> list[tuple[int, int, int]]:
     """One triplet an anchor, an anchor at a time, as repositories do it that came before."""
     points = batch.detach().numpy()
@@ -199,11 +194,6 @@ def _row(what: str, who: str, value: float, unit: str, ours: float) -> Row:
     return {"what": what, "who": who, "value": round(value, 3), "unit": unit, "times ours": round(value / ours, 2)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def online_products_embeddings() -> tuple[torch.Tensor, np.ndarray]:
     """Embeddings of the size of Online Products' test set: 60,502 × 128 in 11,316 classes of 5 or 6."""
     rng = np.random.default_rng(0)
@@ -264,11 +254,6 @@ def benchmark_evaluation() -> list[Row]:
         _row("k-means and assignment", "faiss", seconds["k-means"], "s", seconds["k-means"]),
         _row("peak memory above the start", "ours", peak, "GiB", peak),
     ]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data loading
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def benchmark_data() -> list[Row]:

@@ -1,6 +1,6 @@
 """Flags in layers: YAML files, later ones over earlier ones, and the command line over all.
 
-A file's entries are parsed exactly as flags are: raw scalars go to argparse, so that `1e-4` is a number and a `--savename`
+A file's entries are parsed exactly as flags are: raw scalars go to argparse, so that `1e-4` is a number and a savename
 of `012` stays what it is.
 """
 
@@ -29,7 +29,9 @@ class MappingAction(argparse.Action):
         names = [name for option in option_strings for name in (option, option + OVERRIDE)]
         super().__init__(names, dest, nargs="*", metavar="key=value", **kwargs)
 
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
         merged = {} if str(option_string).endswith(OVERRIDE) else dict(getattr(namespace, self.dest) or {})
         for entry in values:
             key, equals, value = entry.partition("=")
@@ -59,7 +61,8 @@ def parse_layers(parser: FlagParser, argv: Sequence[str]) -> argparse.Namespace:
     files = FlagParser(add_help=False)
     add_arguments(files)
     layers: list[tuple[str, list[str]]] = []
-    for name in files.parse_known_args(argv)[0].config or []:
+    opt, _ = files.parse_known_args(argv)
+    for name in opt.config or []:
         layers = _merge(layers, read_layer(name, parser))
     return parser.parse_args([*(token for _, tokens in layers for token in tokens), *argv])
 
@@ -104,14 +107,16 @@ def _find(name: str) -> Path:
     preset = PRESETS / f"{name}.yaml"
     if not preset.is_file():
         near = nearest_name(name, [file.stem for file in PRESETS.glob("*.yaml")])
-        raise UserError(f"--config {name} is neither a file nor one of configs/{near}")
+        raise UserError(f"--config {name} is neither a file nor one in configs/{near}")
     return preset
 
 
 def _as_tokens(key: str, node: yaml.Node, parser: FlagParser) -> tuple[str, list[str]]:
     """An entry as its flag and what a user would have typed."""
     flag = f"--{key}"
-    action = parser.find_action(flag)
+    action = parser.flags().get(flag)
+    if action is None or key in ("config", "help"):
+        raise UserError(f"unknown flag {flag}{nearest_name(flag, parser.flags())}")
     if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null":
         return flag, []
     if isinstance(node, yaml.MappingNode) and isinstance(action, MappingAction):
@@ -128,7 +133,7 @@ def _as_tokens(key: str, node: yaml.Node, parser: FlagParser) -> tuple[str, list
 
 
 def save_config(path: Path, opt: argparse.Namespace, parser: FlagParser) -> None:
-    """Writes every flag of the resolved `opt` as YAML; `--config path` gives the same run."""
-    values = {name: value for name, value in vars(opt).items() if name in parser.destinations() and name != "config"}
+    """Writes every flag of the resolved `opt`; `--config path` gives the same run."""
+    values = {name: value for name, value in vars(opt).items() if f"--{name}" in parser.flags() and name != "config"}
     with replacing(path) as beside:
         beside.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")

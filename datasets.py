@@ -7,10 +7,14 @@ What makes a batch is a function in `BATCH_SAMPLERS`, called by `BaseTripletData
 from __future__ import annotations
 
 import argparse
+import http.client
 import os
 import re
 import shutil
+import tarfile
 import unicodedata
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(DATASETS)}, or any folder <source_path>/NAME/images/<class>/*",
     )
     group.add_argument("--source_path", default="Datasets", help="folder of the data sets")
-    group.add_argument("--download", action="store_true", help="fetch the data set first if it is missing")
+    group.add_argument(
+        "--download",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="fetch the data set first if it is missing",
+    )
     group.add_argument("--download_url", metavar="URL", help="with --download: a folder that holds the archives")
     group.add_argument("--kernels", type=number(int, 0), default=8, help="data-loading workers, at most one a core")
     group.add_argument("--bs", type=number(int, 1), default=112, help="images a training batch")
@@ -64,11 +73,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(int, 1),
         help="shorter side of a test image before its centre crop, px (default: by --arch, 256 for a crop of 224)",
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Images and splits
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -163,11 +167,6 @@ def by_number(name: str) -> tuple[int, str]:
     return len(name), name
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading folders and info files
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def find_layout(root: Path, *layouts: str) -> Path:
     """The first of the layouts, paths below `root`, that exists.
 
@@ -186,6 +185,8 @@ def read_class_folders(folder: Path, key: Callable[[str], Any] | None = None) ->
     Raises:
         UserError: a class folder without an image, or fewer than two classes.
     """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder of class folders: Datasets/README.md shows the layouts")
     paths: list[str] = []
     classes: list[str] = []
     others: list[str] = []
@@ -212,12 +213,15 @@ def read_table(path: Path, columns: Sequence[str], skip_lines: int = 0, header: 
     """
     try:
         table = pd.read_csv(path, sep=r"\s+", dtype=str, skiprows=skip_lines, header=0 if header else None)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: Datasets/README.md shows the layouts") from None
+    except OSError as error:
+        problem = "does not exist" if isinstance(error, FileNotFoundError) else f"can't be read ({error.strerror})"
+        raise UserError(f"{path} {problem}: Datasets/README.md shows the layouts") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no table of {', '.join(columns)}: {str(error).strip()}") from None
     if not header and table.shape[1] == len(columns):
         table.columns = pd.Index(columns)
+    if table.empty:
+        raise UserError(f"{path} has no row below its header: complete it")
     for column in columns:
         if column not in table:
             raise UserError(f"{path} has no column {column}: it needs {', '.join(columns)}")
@@ -239,28 +243,24 @@ def locate_images(folder: Path, names: Sequence[str], listed_in: Path) -> list[s
         parent, file = os.path.split(name)
         if parent not in listings:
             below = folder / parent
-            listings[parent] = {entry.lower(): entry for entry in os.listdir(below)} if below.is_dir() else {}
-        actual = listings[parent].get(file.lower())
+            entries = os.listdir(below) if below.is_dir() else []
+            listings[parent] = {**{entry.lower(): entry for entry in entries}, **{entry: entry for entry in entries}}
+        actual = listings[parent].get(file) or listings[parent].get(file.lower())
         if actual is None:
             raise UserError(f"{folder / name}, listed in {listed_in}, does not exist: complete the images or the list")
         paths.append(os.path.join(folder, parent, actual))
     return paths
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The data sets
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def read_cub200(root: Path) -> Splits:
     """CUB-200-2011: the first 100 classes, by the number in the folder's name, train."""
     folder = find_layout(root, "images", "CUB_200_2011/images")
 
-    def class_number(name: str) -> int:
+    def class_number(name: str) -> tuple[int, str]:
         match = re.match(r"\d+", name)
         if not match:
             raise UserError(f"{folder / name} does not begin with a class number such as 001.Black_footed_Albatross")
-        return int(match.group())
+        return int(match.group()), name
 
     return split_in_half(read_class_folders(folder, key=class_number))
 
@@ -271,13 +271,15 @@ def read_cars196(root: Path) -> Splits:
         return split_in_half(read_class_folders(root / "images"))
     find_layout(root, "images", "car_ims")
     info_file = root / "cars_annos.mat"
+    if not info_file.is_file():
+        raise UserError(f"{info_file} does not exist: Datasets/README.md shows the layouts")
     try:
         mat = loadmat(info_file, squeeze_me=True)
         names = [str(name) for name in np.atleast_1d(mat["class_names"])]
         rows = np.atleast_1d(mat["annotations"])
         images = [str(row["relative_im_path"]) for row in rows]
         classes = [names[int(row["class"]) - 1] for row in rows]
-    except (OSError, ValueError, KeyError, IndexError, TypeError, NotImplementedError) as error:
+    except Exception as error:  # scipy raises anything at all on a damaged file
         raise UserError(f"{info_file} can't be read as Cars196's annotations ({error}): fetch it again") from None
     folder_names = [name.replace("/", "-") for name in classes]  # as the folders of the other layout are named
     return split_in_half(make_image_set(locate_images(root, images, info_file), folder_names))
@@ -472,11 +474,11 @@ def read_splits(dataset: str, source_path: str, download: bool = False, download
     Raises:
         UserError: the data are missing, incomplete or not as the data set's layout says.
     """
-    if Path(dataset).name != dataset:
+    if dataset in ("", "..") or Path(dataset).name != dataset:
         raise UserError(f"--dataset {dataset} is no name: give the folder's name, and its parent as --source_path")
     root = Path(source_path) / dataset
     source = DATASETS.get(dataset)
-    is_missing = not root.is_dir() or not any(root.iterdir())
+    is_missing = not root.is_dir() or all(entry.name.startswith(".") for entry in root.iterdir())
     if is_missing and download and source and not source.made_here:
         download_archives(dataset, root, download_url)
     elif is_missing and not (source and source.made_here):
@@ -494,11 +496,19 @@ def _how_to_get(dataset: str, root: Path) -> str:
         return f"no images were found in {root.resolve() / 'images'}, where --dataset {dataset}{near} would be; {demo}"
     if source.licence:
         how = f"--download can't fetch it: {source.licence}"
+    elif not source.archives:
+        how = "put its files there"
     elif "://" not in source.archives[0].url:
         how = "--download --download_url URL fetches it from a folder that holds its archives"
     else:
         how = "--download fetches it"
     return f"no data of {dataset} were found in {root.resolve()}; {how}; {demo}"
+
+
+DOWNLOAD_ERRORS = (  # of the connection, of a wrong --download_url, and of unpacking
+    *(OSError, RuntimeError, ValueError, http.client.HTTPException),
+    *(EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error),
+)
 
 
 def download_archives(dataset: str, root: Path, base_url: str | None = None) -> None:
@@ -522,11 +532,10 @@ def download_archives(dataset: str, root: Path, base_url: str | None = None) -> 
                 extract_archive(str(fetched / file), str(unpacked))
             else:
                 shutil.copy(fetched / file, unpacked)
-        if root.is_dir():
-            root.rmdir()  # it is empty
+        shutil.rmtree(root, ignore_errors=True)  # it holds hidden files at most
         os.replace(unpacked, root)
         shutil.rmtree(fetched)
-    except (OSError, RuntimeError, EOFError) as error:
+    except DOWNLOAD_ERRORS as error:
         raise UserError(f"{dataset} can't be fetched ({error}): Datasets/README.md says how to place it") from None
 
 
@@ -540,6 +549,9 @@ def _check(dataset: str, splits: Splits) -> None:
         for what, expected, got in zip(("classes", "images"), (classes, images), found):
             if expected not in (None, got):
                 notice(f"{dataset}, {part}: {got} {what}, where the published protocol has {expected}")
+    for part, chosen in parts.items():
+        if part != "train" and np.isin(chosen.labels[:, 0], splits.train.labels[:, 0]).any():
+            notice(f"{dataset}, {part}: some of its classes are training classes too")
     if splits.train.num_classes() < 2:
         raise UserError(f"{dataset} has {splits.train.num_classes()} training class(es): at least two are needed")
     for test in splits.test:
@@ -555,11 +567,6 @@ def _check(dataset: str, splits: Splits) -> None:
             )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def load_image(path: str) -> torch.Tensor:
     """Reads an image of any kind as RGB `(3, H, W)` uint8, transparent parts on white.
 
@@ -572,7 +579,12 @@ def load_image(path: str) -> torch.Tensor:
         if data[:3] == b"\xff\xd8\xff" and (image := _decode_jpeg(data)) is not None:
             return image
         with Image.open(path) as opened:
-            rgba = opened.convert("RGBA")
+            if opened.mode.startswith("I;16"):  # Pillow would clip, not scale
+                rgba = Image.fromarray((np.array(opened) >> 8).astype(np.uint8)).convert("RGBA")
+            elif opened.mode in ("I", "F"):
+                raise ValueError(f"it has pixels of 32 bits, mode {opened.mode}")
+            else:
+                rgba = opened.convert("RGBA")
         rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
         return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -618,11 +630,6 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, idx: int) -> tuple[torch.Tensor, int, int] | UserError:
         return self.load(idx)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def class_balanced(
@@ -703,7 +710,7 @@ class BaseTripletDataset(ImageDataset):
 
     def _warn_of_repeats(self) -> None:
         sizes = np.bincount(self.labels)
-        if self.samples_per_class > 1 and sizes.min() < self.samples_per_class:
+        if self.batch_sampler == "class_balanced" and sizes.min() < self.samples_per_class:
             few = int((sizes < self.samples_per_class).sum())
             notice(f"{few} classes have fewer than {self.samples_per_class} images: theirs repeat inside a batch")
         if len(self) < self.bs:

@@ -6,6 +6,7 @@ k-means clustering, retrieval metrics by Euclidean distance, the query excluded 
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +17,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
-from sklearn.metrics import normalized_mutual_info_score
+from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
 from tqdm import tqdm
 
-from auxiliaries import UserError, notice
+from auxiliaries import UserError, notice, number
 
 try:
     import faiss
@@ -32,11 +33,6 @@ if TYPE_CHECKING:
     from datasets import ImageLoader, RetrievalLoaders
 
 QUERY_TILE, GALLERY_TILE = 512, 4096  # products of this shape stay in the cache
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Embeddings
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -67,7 +63,8 @@ class EmbeddingSpace:
         gallery_labels: `(G,)`.
 
     Attributes:
-        has_positive: `(Q,)` bool, whether a query has something to find; the others don't count in retrieval metrics.
+        positives: `(Q,)` how many items there are for a query to find (R).
+        has_positive: `(Q,)` bool, whether there are any; queries without don't count in retrieval metrics.
 
     Raises:
         UserError: an embedding is not finite.
@@ -89,7 +86,9 @@ class EmbeddingSpace:
             raise UserError("the network's embeddings are not finite: lower --lr, or check the weights it started from")
         classes, counts = np.unique(self.gallery_labels, return_counts=True)
         size = dict(zip(classes.tolist(), counts.tolist()))
-        self.has_positive = np.array([size.get(label, 0) > self.is_self for label in self.query_labels.tolist()], bool)
+        self.positives = np.array([size.get(label, 0) for label in self.query_labels.tolist()], np.int64)
+        self.positives[self.positives > 0] -= self.is_self
+        self.has_positive = self.positives > 0
 
     @cached_property
     def negatives_ahead(self) -> np.ndarray:
@@ -101,6 +100,28 @@ class EmbeddingSpace:
         for queries, counts in self._count_negatives(nearest_only=True):
             ahead[queries] = counts[:, 0].cpu().numpy()
         return ahead
+
+    @cached_property
+    def precisions(self) -> dict[str, np.ndarray]:
+        """For each query `(Q,)` its R-precision, AP@R (`map_at_r`) and average precision (`map`), ties against it.
+
+        R is the number of its positives. The j-th nearest of them has rank j + (negatives at least as near).
+        """
+        results = {name: np.zeros(len(self.query)) for name in ("r_precision", "map_at_r", "map")}
+        size = torch.from_numpy(self.positives)
+        for queries, counts in self._count_negatives(nearest_only=False):
+            found = torch.arange(1, counts.shape[1] + 1)
+            of_query = size[queries][:, None]
+            rank = found + counts.cpu()
+            precision = (found / rank.double()).masked_fill_(found > of_query, 0)
+            within = (rank <= of_query) & (found <= of_query)
+            for name, total in (
+                ("r_precision", within.sum(dim=1)),
+                ("map_at_r", (precision * within).sum(dim=1)),
+                ("map", precision.sum(dim=1)),
+            ):
+                results[name][queries] = (total / of_query[:, 0].clamp(min=1)).numpy()
+        return results
 
     def _count_negatives(self, nearest_only: bool) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """For positives of each query, how many items of other classes are at least as near.
@@ -227,8 +248,15 @@ def _count_at_least(scores: torch.Tensor, thresholds: torch.Tensor) -> torch.Ten
     """How many scores `(rows, columns)` of a row reach each of its thresholds `(rows, M)`; overwrites the scores."""
     if thresholds.shape[1] == 1:
         return scores.ge_(thresholds).sum(dim=1, keepdim=True).long()  # 0 and 1 in the scores' own memory
-    reached = [(scores >= threshold).sum(dim=1) for threshold in thresholds.T[:, :, None]]
-    return torch.stack(reached, dim=1)
+    if thresholds.shape[1] <= 16:
+        reached = torch.empty_like(scores)
+        each = [torch.ge(scores, column[:, None], out=reached).sum(dim=1) for column in thresholds.T]
+        return torch.stack(each, dim=1).long()
+    # Thresholds descend: a score that stands behind `passed` of the ascending ones reaches those, the last of the row.
+    passed = torch.searchsorted(thresholds.flip(1).contiguous(), scores, right=True)
+    histogram = torch.zeros(len(scores), thresholds.shape[1] + 1, dtype=torch.int64, device=scores.device)
+    histogram.scatter_add_(1, passed, torch.ones_like(passed))
+    return histogram.flip(1).cumsum(dim=1)[:, :-1]
 
 
 def _as_numpy(points: torch.Tensor) -> np.ndarray:
@@ -237,11 +265,6 @@ def _as_numpy(points: torch.Tensor) -> np.ndarray:
 
 def _warn_of_sklearn() -> None:
     notice("faiss can't be imported: scikit-learn clusters and searches, more slowly")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def nmi(space: EmbeddingSpace) -> float:
@@ -267,11 +290,54 @@ def recall_at_k(space: EmbeddingSpace, k: int) -> float:
     return float((space.negatives_ahead[space.has_positive] < k).mean())
 
 
-METRICS: dict[str, Callable[..., float]] = {
-    "NMI": nmi,
-    "F1": f1,
-    "Recall": recall_at_k,
-}
+def precision_at_1(space: EmbeddingSpace) -> float:
+    """Share of the queries whose nearest item is of their class."""
+    return recall_at_k(space, 1)
+
+
+def r_precision(space: EmbeddingSpace) -> float:
+    """Share of the R nearest items that are of the query's class, R being the number of its positives."""
+    return float(space.precisions["r_precision"][space.has_positive].mean())
+
+
+def map_at_r(space: EmbeddingSpace) -> float:
+    """(1 / R) Σ_{i ≤ R} P@i · rel(i). Musgrave et al., A Metric Learning Reality Check, ECCV 2020, section 3.2."""
+    return float(space.precisions["map_at_r"][space.has_positive].mean())
+
+
+def mean_average_precision(space: EmbeddingSpace) -> float:
+    """Mean over queries of the mean precision at the ranks of all their positives."""
+    return float(space.precisions["map"][space.has_positive].mean())
+
+
+def ami(space: EmbeddingSpace) -> float:
+    """Mutual information of clusters and labels, adjusted for chance."""
+    return float(adjusted_mutual_info_score(space.labels, space.clusters))
+
+
+def rho_spectrum(space: EmbeddingSpace) -> float:
+    """KL(U‖S) of the uniform distribution and the normalised singular values. Roth et al., ICML 2020, section 5."""
+    values = torch.linalg.svdvals(space.points.double())
+    share = (values / values.sum()).clamp(min=1e-12)
+    return float(-(share * len(share)).log().mean())
+
+
+def uniformity(space: EmbeddingSpace) -> float:
+    """log mean exp(-2 ‖x - y‖²) over pairs of normalised points. Wang & Isola, ICML 2020, equation 2."""
+    points = F.normalize(space.points, dim=1)
+    total = sum(
+        (4 * (rows @ points.T - 1)).exp().sum(dtype=torch.float64)  # ‖x - y‖² = 2 - 2 x·y
+        for rows in points.split(QUERY_TILE)
+    )
+    count = len(points)
+    return float(((total - count) / (count * (count - 1))).log())
+
+
+def alignment(space: EmbeddingSpace) -> float:
+    """Mean ‖x - y‖² over pairs of normalised points of a class. Wang & Isola, ICML 2020, equation 1 with α = 2."""
+    sums, counts = class_sums(space)
+    pairs = (counts * (counts - 1)).sum() / 2
+    return float((counts**2 - sums.square().sum(dim=1).cpu().numpy()).sum() / pairs)
 
 
 def intra_inter_ratio(space: EmbeddingSpace) -> float:
@@ -279,10 +345,7 @@ def intra_inter_ratio(space: EmbeddingSpace) -> float:
 
     Classes of one image are left out of the first.
     """
-    classes, labels, counts = np.unique(space.labels, return_inverse=True, return_counts=True)
-    points = F.normalize(space.points.double(), dim=1)
-    sums = torch.zeros(len(classes), points.shape[1], dtype=points.dtype, device=points.device)
-    sums.index_add_(0, torch.from_numpy(labels).to(points.device), points)
+    sums, counts = class_sums(space)
 
     # n unit vectors with sum s have n (n - 1) ordered pairs, whose cosines sum to ‖s‖² - n
     def mean_distance(squared_norm_of_sum: np.ndarray, n: np.ndarray) -> np.ndarray:
@@ -291,23 +354,78 @@ def intra_inter_ratio(space: EmbeddingSpace) -> float:
     several = counts > 1
     intra = mean_distance(sums.square().sum(dim=1).cpu().numpy()[several], counts[several]).mean()
     means = F.normalize(sums, dim=1)
-    inter = mean_distance(np.asarray(means.sum(dim=0).square().sum().item()), np.asarray(len(classes)))
+    inter = mean_distance(np.asarray(means.sum(dim=0).square().sum().item()), np.asarray(len(counts)))
     return float(intra / inter)
 
 
-def compute_metrics(space: EmbeddingSpace, k_vals: Sequence[int]) -> dict[str, float]:
-    """All of `METRICS`, by name; those of k as `Recall @ 1`, …, for every k and for 1."""
+def class_sums(space: EmbeddingSpace) -> tuple[torch.Tensor, np.ndarray]:
+    """For each class the sum of its normalised points, `(C, D)` float64, and their number, `(C,)`."""
+    classes, labels, counts = np.unique(space.labels, return_inverse=True, return_counts=True)
+    points = F.normalize(space.points.double(), dim=1)
+    sums = torch.zeros(len(classes), points.shape[1], dtype=points.dtype, device=points.device)
+    return sums.index_add_(0, torch.from_numpy(labels).to(points.device), points), counts
+
+
+METRICS: dict[str, Callable[..., float]] = {
+    "NMI": nmi,
+    "F1": f1,
+    "Recall": recall_at_k,
+    "Precision @ 1": precision_at_1,
+    "R-precision": r_precision,
+    "MAP@R": map_at_r,
+    "mAP": mean_average_precision,
+    "AMI": ami,
+    "Rho-spectrum": rho_spectrum,
+    "Uniformity": uniformity,
+    "Alignment": alignment,
+    "Intra / Inter": intra_inter_ratio,
+}
+LITERATURE = ("NMI", "F1", "Recall")  # what papers since Sampling Matters report
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags of metrics."""
+    group = parser.add_argument_group("metrics")
+    group.add_argument(
+        "--eval_metrics",
+        nargs="+",
+        default=list(LITERATURE),
+        choices=METRICS,
+        metavar="METRIC",
+        help=f"computed at every evaluation: {', '.join(METRICS)}; Recall @ 1 is always among them",
+    )
+    group.add_argument(
+        "--k_vals",
+        type=number(int, 1),
+        nargs="+",
+        metavar="K",
+        help="the k of Recall @ k; 1 is always among them (default: by data set)",
+    )
+
+
+def compute_metrics(
+    space: EmbeddingSpace, k_vals: Sequence[int], names: Sequence[str] = LITERATURE
+) -> dict[str, float]:
+    """The named `METRICS` in the table's order; those of k as `Recall @ 1`, …, for every k and for 1."""
     results: dict[str, float] = {}
     for name, metric in METRICS.items():
-        if "k" in inspect.signature(metric).parameters:
+        if name not in {*names, "Recall"}:
+            continue
+        if "k" not in inspect.signature(metric).parameters:
+            results[name] = metric(space)
+        elif name in names:
             results |= {f"{name} @ {k}": metric(space, k) for k in sorted({1, *k_vals})}
         else:
-            results[name] = metric(space)
+            results[f"{name} @ 1"] = metric(space, 1)
     return results
 
 
 def evaluate(
-    net: nn.Module, sets: Sequence[RetrievalLoaders], k_vals: Sequence[int], device: torch.device
+    net: nn.Module,
+    sets: Sequence[RetrievalLoaders],
+    k_vals: Sequence[int],
+    device: torch.device,
+    names: Sequence[str] = LITERATURE,
 ) -> tuple[dict[str, float], list[EmbeddingSpace]]:
     """Embeds retrieval sets and computes their metrics.
 
@@ -316,6 +434,7 @@ def evaluate(
         sets: one or more, each with or without a gallery.
         k_vals: the k of Recall @ k.
         device: where to compute.
+        names: of the `METRICS` to compute.
 
     Returns:
         One flat dict of metrics, named `Set 0 Recall @ 1`, … where there are several sets; and the embedding spaces.
@@ -327,7 +446,7 @@ def evaluate(
         gallery = embed(net, chosen.gallery, device, f"{chosen.name} gallery") if chosen.gallery else None
         space = EmbeddingSpace(query, chosen.query.labels, gallery, chosen.gallery.labels if chosen.gallery else None)
         prefix = f"Set {position} " if len(sets) > 1 else ""
-        metrics |= {prefix + name: value for name, value in compute_metrics(space, k_vals).items()}
+        metrics |= {prefix + name: value for name, value in compute_metrics(space, k_vals, names).items()}
         spaces.append(space)
     return metrics, spaces
 

@@ -36,7 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--beta", type=number(float, 0), default=1.2, help="marginloss: the boundary β at the start")
     group.add_argument("--beta_lr", type=number(float, 0), default=5e-4, help="marginloss: learning rate of the β")
-    group.add_argument("--beta_constant", action="store_true", help="marginloss: one β for all classes, not learned")
+    group.add_argument(
+        "--beta_constant",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="marginloss: one β for all classes, not learned",
+    )
     group.add_argument("--nu", type=number(float, 0), default=0.0, help="marginloss: weight ν of the sum of β")
     group.add_argument("--proxy_lr", type=number(float, 0), default=1e-5, help="proxynca: learning rate of the proxies")
     group.add_argument("--l2npair", type=number(float, 0), default=0.02, help="npair: weight of the embeddings' norms")
@@ -51,11 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(float, 0, exclusive=True),
         help="distance sampling: no negatives beyond this distance, 1.4 in the paper (default: no limit)",
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class ClassGroups:
@@ -257,11 +257,6 @@ class Sampler:
         return pairs_on_device, distances, labels.index_select(0, anchors)[:, None] == labels
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 class Criterion(nn.Module):
     """A loss and what it needs of the network and the batch.
 
@@ -432,11 +427,6 @@ LOSSES: dict[str, type[Criterion]] = {
     "proxynca": ProxyNCA,
     "crossentropy": CrossEntropy,
 }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Selection
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def choose_sampling(loss: str, sampling: str | None) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -14,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 import auxiliaries
+import config
 import datasets
 import evaluate
 import losses
@@ -60,31 +62,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=number(int, 0), default=1, help="of weights, batches, augmentation and sampling")
     group.add_argument("--gpu", type=number(int, -1), default=0, help="number of the CUDA device; -1: the CPU")
 
-    group = parser.add_argument_group("evaluation and records")
+    group = parser.add_argument_group("records")
     group.add_argument(
-        "--k_vals",
-        type=number(int, 1),
-        nargs="+",
-        help="the k of Recall @ k; 1 is always among them (default: by data set)",
+        "--check_untrained_accuracy",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="evaluate before training, as epoch 0",
     )
-    group.add_argument("--check_untrained_accuracy", action="store_true", help="evaluate before training, as epoch 0")
-    group.add_argument("--dist_measure", action="store_true", help="record the intra/inter class distance ratio")
-    group.add_argument("--grad_measure", action="store_true", help="record the embedding layer's gradient statistics")
+    group.add_argument(
+        "--dist_measure",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="record the intra/inter class distance ratio",
+    )
+    group.add_argument(
+        "--grad_measure",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="record the embedding layer's gradient statistics",
+    )
     group.add_argument("--savename", help="name of the run folder (default: data set, architecture and time)")
     group.add_argument("--save_path", default="Training_Results", help="folder of the data sets' run folders")
 
 
+def give_parser() -> auxiliaries.FlagParser:
+    """The parser of all modules' flags."""
+    parser = auxiliaries.FlagParser(prog="main.py", description=__doc__)
+    for module in (datasets, netlib, losses, evaluate):
+        module.add_arguments(parser)
+    add_arguments(parser)
+    config.add_arguments(parser)
+    return parser
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the flags of all modules.
+    """Parses the files that --config names, and the flags on top of them.
 
     Raises:
         UserError: a flag is unknown or its value is no good.
     """
-    parser = auxiliaries.FlagParser(prog="main.py", description=__doc__)
-    for module in (datasets, netlib, losses):
-        module.add_arguments(parser)
-    add_arguments(parser)
-    return parser.parse_args(argv)
+    return config.parse_layers(give_parser(), sys.argv[1:] if argv is None else argv)
 
 
 def resolve(opt: argparse.Namespace) -> argparse.Namespace:
@@ -263,6 +280,7 @@ def main(opt: argparse.Namespace) -> dict[str, float]:
     # ================================================ Run folder ======================================================
     folder = auxiliaries.create_run_folder(Path(opt.save_path) / opt.dataset, opt.savename)
     auxiliaries.save_parameters(folder, vars(opt))
+    config.save_config(folder / "config.yaml", opt, give_parser())
     gradients = auxiliaries.GradientRecord() if opt.grad_measure else None
     history: dict[str, list[dict[str, float]]] = {"train": [], "val": [], "distances": []}
     best_epoch, best_score = 0, -np.inf
@@ -282,7 +300,7 @@ def main(opt: argparse.Namespace) -> dict[str, float]:
 
         # ============================================ Evaluation ======================================================
         start = time.perf_counter()
-        metrics, spaces = evaluate.evaluate(net, eval_loaders, opt.k_vals, device)
+        metrics, spaces = evaluate.evaluate(net, eval_loaders, opt.k_vals, device, opt.eval_metrics)
         row = {"Epochs": epoch, "Time": time.perf_counter() - start, **metrics}
         auxiliaries.append_row(folder / "log_val_Base.csv", row)
         history["val"].append(row)

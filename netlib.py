@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="resnet50, googlenet, or another classification network of torchvision (resnet18, vit_b_16, …)",
     )
     group.add_argument("--embed_dim", type=number(int, 1), help="embedding dimension (default: 128; googlenet 512)")
-    group.add_argument("--not_pretrained", action="store_true", help="start from random weights")
+    group.add_argument(
+        "--not_pretrained", action=argparse.BooleanOptionalAction, default=False, help="start from random weights"
+    )
     group.add_argument("--weights", metavar="FILE", help="start from the state dict in FILE instead of downloading one")
     group.add_argument(
         "--freeze_batchnorm",

@@ -604,6 +604,14 @@ def test_splits_that_nothing_can_be_learned_or_measured_on_are_refused(
     assert_one_sentence(str(error.value), "birds", said)
 
 
+def test_queries_without_another_image_of_their_class_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    touch(tmp_path / "birds/images", *(f"{name}/{i}.jpg" for name, n in zip("abcd", (1, 2, 1, 3)) for i in range(n)))
+    assert len(read("birds", tmp_path).test[0].query) == 4  # none is dropped: others may find it
+    assert_one_sentence(capsys.readouterr().err.strip(), "birds, test: 1 of 4 queries")
+
+
 @pytest.mark.parametrize("name", ["a/b", "birds/", "/birds", "../birds", "..", ".", ""])
 def test_a_data_sets_name_is_no_path(name: str, tmp_path: Path) -> None:
     write_birds(tmp_path)  # so that source_path/.., /. and / itself would be read as a data set
@@ -903,14 +911,14 @@ def test_evaluation_gives_every_image_in_order_and_changes_no_training(tiny_sour
     assert is_same(one_epoch(loaders, 2), untouched)
 
 
-def test_an_image_that_occurs_twice_is_augmented_differently(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    paths = [str(save_image(tmp_path / f"{i}.png", rng)) for i in range(3)]
-    images = ImageSet(paths, np.array([[0], [0], [1]]), [["a", "b"]])
-    dataset = BaseTripletDataset(images, train_transform(32), bs=8, samples_per_class=4)
-    crops, _, indices = next(iter(TrainLoader(dataset, collate_fn=collate)))
-    assert np.bincount(indices).tolist() == [2, 2, 4]
-    assert len({crop.numpy().tobytes() for crop in crops}) == 8
+def test_an_image_that_occurs_twice_in_an_epoch_is_augmented_differently(tmp_path: Path) -> None:
+    paths = [str(save_image(tmp_path / f"{i}.png", np.random.default_rng(i))) for i in range(32)]
+    images = ImageSet(paths, np.array([0, 1, *[2] * 30])[:, None], [["a", "b", "c"]])
+    dataset = BaseTripletDataset(images, train_transform(32), bs=4, samples_per_class=2)
+    crops, _, indices = (torch.cat(column) for column in zip(*TrainLoader(dataset, collate_fn=collate)))
+    assert len(crops) == 32
+    assert np.bincount(indices)[:2].min() >= 8  # in several batches, and twice in each
+    assert len({crop.numpy().tobytes() for crop in crops}) == 32
 
 
 def read_photos(root: Path) -> Splits:

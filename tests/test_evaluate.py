@@ -43,20 +43,17 @@ def clustered_space(labels: Sequence[int] | np.ndarray, clusters: Sequence[int] 
     return space
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Perfect and collapsed networks
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("sizes", CLASS_SIZES.values(), ids=CLASS_SIZES)
 @pytest.mark.parametrize("name", ["NMI", "F1", "Recall @ 1", "Recall @ 4"])
 def test_a_perfect_embedding_scores_one(sizes: list[int], name: str) -> None:
     assert compute_metrics(perfect_space(sizes), [4])[name] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("normalised", [False, True], ids=["unnormalised", "normalised"])
-@pytest.mark.parametrize("size", [10, 513, 4096 + 512 + 37])
-@pytest.mark.parametrize("dim", [2, 64, 128, 512])
+COLLAPSED = [(dim, size, normalised) for dim in (2, 64, 128, 512) for size in (10, 513) for normalised in (False, True)]
+COLLAPSED += [(dim, 4096 + 512 + 37, dim in (64, 512)) for dim in (2, 64, 128, 512)]  # several tiles and a remainder
+
+
+@pytest.mark.parametrize(("dim", "size", "normalised"), COLLAPSED)
 def test_a_collapsed_network_scores_zero(dim: int, size: int, normalised: bool) -> None:
     vector = torch.randn(dim, generator=torch.Generator().manual_seed(dim)) * 3
     if normalised:
@@ -82,11 +79,6 @@ def test_embeddings_that_are_not_finite_are_refused(where: str, value: float) ->
     points[where][2, 1] = value
     with pytest.raises(UserError, match="not finite"):
         EmbeddingSpace(points["query"], np.zeros(4, int), points["gallery"], np.zeros(4, int))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Recall against a naive loop
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def gaussian(rng: np.random.Generator, size: int) -> Data:
@@ -227,11 +219,6 @@ def test_recall_at_1_agrees_with_pytorch_metric_learning() -> None:
     assert recall_at_k(space, 1) == pytest.approx(theirs["precision_at_1"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Clusters
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def test_nmi_and_f1_of_a_worked_example() -> None:
     """Six points, classes of three and three, clusters of two and four."""
     space = clustered_space([0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1])
@@ -305,11 +292,6 @@ def test_evaluation_repeats_and_leaves_the_generators_alone() -> None:
     assert measure() == first
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Neighbours
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def naive_neighbours(space: EmbeddingSpace, query: int, k: int) -> np.ndarray:
     distances = np.linalg.norm(space.gallery.double().numpy() - space.query[query].double().numpy(), axis=1)
     if space.is_self:
@@ -348,11 +330,6 @@ def test_without_faiss_scikit_learn_clusters(
     metrics = compute_metrics(perfect_space([5] * 6), [1])
     assert metrics == pytest.approx({"NMI": 1, "F1": 1, "Recall @ 1": 1})
     assert "faiss can't be imported" in capsys.readouterr().err
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Distance ratio and metrics of one's own
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_intra_inter_ratio_equals_a_loop_over_pairs() -> None:
@@ -403,11 +380,6 @@ def test_a_metric_of_ones_own_needs_one_row(monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_mean_over_sets(metrics: dict[str, float], expected: float) -> None:
     assert mean_over_sets(metrics, "Recall @ 1") == pytest.approx(expected)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From images to metrics
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class ColourNet(nn.Module):

@@ -68,11 +68,6 @@ def build(loss: str, sampler: Sampler | None = None, **keywords: Any) -> Criteri
     return LOSSES[loss](**{name: given[name] for name in given if name in asked}, **keywords)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling: probabilities by naive loops, frequencies by counting
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def anchors_of(labels: list[int]) -> Iterator[tuple[int, list[int], list[int]]]:
     """Each position that has a positive and a negative, with all its positives and all its negatives."""
     for a in range(len(labels)):
@@ -208,10 +203,6 @@ def test_npair_tuples_are_a_pair_of_each_class_and_the_other_positives() -> None
         assert_frequencies(of_class, npair_probabilities(LABELS.tolist(), label), DRAWS)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling: validity, errors, a user's own method
-# ---------------------------------------------------------------------------------------------------------------------
-
 METHODS = sorted(Sampler().methods)
 EMBEDDINGS: dict[str, Callable[[int], torch.Tensor]] = {
     "all the same": lambda size: torch.ones(size, 4) / 2,
@@ -292,11 +283,6 @@ def test_parameters_of_give_replace_those_of_the_constructor_in_effect() -> None
     assert (sampler.give(line, labels)[:, 2] == 2).all()
     far = torch.cat([sampler.give(line, labels, upper_cutoff=5.0) for _ in range(50)])[:, 2]
     assert set(far.tolist()) == {2, 3}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses: naive loops in float64
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def naive_triplet(criterion: Any, batch: torch.Tensor, labels: list[int], margin: float = 0.2) -> torch.Tensor:
@@ -456,11 +442,6 @@ def test_npair_does_not_overflow() -> None:
     assert batch.grad.isfinite().all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Agreement with pytorch-metric-learning, where definitions agree
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def library_margin(criterion: Any, margin: float, nu: float) -> torch.nn.Module:
     """Their margin loss with our β."""
     plain = LpDistance(normalize_embeddings=False)
@@ -521,11 +502,6 @@ def test_distance_probabilities_are_the_weights_of_the_library(monkeypatch: pyte
     paired = expected.sum(dim=1) > 0  # theirs has weights for anchors without a positive too
     torch.testing.assert_close(weights[paired], expected[paired])
     assert paired.sum() == 11
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Nothing makes the host wait: fake CUDA tensors have no values to wait for
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class NoCopiesToHost(TorchDispatchMode):
@@ -626,11 +602,6 @@ def test_losses_do_not_wait(loss: str, keywords: dict[str, Any]) -> None:
             assert walked[leaf].shape == leaf.shape
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Selection and flags
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def select(loss: str, *flags: str) -> tuple[Any, list[dict[str, Any]]]:
     opt = main.resolve(main.parse_args(["--loss", loss, "--embed_dim", str(DIM), *flags]))
     return losses.loss_select(loss, opt, [{"params": [], "lr": 1.0}], NUM_CLASSES)
@@ -728,11 +699,6 @@ def test_sampling_is_the_users_or_the_losss_own(loss: str, sampling: str | None,
 def test_sampling_that_the_loss_cannot_use_is_refused(loss: str, sampling: str, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         select(loss, "--sampling", sampling)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Determinism
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

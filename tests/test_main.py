@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import inspect
 import pickle
 import re
 import subprocess
@@ -18,6 +19,7 @@ import torch
 from conftest import ROOT, SMALL, make_tree, save_image
 
 import auxiliaries
+import config
 import datasets
 import evaluate
 import losses
@@ -51,11 +53,6 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
     return tmp_path / "results" / "tiny"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A run and its folder
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("loss", "sampling"), PAIRS)
@@ -153,11 +150,6 @@ def test_query_and_gallery_and_several_test_sets(
         assert list(metrics) == (expected if name == "one" else [f"Set {i} {key}" for i in (0, 1) for key in expected])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Same seed, same run
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def trained(flags: list[str], results: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, str]]]:
     run(flags)
     folder = max(results.iterdir(), key=lambda path: path.stat().st_mtime_ns)
@@ -190,11 +182,6 @@ def test_evaluation_never_changes_training(small_flags: Flags, results: Path, mo
         [*flags, "--dist_measure", "--k_vals", "3", "--check_untrained_accuracy", "--eval_bs", "5"], results
     )
     assert all(torch.equal(value, other[name]) for name, value in weights.items())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_defaults_are_resolved_from_what_they_depend_on() -> None:
@@ -236,7 +223,8 @@ def test_learning_rates_drop_after_tau(small_flags: Flags, results: Path) -> Non
 
 def test_every_flag_is_consumed() -> None:
     """No flag is declared that nothing reads (mistake 3): a loss reads its own through its constructor."""
-    read = "".join((ROOT / name).read_text() for name in ("main.py", "datasets.py", "netlib.py", "losses.py"))
+    modules = (main, config, datasets, netlib, losses)
+    read = "".join(inspect.getsource(module) for module in modules)
     keywords = {name for loss in losses.LOSSES.values() for name in loss.__init__.__code__.co_varnames}
     for name in vars(main.parse_args([])):
         assert re.search(rf"\bopt\.{name}\b", read) or name in keywords, name
@@ -249,11 +237,6 @@ def test_help_reads_as_a_manual(capsys: pytest.CaptureFixture[str]) -> None:
     for name in vars(main.parse_args([])):
         assert f"--{name} " in text or f"--{name}\n" in text
     assert "default: None" not in text
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad input
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

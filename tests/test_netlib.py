@@ -79,11 +79,6 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, torch.Tensor]]
     return give
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Architectures
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def output_shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     """Shapes of the embeddings of all EmbeddingNets while a test builds some, quickly, on the meta device."""
@@ -169,11 +164,6 @@ def test_resnet50_is_torchvisions_with_a_linear_embedding(serve: Callable[[dict[
         torch.testing.assert_close(net(images()), net.embedding(reference(normalised)), rtol=1e-4, atol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The embedding network
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def small_net(**settings: Any) -> EmbeddingNet:
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -239,11 +229,6 @@ def test_parameter_groups(fc_lr_mul: float, learning_rates: list[float]) -> None
     torch.optim.Adam(groups)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# GoogLeNet's input
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def googlenet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "googlenet.pth"
@@ -284,11 +269,6 @@ def test_googlenet_from_scratch_takes_its_input_as_it_is() -> None:
     assert not net.backbone.aux_logits
     assert (net.embedding.in_features, net.backbone.aux1, net.backbone.aux2) == (1024, None, None)
     assert net(images(64)).shape == (4, 8)  # a tensor in training too, no tuple
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "googlenet", "inception_v3"])
