@@ -120,7 +120,7 @@ class EmbeddingSpace:
                 ("map_at_r", (precision * within).sum(dim=1)),
                 ("map", precision.sum(dim=1)),
             ):
-                results[name][queries] = (total / of_query[:, 0].clamp(min=1)).numpy()
+                results[name][queries] = (total.double() / of_query[:, 0].clamp(min=1)).numpy()
         return results
 
     def _count_negatives(self, nearest_only: bool) -> Iterator[tuple[np.ndarray, torch.Tensor]]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-from sklearn.metrics import normalized_mutual_info_score
+from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import pair_confusion_matrix
 from torch import nn
 
@@ -25,6 +25,9 @@ from evaluate import EmbeddingSpace, compute_metrics, f1, intra_inter_ratio, mea
 Data = tuple[np.ndarray, np.ndarray]  # (N, D) float32 points and (N,) labels
 
 CLASS_SIZES = {"2": [2] * 30, "5": [5] * 20, "mixed": [2, 3, 5, 8] * 5}
+
+
+RETRIEVAL = ["Recall @ 1", "Precision @ 1", "R-precision", "MAP@R", "mAP"]
 
 
 def perfect_space(sizes: Sequence[int]) -> EmbeddingSpace:
@@ -44,9 +47,9 @@ def clustered_space(labels: Sequence[int] | np.ndarray, clusters: Sequence[int] 
 
 
 @pytest.mark.parametrize("sizes", CLASS_SIZES.values(), ids=CLASS_SIZES)
-@pytest.mark.parametrize("name", ["NMI", "F1", "Recall @ 1", "Recall @ 4"])
+@pytest.mark.parametrize("name", ["NMI", "AMI", "F1", "Recall @ 4", *RETRIEVAL])
 def test_a_perfect_embedding_scores_one(sizes: list[int], name: str) -> None:
-    assert compute_metrics(perfect_space(sizes), [4])[name] == pytest.approx(1)
+    assert compute_metrics(perfect_space(sizes), [4], list(evaluate.METRICS))[name] == pytest.approx(1)
 
 
 COLLAPSED = [(dim, size, normalised) for dim in (2, 64, 128, 512) for size in (10, 513) for normalised in (False, True)]
@@ -363,9 +366,103 @@ def test_a_metric_of_ones_own_needs_one_row(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(evaluate.METRICS, "Mean norm", mean_norm)
     monkeypatch.setitem(evaluate.METRICS, "Share", share)
     space = EmbeddingSpace(np.full((8, 4), 0.5, np.float32), np.arange(8) % 2)
-    metrics = compute_metrics(space, [2, 4])
+    metrics = compute_metrics(space, [2, 4], ["NMI", "Mean norm", "Share"])
     assert list(metrics)[-4:] == ["Mean norm", "Share @ 1", "Share @ 2", "Share @ 4"]
     assert list(metrics.values())[-4:] == pytest.approx([1, 1 / 8, 2 / 8, 4 / 8])
+
+
+def naive_precisions(points: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """R-precision, MAP@R and mAP by sorting each query's gallery, wrong items first where distances tie."""
+    results: dict[str, list[float]] = {"R-precision": [], "MAP@R": [], "mAP": []}
+    for query, label in enumerate(labels):
+        others = np.delete(np.arange(len(labels)), query)
+        right = labels[others] == label
+        if not right.any():
+            continue
+        distances = ((points[others].astype(np.float64) - points[query].astype(np.float64)) ** 2).sum(axis=1)
+        hits = right[np.lexsort((right, distances))]
+        precision = hits * np.cumsum(hits) / np.arange(1, len(hits) + 1)
+        r = right.sum()
+        results["R-precision"].append(hits[:r].mean())
+        results["MAP@R"].append(precision[:r].sum() / r)
+        results["mAP"].append(precision.sum() / r)
+    return {name: float(np.mean(values)) for name, values in results.items()}
+
+
+@pytest.mark.parametrize("tiles", [(5, 7), (512, 4096)], ids=str)
+@pytest.mark.parametrize("classes", [2, 8, 30], ids=["classes of 45", "classes of 11", "classes of 3"])
+@pytest.mark.parametrize("make", [gaussian, integers], ids=["gaussian", "ties"])
+def test_precisions_agree_with_sorting(
+    make: Callable[[np.random.Generator, int], Data],
+    classes: int,
+    tiles: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(evaluate, "QUERY_TILE", tiles[0])
+    monkeypatch.setattr(evaluate, "GALLERY_TILE", tiles[1])
+    rng = np.random.default_rng(classes)
+    points, _ = make(rng, 90)
+    labels = rng.integers(0, classes, 90)
+    labels[0] = classes  # a query without a positive
+    metrics = compute_metrics(EmbeddingSpace(points, labels), [1], RETRIEVAL)
+    for name, expected in naive_precisions(points, labels).items():
+        assert metrics[name] == pytest.approx(expected, abs=1e-12), name
+
+
+@pytest.mark.parametrize("with_gallery", [False, True], ids=["self", "gallery"])
+def test_agrees_with_accuracy_calculator(with_gallery: bool) -> None:
+    rng = np.random.default_rng(3)
+    points, labels = gaussian(rng, 600)
+    query, gallery = (slice(0, 150), slice(150, None)) if with_gallery else (slice(None), slice(None))
+    given = (points[gallery], labels[gallery]) if with_gallery else ()
+    space = EmbeddingSpace(points[query], labels[query], *given)
+    names = {
+        "precision_at_1": "Precision @ 1",
+        "r_precision": "R-precision",
+        "mean_average_precision_at_r": "MAP@R",
+        "mean_average_precision": "mAP",
+    }
+    calculator = AccuracyCalculator(include=tuple(names), k=len(points[gallery]) - (not with_gallery))
+    tensors = [torch.from_numpy(part) for part in (points[query], labels[query], *given)]
+    theirs = calculator.get_accuracy(*tensors)
+    ours = compute_metrics(space, [1], list(names.values()))
+    for their_name, our_name in names.items():
+        assert ours[our_name] == pytest.approx(theirs[their_name], abs=1e-6), our_name
+
+
+def test_a_class_of_thousands() -> None:
+    """R = 2,999: points on a line, the class's 3,000 followed by as many others, all distances whole numbers."""
+    values = np.arange(6000, dtype=np.float32)[:, None]
+    labels = np.repeat([0, 1], 3000)
+    space = EmbeddingSpace(values, labels)
+    chosen = [0, 1500, 2999]
+    for query in chosen:
+        distances = np.abs(values[:, 0] - query)
+        right = (labels == labels[query]) & (np.arange(6000) != query)
+        hits = right[np.lexsort((right, distances))][np.arange(6000) > 0]
+        precision = hits * np.cumsum(hits) / np.arange(1, 6000)
+        assert space.precisions["r_precision"][query] == pytest.approx(hits[:2999].mean())
+        assert space.precisions["map_at_r"][query] == pytest.approx(precision[:2999].sum() / 2999)
+        assert space.precisions["map"][query] == pytest.approx(precision.sum() / 2999)
+
+
+def test_geometry_metrics_agree_with_naive_loops() -> None:
+    rng = np.random.default_rng(4)
+    points, labels = gaussian(rng, 60)
+    unit = points.astype(np.float64) / np.linalg.norm(points.astype(np.float64), axis=1, keepdims=True)
+    pairs = [(i, j) for i in range(60) for j in range(i)]
+    squared = {pair: float(((unit[pair[0]] - unit[pair[1]]) ** 2).sum()) for pair in pairs}
+    names = ["Rho-spectrum", "Uniformity", "Alignment", "AMI", "Intra / Inter"]
+    space = EmbeddingSpace(points, labels)
+    metrics = compute_metrics(space, [1], names)
+    assert metrics["Uniformity"] == pytest.approx(np.log(np.mean([np.exp(-2 * d) for d in squared.values()])), abs=1e-5)
+    same = [d for (i, j), d in squared.items() if labels[i] == labels[j]]
+    assert metrics["Alignment"] == pytest.approx(np.mean(same), abs=1e-6)
+    values = np.linalg.svd(points.astype(np.float64), compute_uv=False)
+    share = values / values.sum()
+    assert metrics["Rho-spectrum"] == pytest.approx(float(np.mean(np.log(1 / len(share) / share))), abs=1e-9)
+    assert metrics["AMI"] == pytest.approx(adjusted_mutual_info_score(labels, space.clusters), abs=1e-12)
+    assert list(metrics) == ["Recall @ 1", *(name for name in evaluate.METRICS if name in names)]
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_readme_extensions_work_together(tiny_source: Path, tmp_path: Path) -> N
     )
     assert done.returncode == 0, done.stderr
     header = (tmp_path / "Training_Results/odd_even/run/log_val_Base.csv").read_text().splitlines()[0]
-    assert header == "Epochs,Time,NMI,F1,Recall @ 1,Recall @ 2,Recall @ 4,Recall @ 8,Mean rank"
+    assert header == "Epochs,Time,NMI,Recall @ 1,Recall @ 2,Recall @ 4,Recall @ 8,Mean rank"
 
 
 def test_readme_names_every_flag_and_every_run() -> None:
