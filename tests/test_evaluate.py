@@ -431,15 +431,14 @@ def test_agrees_with_accuracy_calculator(with_gallery: bool) -> None:
 
 
 def test_a_class_of_thousands() -> None:
-    """R = 2,999: points on a line, the class's 3,000 followed by as many others, all distances whole numbers."""
-    values = np.arange(6000, dtype=np.float32)[:, None]
+    """R = 2,999: points on a line, the class's 3,000 followed by as many others, all products exact in float32."""
+    values = np.arange(-3000, 3000, dtype=np.float32)
     labels = np.repeat([0, 1], 3000)
-    space = EmbeddingSpace(values, labels)
-    chosen = [0, 1500, 2999]
-    for query in chosen:
-        distances = np.abs(values[:, 0] - query)
+    space = EmbeddingSpace(values[:, None], labels)
+    for query in (0, 1500, 2999, 4000):
+        distances = np.abs(values - values[query])
         right = (labels == labels[query]) & (np.arange(6000) != query)
-        hits = right[np.lexsort((right, distances))][np.arange(6000) > 0]
+        hits = right[np.lexsort((right, distances))][1:]  # the query itself comes first
         precision = hits * np.cumsum(hits) / np.arange(1, 6000)
         assert space.precisions["r_precision"][query] == pytest.approx(hits[:2999].mean())
         assert space.precisions["map_at_r"][query] == pytest.approx(precision[:2999].sum() / 2999)
