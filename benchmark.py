@@ -116,11 +116,8 @@ def naive_proxynca(batch: torch.Tensor, labels: np.ndarray, proxies: torch.Tenso
     return torch.stack(terms).mean()
 
 
-def benchmark_losses() -> list[Row]:
-    """Forward and backward of embeddings (112, 128), 28 classes of 4, and the samplers alone."""
-    auxiliaries.seed_everything(0)
-    labels = torch.arange(28).repeat_interleave(4)
-    points = F.normalize(torch.randn(112, 128), dim=1)
+def loss_contests(points: torch.Tensor, labels: torch.Tensor) -> dict[str, tuple[int, dict[str, Callable[[], object]]]]:
+    """For each loss and sampler the number of rounds, and who takes part."""
     numpy_labels = labels.numpy()
 
     def step(loss: Callable[[torch.Tensor, Any], torch.Tensor], of: Any = labels) -> Callable[[], None]:
@@ -177,8 +174,16 @@ def benchmark_losses() -> list[Row]:
     for method in losses.Sampler().methods:
         sampler = losses.Sampler(method)
         contests[f"{method} sampling alone"] = (200, {"ours": partial(sampler.give, points, labels)})
+    return contests
+
+
+def benchmark_losses() -> list[Row]:
+    """Forward and backward of embeddings (112, 128), 28 classes of 4, and the samplers alone."""
+    auxiliaries.seed_everything(0)
+    labels = torch.arange(28).repeat_interleave(4)
+    points = F.normalize(torch.randn(112, 128), dim=1)
     rows = []
-    for what, (rounds, contestants) in contests.items():
+    for what, (rounds, contestants) in loss_contests(points, labels).items():
         seconds = medians(contestants, rounds)
         rows += [_row(what, name, value * 1e3, "ms", seconds["ours"] * 1e3) for name, value in seconds.items()]
     distance = pml_miners.DistanceWeightedMiner()(points, labels)

@@ -305,9 +305,8 @@ def main(opt: argparse.Namespace) -> dict[str, float]:
         auxiliaries.append_row(folder / "log_val_Base.csv", row)
         history["val"].append(row)
         if opt.dist_measure:
-            train_space = evaluate.EmbeddingSpace(
-                evaluate.embed(net, loaders.train_eval, device, "training images"), loaders.train_eval.labels
-            )
+            points = evaluate.embed(net, loaders.train_eval, device, "training images")
+            train_space = evaluate.EmbeddingSpace(points, loaders.train_eval.labels)
             row = {"Epochs": epoch, "Intra / Inter": evaluate.intra_inter_ratio(train_space)}
             auxiliaries.append_row(folder / "distance_measures_Train.csv", row)
             history["distances"].append(row)

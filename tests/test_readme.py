@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from conftest import ROOT
 from PIL import Image
 
 import datasets
@@ -28,6 +28,7 @@ LISTED = subprocess.run(
 ).stdout
 RUNS = {name: flags.split() for name, _, flags in (line.partition(" ") for line in LISTED.splitlines())}
 TRAINING_CLASSES = {"cub200": 100, "cars196": 98, "online_products": 11318, "in-shop": 3997}
+TEST_CLASSES = 8
 
 
 def test_readme_extensions_work_together(tiny_source: Path, tmp_path: Path) -> None:
@@ -107,17 +108,24 @@ def test_published_settings_are_all_there() -> None:
 
 @pytest.fixture(scope="module")
 def full_size_trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder trees with the real number of training classes; every image is the same file."""
+    """Folder trees with the real number of training classes and eight test classes; all images are one file."""
     source = tmp_path_factory.mktemp("full_size")
-    image = source / "image.jpg"
-    Image.new("RGB", (24, 24), "teal").save(image)
     for name, classes in TRAINING_CLASSES.items():
-        for label in range(2 * classes):
+        image = source / f"{name}.jpg"
+        Image.new("RGB", (24, 24), "teal").save(image)
+        for label in range(classes + TEST_CLASSES):
             folder = source / name / "images" / f"{label:05d}"
             folder.mkdir(parents=True)
-            for number in range(4 if label < classes else 2):
+            for number in range(4):
                 os.link(image, folder / f"{number}.jpg")
     return source
+
+
+def read_first_classes(root: Path) -> datasets.Splits:
+    """Trains on the real number of classes."""
+    images = datasets.read_class_folders(root / "images")
+    is_train = images.labels[:, 0] < TRAINING_CLASSES[root.name]
+    return datasets.Splits(images.subset(is_train), test=[datasets.RetrievalSet("test", images.subset(~is_train))])
 
 
 def stand_in(pretrained: bool, load: bool) -> tuple[torch.nn.Module, int]:
@@ -146,23 +154,13 @@ def test_published_settings_train_for_a_step(
     assert metrics["Recall @ 1"] == 0  # all images are the same, and ties count against the network
 
 
-def read_first_classes(root: Path) -> datasets.Splits:
-    """All training classes; of the test classes, whose number doesn't matter here, the first eight."""
-    images = datasets.read_class_folders(root / "images")
-    classes = TRAINING_CLASSES[root.name]
-    label = images.labels[:, 0]
-    test = images.subset((label >= classes) & (label < classes + 8))
-    return datasets.Splits(images.subset(label < classes), test=[datasets.RetrievalSet("test", test)])
-
-
 def test_sample_runs_refuses_an_unknown_name() -> None:
     done = subprocess.run(["bash", "Sample_Runs.sh", "nothing"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "nothing is none of the runs" in done.stderr
 
 
-def test_demo_starts_on_small_settings(tmp_path: Path) -> None:
-    """The demo's flags, on a few rendered characters."""
+def test_demo_needs_neither_data_nor_weights() -> None:
     opt = main.resolve(main.parse_args(RUNS["demo"]))
     assert (opt.dataset, opt.not_pretrained, opt.check_untrained_accuracy) == ("glyphs", True, True)
-    assert SMALL[1] == opt.arch or opt.arch in netlib.ARCHS
+    assert datasets.DATASETS["glyphs"].made_here
