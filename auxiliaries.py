@@ -15,7 +15,7 @@ import random
 import re
 import sys
 import textwrap
-import zipfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,12 +59,19 @@ def nearest_name(name: str, names: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+MAX_NUMBER = 1e15  # far beyond every flag, and within an int64
+
+
 def number(kind: Callable[[str], Any], minimum: float, exclusive: bool = False) -> Callable[[str], Any]:
     """An argparse type: a finite `kind` (int or float) of at least `minimum` (or above it, with `exclusive`)."""
 
     def parse(text: str) -> Any:
         value = kind(text)
-        if not math.isfinite(value) or value < minimum or (exclusive and value == minimum):
+        if (
+            (isinstance(value, float) and not math.isfinite(value))
+            or value < minimum
+            or (exclusive and value == minimum)
+        ):
             bound = f"above {minimum}" if exclusive else f"at least {minimum}"
             raise argparse.ArgumentTypeError(f"{text} is not {bound}")
         return value
@@ -80,7 +87,10 @@ class FrozenNamespace(argparse.Namespace):
         vars(self).update(values)
 
     def __setattr__(self, name: str, value: Any) -> NoReturn:
-        raise AttributeError(f"the resolved flags are read-only: {name} can't be set")
+        raise AttributeError(f"the resolved flags are read-only: {name} can't be changed")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        self.__setattr__(name, None)
 
 
 class _ManualFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -120,7 +130,8 @@ class FlagParser(argparse.ArgumentParser):
 
 def _seed_cpu(numbers: Sequence[int]) -> int:
     """Seeds Python, NumPy and torch's CPU generator from the numbers; returns torch's seed."""
-    for_random, for_numpy, *for_torch = np.random.SeedSequence(numbers).generate_state(4).tolist()
+    entropy = [len(numbers), *numbers]  # without their count, (1, 5) and (1, 5, 0) would give the same seeds
+    for_random, for_numpy, *for_torch = np.random.SeedSequence(entropy).generate_state(4).tolist()
     random.seed(for_random)
     np.random.seed(for_numpy)
     torch_seed = for_torch[0] << 32 | for_torch[1]
@@ -210,7 +221,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def create_run_folder(parent: Path, name: str) -> Path:
     """Makes `parent/name`, or `parent/name_1`, `_2`, … when that exists: a run folder is never overwritten."""
-    if not name or Path(name).name != name:
+    if name in ("", "..") or Path(name).name != name:
         raise UserError(f"--savename {name} is no folder name: leave out slashes")
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -242,7 +253,10 @@ def save_parameters(folder: Path, parameters: Mapping[str, Any]) -> None:
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Writes state dicts and plain values so that a crash leaves either the old file or the new one."""
     with replacing(path) as beside:
-        torch.save(plain(state), beside)
+        try:
+            torch.save(plain(state), beside)
+        except RuntimeError as error:  # so torch reports a full disk, or a folder that is gone
+            raise OSError(str(error).splitlines()[0]) from None
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -252,10 +266,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         UserError: there is no such file, it is cut off, or it holds something other than tensors and plain values.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path} can't be opened: {error.strerror or error}") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, KeyError):
+    except Exception:  # torch raises anything at all on a damaged file
         raise UserError(
             f"{path} is no whole checkpoint of tensors (cut off, or of another kind): fetch it again"
         ) from None
@@ -264,9 +280,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Appends one row to a CSV file; the keys of the first row become its header."""
     try:
-        with open(path, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row))
-            if file.tell() == 0:
+        with open(path, "a+", newline="", encoding="utf-8") as file:  # reads anywhere, writes at the end
+            file.seek(0)
+            header = next(csv.reader(file), None)
+            writer = csv.DictWriter(file, fieldnames=header or list(row))
+            if header is None:
                 writer.writeheader()
             writer.writerow(row)
     except OSError as error:
@@ -358,8 +376,8 @@ def save_info_plot(
         axes.grid(alpha=0.3)
         if len(lines) > 1:
             axes.legend(fontsize="small", ncols=math.ceil(len(lines) / 8))
-    figure.suptitle(header, fontsize="medium")
-    figure.supxlabel(footer, fontsize="small")
+    figure.suptitle(header, fontsize="medium", parse_math=False)
+    figure.supxlabel(footer, fontsize="small", parse_math=False)
     with replacing(path) as beside:
         figure.savefig(beside, format="svg")
 

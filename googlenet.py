@@ -23,7 +23,9 @@ def build(pretrained: bool, load: bool) -> tuple[nn.Module, int]:
     Returns:
         The backbone, images `(B, 3, H, W)` to features `(B, 1024)`, and the number of features.
     """
-    weights = GoogLeNet_Weights.IMAGENET1K_V1 if load else None
-    network = googlenet(weights=weights, aux_logits=False, init_weights=not pretrained, transform_input=pretrained)
+    if load:
+        network = googlenet(weights=GoogLeNet_Weights.IMAGENET1K_V1)  # drops the auxiliary classifiers itself
+    else:
+        network = googlenet(aux_logits=False, init_weights=not pretrained, transform_input=pretrained)
     network.fc = nn.Identity()
     return network, 1024

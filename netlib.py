@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any
 
 import torch
@@ -70,10 +71,16 @@ def torchvision_arch(name: str, weights_name: str = "DEFAULT") -> Arch:
     wanted = weights.transforms()
 
     def build(pretrained: bool, load: bool) -> tuple[nn.Module, int]:
-        inception = {"aux_logits": False, "transform_input": pretrained} if name == "inception_v3" else {}
-        if inception and not load:
-            inception["init_weights"] = not pretrained
-        network = get_model(name, weights=weights if load else None, **inception)
+        if load:
+            network = get_model(name, weights=weights)
+        elif name == "inception_v3":
+            network = get_model(name, aux_logits=False, transform_input=pretrained, init_weights=not pretrained)
+        elif name == "vit_h_14":  # its weights are for another size than its constructor's default
+            network = get_model(name, image_size=wanted.crop_size[0])
+        else:
+            network = get_model(name)
+        if name == "inception_v3":
+            network.aux_logits, network.AuxLogits = False, None
         return network, remove_classifier(network, name)
 
     return Arch(
@@ -188,9 +195,10 @@ def networkselect(opt: argparse.Namespace | Mapping[str, Any], load_pretrained: 
     from_file = opt.weights if load_pretrained else None
     try:
         backbone, features = arch.build(pretrained, load_pretrained and pretrained and from_file is None)
-    except OSError as error:
+    except (OSError, RuntimeError, EOFError, HTTPException) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"pretrained weights of {opt.arch} can't be downloaded ({error}): give them as --weights FILE, or train "
+            f"pretrained weights of {opt.arch} can't be downloaded ({reason}): give them as --weights FILE, or train "
             "from scratch with --not_pretrained"
         ) from None
     if from_file is not None:
@@ -206,16 +214,22 @@ def load_weights(backbone: nn.Module, file: str) -> None:
     Raises:
         UserError: the file can't be read, or its entries are not the backbone's.
     """
-    state = load_checkpoint(file)
-    if "state_dict" in state:
-        state = state["state_dict"]
-        state = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
+    state: Any = load_checkpoint(file)
+    if isinstance(state, dict) and isinstance(run := state.get("state_dict"), dict):
+        state = {name.removeprefix("backbone."): value for name, value in run.items() if name.startswith("backbone.")}
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"--weights {file} holds no state dict: it must map names to tensors")
     own = backbone.state_dict()
+    removed = {path for path, module in backbone.named_modules() if isinstance(module, nn.Identity)}
+    removed |= {"aux1", "aux2", "AuxLogits"}  # auxiliary classifiers of GoogLeNet and Inception
+    beyond = [name for name in state if name not in own and not any(name.startswith(f"{path}.") for path in removed)]
     missing = [name for name in own if name not in state]
     misshapen = [name for name in own if name in state and state[name].shape != own[name].shape]
-    for names, problem in ((missing, "lacks"), (misshapen, "has another shape of")):
+    problems = ((missing, "lacks"), (misshapen, "has another shape of"), (beyond, "has, beyond the architecture's,"))
+    for names, problem in problems:
         if names:
-            raise UserError(f"--weights {file} {problem} {names[0]} and {len(names) - 1} more: it is of another --arch")
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"--weights {file} {problem} {names[0]}{more}: it is of another --arch")
     backbone.load_state_dict({name: state[name] for name in own})
 
 
