@@ -6,8 +6,10 @@ Knows no data set, loss or metric, and imports no sibling.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import difflib
+import itertools
 import math
 import os
 import pickle
@@ -48,7 +50,7 @@ def run_command(command: Callable[[], object]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; the run folder keeps what was saved", file=sys.stderr)
+        print("\nstopped; what was saved is kept", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 
@@ -67,11 +69,9 @@ def number(kind: Callable[[str], Any], minimum: float, exclusive: bool = False) 
 
     def parse(text: str) -> Any:
         value = kind(text)
-        if (
-            (isinstance(value, float) and not math.isfinite(value))
-            or value < minimum
-            or (exclusive and value == minimum)
-        ):
+        if abs(value) > MAX_NUMBER:
+            raise argparse.ArgumentTypeError(f"{text} is not below {MAX_NUMBER:g}")
+        if math.isnan(value) or value < minimum or (exclusive and value == minimum):
             bound = f"above {minimum}" if exclusive else f"at least {minimum}"
             raise argparse.ArgumentTypeError(f"{text} is not {bound}")
         return value
@@ -158,7 +158,10 @@ def seeded(*numbers: int) -> Iterator[None]:
 
 
 def pick_device(gpu: int) -> torch.device:
-    """The CUDA device with that number, or the CPU for -1 and, with a notice, where there is no CUDA device."""
+    """The CUDA device with that number, or the CPU for -1 and, with a notice, where there is no CUDA device.
+
+    A CUDA device becomes the current one, and cuDNN is told to use deterministic algorithms.
+    """
     if gpu < 0:
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -168,6 +171,7 @@ def pick_device(gpu: int) -> torch.device:
         raise UserError(
             f"--gpu {gpu} does not exist: this machine has CUDA devices 0 to {torch.cuda.device_count() - 1}"
         )
+    torch.cuda.set_device(gpu)
     torch.backends.cudnn.deterministic = True
     return torch.device("cuda", gpu)
 
@@ -175,8 +179,9 @@ def pick_device(gpu: int) -> torch.device:
 def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copies host data to `device` without making the host wait for the device."""
     tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+    # A copy from pageable memory may wait for the stream. Fake CUDA tensors exist without CUDA, pinned memory doesn't.
     if device.type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_available():
-        tensor = tensor.pin_memory()  # a copy from pageable memory may wait for the stream
+        tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
@@ -213,32 +218,44 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(beside, path)
     except OSError as error:
         raise UserError(
-            f"{path} can't be written ({error.strerror or error}): make room or choose another --save_path"
+            f"{path} can't be written ({error.strerror or error}): make room, or choose another place"
         ) from None
     finally:
         beside.unlink(missing_ok=True)
 
 
-def create_run_folder(parent: Path, name: str) -> Path:
-    """Makes `parent/name`, or `parent/name_1`, `_2`, … when that exists: a run folder is never overwritten."""
+def check_run_folder(parent: Path, name: str) -> None:
+    """Makes sure, before anything expensive, that `create_run_folder` can work.
+
+    Raises:
+        UserError: the name is no folder name, or nothing can be written where the folder would be.
+    """
     if name in ("", "..") or Path(name).name != name:
         raise UserError(f"--savename {name} is no folder name: leave out slashes")
+    existing = next(folder for folder in (parent, *parent.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"{existing} is no folder that can be written to: choose another --save_path")
+
+
+def create_run_folder(parent: Path, name: str) -> Path:
+    """Makes `parent/name`, or `parent/name_1`, `_2`, … when that exists: a run folder is never overwritten.
+
+    Raises:
+        UserError: it can't be made.
+    """
+    check_run_folder(parent, name)
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        for attempt in range(1_000_000):
+        for attempt in itertools.count():
             folder = parent / (f"{name}_{attempt}" if attempt else name)
-            try:
+            with contextlib.suppress(FileExistsError):
                 folder.mkdir()
-            except FileExistsError:
-                continue
-            if not os.access(folder, os.W_OK):
-                raise PermissionError(13, "Permission denied")
-            return folder
+                return folder
     except OSError as error:
         raise UserError(
             f"no run folder can be made in {parent} ({error.strerror}): choose another --save_path"
         ) from None
-    raise UserError(f"{parent} has a million runs named {name}: choose another --savename")
+    raise AssertionError("there is always another number")
 
 
 def save_parameters(folder: Path, parameters: Mapping[str, Any]) -> None:

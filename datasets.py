@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=False,
         help="fetch the data set first if it is missing",
     )
-    group.add_argument("--download_url", metavar="URL", help="with --download: a folder that holds the archives")
+    group.add_argument("--download_url", metavar="URL", help="with --download: the address of a folder of the archives")
     group.add_argument("--kernels", type=number(int, 0), default=8, help="data-loading workers, at most one a core")
     group.add_argument("--bs", type=number(int, 1), default=112, help="images a training batch")
     group.add_argument("--eval_bs", type=number(int, 1), help="images a batch in evaluation (default: --bs)")
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--resize",
         type=number(int, 1),
-        help="shorter side of a test image before its centre crop, px (default: by --arch, 256 for a crop of 224)",
+        help="shorter side of a test image before its centre crop, px (default: by --arch and --crop_size)",
     )
 
 
@@ -343,8 +343,11 @@ def read_glyphs(root: Path) -> Splits:
     if not (root / "images").is_dir():
         render_glyphs(root / "images")
     images = read_class_folders(root / "images", key=by_number)
-    characters = [chr(int(name.removeprefix("U+"), 16)) for name in images.class_names[0]]
-    scripts = [unicodedata.name(character).split()[0] for character in characters]
+    try:
+        characters = [chr(int(name.removeprefix("U+"), 16)) for name in images.class_names[0]]
+        scripts = [unicodedata.name(character).split()[0] for character in characters]
+    except ValueError as error:
+        raise UserError(f"{root / 'images'} holds a folder that is no character ({error}): remove {root}") from None
     finest = [images.class_names[0][label] for label in images.labels[:, 0]]
     coarser = [scripts[label] for label in images.labels[:, 0]]
     return split_in_half(make_image_set(images.paths, finest, coarser, key=by_number))
@@ -499,7 +502,7 @@ def _how_to_get(dataset: str, root: Path) -> str:
     elif not source.archives:
         how = "put its files there"
     elif "://" not in source.archives[0].url:
-        how = "--download --download_url URL fetches it from a folder that holds its archives"
+        how = "--download --download_url URL fetches its archives, or Datasets/README.md says where to put them"
     else:
         how = "--download fetches it"
     return f"no data of {dataset} were found in {root.resolve()}; {how}; {demo}"
@@ -542,7 +545,9 @@ def download_archives(dataset: str, root: Path, base_url: str | None = None) -> 
 def _check(dataset: str, splits: Splits) -> None:
     """Warns where counts differ from the published ones, and refuses splits that can't be trained or evaluated on."""
     parts = {"train": splits.train}
-    for test in splits.test:
+    if not (splits.val or splits.test):
+        raise UserError(f"{dataset} has nothing to evaluate on: its splits need val or test sets")
+    for test in [*splits.val, *splits.test]:
         parts |= {"query": test.query, "gallery": test.gallery} if test.gallery else {test.name: test.query}
     for part, (classes, images) in (DATASETS[dataset].counts if dataset in DATASETS else {}).items():
         found = parts[part].num_classes(), len(parts[part])
@@ -554,7 +559,7 @@ def _check(dataset: str, splits: Splits) -> None:
             notice(f"{dataset}, {part}: some of its classes are training classes too")
     if splits.train.num_classes() < 2:
         raise UserError(f"{dataset} has {splits.train.num_classes()} training class(es): at least two are needed")
-    for test in splits.test:
+    for test in [*splits.val, *splits.test]:
         gallery = test.gallery or test.query
         seen = np.bincount(gallery.labels[:, 0], minlength=len(gallery.class_names[0]))
         alone = int((seen[test.query.labels[:, 0]] <= (test.gallery is None)).sum())
@@ -588,7 +593,9 @@ def load_image(path: str) -> torch.Tensor:
         rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
         return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is no whole image ({error}): replace or remove the file and start again") from None
+        raise UserError(
+            f"{path} is no whole image ({error}): replace the file, or remove it from folder and lists, and start again"
+        ) from None
 
 
 def _decode_jpeg(data: bytes) -> torch.Tensor | None:
@@ -605,7 +612,7 @@ def train_transform(crop_size: int) -> v2.Transform:
     return v2.Compose([v2.RandomResizedCrop(crop_size, antialias=True), v2.RandomHorizontalFlip()])
 
 
-def test_transform(crop_size: int, resize: int) -> v2.Transform:
+def eval_transform(crop_size: int, resize: int) -> v2.Transform:
     """Shorter side to `resize` px, centre crop of `crop_size` px; uint8 in and out."""
     return v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(crop_size)])
 
@@ -712,9 +719,11 @@ class BaseTripletDataset(ImageDataset):
         sizes = np.bincount(self.labels)
         if self.batch_sampler == "class_balanced" and sizes.min() < self.samples_per_class:
             few = int((sizes < self.samples_per_class).sum())
-            notice(f"{few} classes have fewer than {self.samples_per_class} images: theirs repeat inside a batch")
+            notice(f"classes with fewer than {self.samples_per_class} images: {few}; theirs repeat inside a batch")
         if len(self) < self.bs:
-            notice(f"there are {len(self)} training images for batches of {self.bs}")
+            notice(
+                f"--bs {self.bs} is more than the {len(self)} training images: images repeat, or batches are smaller"
+            )
 
     def set_epoch(self, epoch: int) -> None:
         """Forms the epoch's batches: `self.batches`, a list of arrays of image positions."""
@@ -770,9 +779,14 @@ class ImageLoader(DataLoader):
 class TrainLoader(ImageLoader):
     """The loader of a `BaseTripletDataset`, which forms the batches."""
 
+    dataset: BaseTripletDataset
+
     def __init__(self, dataset: BaseTripletDataset, **common: Any):
         super().__init__(dataset, batch_sampler=EpochBatches(dataset), **common)
-        self.set_epoch = dataset.set_epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Forms the epoch's batches."""
+        self.dataset.set_epoch(epoch)
 
 
 @dataclass(frozen=True)
@@ -794,8 +808,8 @@ class Loaders:
     test: Sequence[RetrievalLoaders]
 
 
-def give_dataloaders(opt: argparse.Namespace, splits: Splits) -> Loaders:
-    """Builds all loaders from the resolved flags.
+def give_dataloaders(opt: argparse.Namespace, splits: Splits, pin_memory: bool = False) -> Loaders:
+    """Builds all loaders from the resolved flags; `pin_memory` for batches that go to a CUDA device.
 
     Raises:
         UserError: batches of --bs images can't be formed.
@@ -806,12 +820,16 @@ def give_dataloaders(opt: argparse.Namespace, splits: Splits) -> Loaders:
             f"--bs {opt.bs} with --samples_per_class {opt.samples_per_class} needs {opt.bs // opt.samples_per_class} "
             f"classes a batch, and {opt.dataset} trains on {num_classes}: lower --bs or raise --samples_per_class"
         )
+    if opt.kernels > cpu_cores():
+        notice(
+            f"--kernels {opt.kernels} is more than this machine's {cpu_cores()} cores: {cpu_cores()} workers load data"
+        )
     common: dict[str, Any] = {
         "num_workers": min(opt.kernels, cpu_cores()),
         "collate_fn": collate,
-        "pin_memory": opt.gpu >= 0 and torch.cuda.is_available(),
+        "pin_memory": pin_memory,
     }
-    for_test = test_transform(opt.crop_size, opt.resize)
+    for_test = eval_transform(opt.crop_size, opt.resize)
 
     def in_order(images: ImageSet) -> ImageLoader:
         return ImageLoader(ImageDataset(images, for_test), batch_size=opt.eval_bs, **common)

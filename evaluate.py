@@ -10,7 +10,7 @@ import argparse
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -196,9 +196,7 @@ class EmbeddingSpace:
             search = NearestNeighbors(algorithm="brute").fit(_as_numpy(self.gallery))
             found = search.kneighbors(_as_numpy(self.query[torch.as_tensor(chosen)]), wanted, return_distance=False)
         else:
-            index: Any = faiss.IndexFlatL2(self.gallery.shape[1])
-            if self._use_faiss_gpu():
-                index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), self.gallery.device.index or 0, index)
+            index = self._faiss_index()
             index.add(_as_numpy(self.gallery))
             _, found = index.search(_as_numpy(self.query[torch.as_tensor(chosen)]), wanted)
         if not self.is_self:
@@ -234,14 +232,20 @@ class EmbeddingSpace:
         if faiss is None:
             _warn_of_sklearn()
             return KMeans(k, init=points[start], max_iter=20, n_init=1, random_state=0).fit_predict(points)
-        settings: dict[str, Any] = {"niter": 20, "seed": 0, "gpu": self._use_faiss_gpu()}
-        settings |= {"min_points_per_centroid": 1, "max_points_per_centroid": 10**9}  # or it drops points
-        kmeans = faiss.Kmeans(points.shape[1], k, **settings)
-        kmeans.train(points, init_centroids=points[start])
-        return kmeans.index.search(points, 1)[1][:, 0]
+        kmeans = faiss.Clustering(points.shape[1], k)
+        kmeans.niter, kmeans.seed = 20, 0
+        kmeans.min_points_per_centroid, kmeans.max_points_per_centroid = 1, 10**9  # or it drops points
+        faiss.copy_array_to_vector(points[start].ravel(), kmeans.centroids)
+        index = self._faiss_index()
+        kmeans.train(points, index)
+        return index.search(points, 1)[1][:, 0]
 
-    def _use_faiss_gpu(self) -> bool:
-        return self.query.is_cuda and faiss.get_num_gpus() > 0
+    def _faiss_index(self) -> Any:
+        """An empty index for exact search, on the embeddings' own CUDA device where faiss can use it."""
+        index = faiss.IndexFlatL2(self.query.shape[1])
+        if self.query.is_cuda and faiss.get_num_gpus() > 0:
+            return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), self.query.device.index or 0, index)
+        return index
 
 
 def _count_at_least(scores: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
@@ -263,6 +267,7 @@ def _as_numpy(points: torch.Tensor) -> np.ndarray:
     return np.ascontiguousarray(points.cpu().numpy())
 
 
+@cache
 def _warn_of_sklearn() -> None:
     notice("faiss can't be imported: scikit-learn clusters and searches, more slowly")
 

@@ -14,15 +14,22 @@ fi
 
 stamp=$("$python" - <<'PY'
 import hashlib, sys
-print(sys.version.split()[0], hashlib.sha256(open("requirements.txt", "rb").read()).hexdigest())
+print("%d.%d" % sys.version_info[:2], hashlib.sha256(open("requirements.txt", "rb").read()).hexdigest())
 PY
 )
 if [ "$(cat "$venv/stamp" 2>/dev/null)" = "$stamp" ]; then
     exit 0
 fi
 
+if [ -e "$venv" ] && [ ! -e "$venv/stamp" ]; then
+    echo "error: $venv was not made by install.sh: move it away, or name another place with DML_VENV" >&2
+    exit 2
+fi
+
 echo "Installing requirements.txt into $venv (several GB; a few minutes)" >&2
 rm -rf "$venv"
+mkdir -p "$venv"
+echo incomplete > "$venv/stamp"
 "$python" -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --upgrade-strategy only-if-needed -r requirements.txt
 echo "$stamp" > "$venv/stamp"

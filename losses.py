@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from auxiliaries import UserError, number, upload
+from auxiliaries import UserError, nearest_name, number, upload
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,6 +124,8 @@ class Sampler:
             "random": self.random_sampling,
             "npair": self.npair_sampling,
         }
+        if method not in self.methods:
+            raise UserError(f"--sampling {method} is unknown{nearest_name(method, self.methods)}")
         self.method = method
         self.params = params
 
@@ -460,7 +462,8 @@ def loss_select(
         The loss, and the groups with one for its own parameters, if it has any: without weight decay.
     """
     values = {**vars(opt), "num_classes": num_classes}
-    values["sampler"] = Sampler(opt.sampling, lower_cutoff=opt.lower_cutoff, upper_cutoff=opt.upper_cutoff)
+    if opt.sampling:
+        values["sampler"] = Sampler(opt.sampling, lower_cutoff=opt.lower_cutoff, upper_cutoff=opt.upper_cutoff)
     keywords = inspect.signature(LOSSES[loss]).parameters
     criterion = LOSSES[loss](**{name: values[name] for name in keywords})
     own = [parameter for parameter in criterion.parameters() if parameter.requires_grad]

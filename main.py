@@ -1,4 +1,4 @@
-"""Trains an embedding network on a data set and evaluates it by retrieval: flags -> one training run."""
+"""Trains an embedding network on labelled images and evaluates it by retrieval on classes it has never seen."""
 
 from __future__ import annotations
 
@@ -51,15 +51,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--decay", type=number(float, 0), default=4e-4, help="weight decay of the network")
     group.add_argument("--n_epochs", type=number(int, 1), default=70, help="passes over the training images")
     group.add_argument("--scheduler", choices=SCHEDULERS, default="step", help="step: at --tau; exp: after every epoch")
-    group.add_argument("--gamma", type=number(float, 0), default=0.3, help="what learning rates are multiplied by")
+    group.add_argument(
+        "--gamma", type=number(float, 0), default=0.3, help="factor of all learning rates at a step of --scheduler"
+    )
     group.add_argument(
         "--tau",
         type=number(int, 1),
         nargs="*",
         default=[30, 55],
-        help="epochs after which --scheduler step lowers them",
+        help="epochs after which --scheduler step multiplies by --gamma",
     )
-    group.add_argument("--seed", type=number(int, 0), default=1, help="of weights, batches, augmentation and sampling")
+    group.add_argument(
+        "--seed", type=number(int, 0), default=1, help="seed of weights, batches, augmentation and sampling"
+    )
     group.add_argument("--gpu", type=number(int, -1), default=0, help="number of the CUDA device; -1: the CPU")
 
     group = parser.add_argument_group("records")
@@ -140,8 +144,11 @@ def resolve(opt: argparse.Namespace) -> argparse.Namespace:
         raise UserError(
             f"--bs {opt.bs} is no multiple of --samples_per_class {opt.samples_per_class}: change one of them"
         )
-    if opt.sampling and opt.samples_per_class == 1 and opt.batch_sampler == "shuffled":
+    if opt.sampling and opt.samples_per_class == 1:
         raise UserError(f"--loss {opt.loss} needs two images of a class in a batch: raise --samples_per_class")
+    if opt.sampling and opt.bs < 2 * opt.samples_per_class:
+        raise UserError(f"--loss {opt.loss} needs two classes of {opt.samples_per_class} images in a batch: raise --bs")
+    auxiliaries.check_run_folder(Path(opt.save_path) / opt.dataset, opt.savename)
     return auxiliaries.FrozenNamespace(**vars(opt))
 
 
@@ -188,8 +195,8 @@ def train_one_epoch(
             broken = np.flatnonzero(~np.isfinite(values))
             if len(broken):
                 raise UserError(
-                    f"the loss is {values[broken[0]]} in epoch {epoch}, iteration {broken[0] + 1}: lower --lr; "
-                    "the last good checkpoint is kept"
+                    f"the loss is {values[broken[0]]} in epoch {epoch}, iteration {broken[0] + 1}: lower --lr"
+                    + ("; the checkpoints of the epochs before are kept" if epoch > 1 else "")
                 )
             batches.set_postfix(loss=f"{np.mean(values):.4f}")
     return {"Train Loss": float(np.mean(values))}
@@ -232,7 +239,7 @@ def summarise(folder: Path, val_rows: Sequence[dict[str, float]], best_epoch: in
     """Prints how the run ended and returns the selected epoch's metrics."""
     by_epoch = {row["Epochs"]: {name: row[name] for name in row if name not in ("Epochs", "Time")} for row in val_rows}
     selected = by_epoch[best_epoch]
-    print(f"selected epoch {best_epoch} by {SELECTION_METRIC} on the classes evaluated | {report(selected)}")
+    print(f"best epoch by {SELECTION_METRIC}: {best_epoch} | {report(selected)}")
     if 0 in by_epoch:
         before, after = (evaluate.mean_over_sets(by_epoch[e], SELECTION_METRIC) for e in (0, best_epoch))
         print(
@@ -264,7 +271,7 @@ def main(opt: argparse.Namespace) -> dict[str, float]:
 
     # ================================================== Data ==========================================================
     splits = datasets.read_splits(opt.dataset, opt.source_path, opt.download, opt.download_url)
-    loaders = datasets.give_dataloaders(opt, splits)
+    loaders = datasets.give_dataloaders(opt, splits, pin_memory=device.type == "cuda")
     eval_sets, eval_loaders = (splits.val, loaders.val) if splits.val else (splits.test, loaders.test)
     num_classes = splits.train.num_classes()
 

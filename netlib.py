@@ -215,14 +215,19 @@ def load_weights(backbone: nn.Module, file: str) -> None:
         UserError: the file can't be read, or its entries are not the backbone's.
     """
     state: Any = load_checkpoint(file)
-    if isinstance(state, dict) and isinstance(run := state.get("state_dict"), dict):
-        state = {name.removeprefix("backbone."): value for name, value in run.items() if name.startswith("backbone.")}
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+        if any(name.startswith("backbone.") for name in state):  # a run's checkpoint
+            state = {name.removeprefix("backbone."): state[name] for name in state if name.startswith("backbone.")}
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"--weights {file} holds no state dict: it must map names to tensors")
     own = backbone.state_dict()
     removed = {path for path, module in backbone.named_modules() if isinstance(module, nn.Identity)}
     removed |= {"aux1", "aux2", "AuxLogits"}  # auxiliary classifiers of GoogLeNet and Inception
     beyond = [name for name in state if name not in own and not any(name.startswith(f"{path}.") for path in removed)]
+    for name in own:  # state dicts from before PyTorch 0.4.1 lack them
+        if name.endswith(".num_batches_tracked"):
+            state.setdefault(name, own[name])
     missing = [name for name in own if name not in state]
     misshapen = [name for name in own if name in state and state[name].shape != own[name].shape]
     problems = ((missing, "lacks"), (misshapen, "has another shape of"), (beyond, "has, beyond the architecture's,"))

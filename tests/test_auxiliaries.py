@@ -110,7 +110,7 @@ def fail_with(error: BaseException) -> Callable[[], None]:
     [
         (lambda: {"Recall @ 1": 0.5}, 0, ""),
         (fail_with(UserError("--bs 0 is wrong: raise it")), 2, "error: --bs 0 is wrong: raise it"),
-        (fail_with(KeyboardInterrupt()), 130, "stopped; the run folder keeps what was saved"),
+        (fail_with(KeyboardInterrupt()), 130, "stopped; what was saved is kept"),
     ],
     ids=["success", "user's error", "Ctrl-C"],
 )
@@ -196,6 +196,7 @@ def test_the_cpu_is_the_device_when_asked_for_or_left(
 def test_cuda_devices_are_chosen_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
     assert pick_device(-1) == torch.device("cpu")
     assert pick_device(1) == torch.device("cuda", 1)
@@ -230,7 +231,7 @@ def test_a_failed_rewrite_leaves_the_old_file_alone(error: BaseException, tmp_pa
     with pytest.raises(expected) as caught, replacing(path) as beside:
         write_and_fail(beside, error)
     if isinstance(error, OSError):
-        assert re.search(r"file.txt can't be written \(no space left\).*--save_path", str(caught.value))
+        assert re.search(r"file.txt can't be written \(no space left\): make room", str(caught.value))
     assert path.read_text() == "old"
     assert names_in(tmp_path) == {"file.txt"}
     with replacing(path) as beside:
@@ -391,7 +392,7 @@ def test_names_that_are_no_folder_name_are_refused(name: str, tmp_path: Path) ->
 def test_a_place_where_no_run_folder_can_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     for parent in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match=r"no run folder can be made in .*file.*--save_path"):
+        with pytest.raises(UserError, match=r"file is no folder that can be written to: choose another --save_path"):
             create_run_folder(parent, "run")
 
     def refuse(*args: Any, **kwargs: Any) -> None:
@@ -402,7 +403,7 @@ def test_a_place_where_no_run_folder_can_be_is_refused(tmp_path: Path, monkeypat
         create_run_folder(tmp_path, "run")
     monkeypatch.undo()
     monkeypatch.setattr(os, "access", lambda *args: False)
-    with pytest.raises(UserError, match=r"Permission denied.*--save_path"):
+    with pytest.raises(UserError, match=r"can be written to: choose another --save_path"):
         create_run_folder(tmp_path, "run")
 
 

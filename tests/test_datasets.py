@@ -754,7 +754,7 @@ def test_training_crops_are_torchvisions(size: tuple[int, int], mode: str, tmp_p
 def test_evaluation_crops_are_torchvisions(size: tuple[int, int], crop_size: int, resize: int) -> None:
     pillow = picture(size, grain=80)
     image = torch.from_numpy(np.array(pillow)).permute(2, 0, 1)
-    crop = datasets.test_transform(crop_size, resize)(image)
+    crop = datasets.eval_transform(crop_size, resize)(image)
     assert (crop.dtype, crop.shape) == (torch.uint8, (3, crop_size, crop_size))
     expected = as_array(v1.Compose([v1.Resize(resize), v1.CenterCrop(crop_size)])(pillow))
     assert np.abs(crop.permute(1, 2, 0).numpy() - expected).mean() <= 2
@@ -814,7 +814,7 @@ def test_shuffled_batches_hold_each_image_at_most_once(images: int, bs: int) -> 
 
 def test_the_published_proxynca_run_finds_its_batches(tmp_path: Path) -> None:
     touch(tmp_path / "tiny/images", *(f"{label:03d}/{i}.jpg" for label in range(200) for i in range(3)))
-    batches = prepare(tmp_path, "--loss", "proxynca", "--bs", "112").train.dataset.batches  # type: ignore[attr-defined]
+    batches = prepare(tmp_path, "--loss", "proxynca", "--bs", "112").train.dataset.batches
     assert len(batches) == 300 // 112
     assert all(len(set(batch.tolist())) == 112 for batch in batches)
     with pytest.raises(UserError) as error:
@@ -826,8 +826,8 @@ def test_the_published_proxynca_run_finds_its_batches(tmp_path: Path) -> None:
     ("flags", "noticed"),
     [
         (["--bs", "4", "--samples_per_class", "2"], []),
-        (["--bs", "8", "--samples_per_class", "4"], ["1 classes have fewer than 4 images"]),
-        (["--bs", "12", "--samples_per_class", "4"], ["1 classes have fewer than 4 images", "11 training images"]),
+        (["--bs", "8", "--samples_per_class", "4"], ["classes with fewer than 4 images: 1"]),
+        (["--bs", "12", "--samples_per_class", "4"], ["classes with fewer than 4 images: 1", "11 training images"]),
         (["--bs", "8", "--samples_per_class", "4", "--batch_sampler", "shuffled"], []),
         (["--bs", "8", "--loss", "proxynca"], []),
     ],

@@ -27,6 +27,11 @@ Data = tuple[np.ndarray, np.ndarray]  # (N, D) float32 points and (N,) labels
 CLASS_SIZES = {"2": [2] * 30, "5": [5] * 20, "mixed": [2, 3, 5, 8] * 5}
 
 
+@pytest.fixture(autouse=True)
+def _notices_come_again() -> None:
+    evaluate._warn_of_sklearn.cache_clear()
+
+
 RETRIEVAL = ["Recall @ 1", "Precision @ 1", "R-precision", "MAP@R", "mAP"]
 
 
@@ -255,13 +260,13 @@ def test_kmeans_sees_all_points_and_as_many_clusters_as_classes(
 ) -> None:
     trained: list[tuple[int, int, int, int]] = []
 
-    class Spy(faiss.Kmeans):
-        def train(self, x: np.ndarray, *args: Any, **kwargs: Any) -> Any:
-            used = min(len(x), self.cp.max_points_per_centroid * self.k)
-            trained.append((self.k, used, self.cp.niter, self.cp.min_points_per_centroid))
+    class Spy(faiss.Clustering):
+        def train(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+            used = min(len(x), self.max_points_per_centroid * self.k)
+            trained.append((self.k, used, self.niter, self.min_points_per_centroid))
             return super().train(x, *args, **kwargs)
 
-    monkeypatch.setattr(faiss, "Kmeans", Spy)
+    monkeypatch.setattr(faiss, "Clustering", Spy)
     points = np.random.default_rng(0).normal(size=(900, 4)).astype(np.float32)
     labels = np.array([7, 40, 1000])[np.arange(900) % 3]
     if with_gallery:
@@ -493,7 +498,7 @@ def images(tiny_source: Path) -> datasets.ImageSet:
 
 
 def make_loader(images: datasets.ImageSet) -> datasets.ImageLoader:
-    dataset = datasets.ImageDataset(images, datasets.test_transform(24, 32))
+    dataset = datasets.ImageDataset(images, datasets.eval_transform(24, 32))
     return datasets.ImageLoader(dataset, batch_size=7, collate_fn=datasets.collate)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import inspect
+import os
 import pickle
 import re
 import subprocess
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,6 +107,15 @@ def test_network_comes_back_from_hypa_and_checkpoint(
         network, _ = netlib.ARCHS["googlenet"].build(False, False)
         torch.save(network.state_dict(), weights)
         flags = [flag for flag in flags if flag != "--not_pretrained"] + ["--weights", str(weights)]
+    spaces = []
+    evaluate_run = evaluate.evaluate
+
+    def remembering(*args: Any) -> tuple[dict[str, float], list[evaluate.EmbeddingSpace]]:
+        metrics, (space,) = evaluate_run(*args)
+        spaces.append(space)
+        return metrics, [space]
+
+    monkeypatch.setattr(evaluate, "evaluate", remembering)
     run(flags)
 
     def blocked(*_: object, **__: object) -> None:
@@ -112,16 +123,17 @@ def test_network_comes_back_from_hypa_and_checkpoint(
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", blocked)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", blocked)
-    with open(results / "run" / "hypa.pkl", "rb") as file:
-        hypa = pickle.load(file)
-    net = netlib.networkselect(hypa)
-    net.load_state_dict(auxiliaries.load_checkpoint(results / "run" / "checkpoint.pth.tar")["state_dict"])
-    assert net.backbone.transform_input is pretrained
+    readme = (ROOT / "Training_Results/README.md").read_text(encoding="utf-8")
+    snippet = re.search(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert snippet
+    names: dict[str, Any] = {}
+    exec(snippet[1].replace("Training_Results/glyphs/demo", str(results / "run")), names)
+    assert names["net"].backbone.transform_input is pretrained
 
     opt = main.resolve(main.parse_args(flags))
     loaders = datasets.give_dataloaders(opt, datasets.read_splits(opt.dataset, opt.source_path))
-    metrics, _ = evaluate.evaluate(net, loaders.test, opt.k_vals, torch.device("cpu"))
-    assert metrics == auxiliaries.load_checkpoint(results / "run" / "checkpoint.pth.tar")["metrics"]
+    again = evaluate.embed(names["net"], loaders.test[0].query, torch.device("cpu"))
+    assert torch.equal(again, spaces[0].query)
 
 
 def test_existing_run_folder_is_never_overwritten(small_flags: Flags, results: Path) -> None:
@@ -253,6 +265,9 @@ def test_help_reads_as_a_manual(capsys: pytest.CaptureFixture[str]) -> None:
         (["--loss", "npair", "--sampling", "semihard"], "can't use the tuples of --sampling semihard"),
         (["--loss", "triplet", "--sampling", "npair"], "can't use the tuples of --sampling npair"),
         (["--samples_per_class", "1"], "needs two images of a class"),
+        (["--samples_per_class", "1", "--batch_sampler", "class_balanced"], "needs two images of a class"),
+        (["--bs", "4"], "needs two classes of 4 images in a batch"),
+        (["--loss", "npair", "--bs", "4"], "needs two classes of 4 images in a batch"),
         (["--bs", "80"], "needs 20 classes a batch, and tiny trains on 4"),
         (["--resize", "20"], "--resize 20 is less than --crop_size 32"),
         (["--freeze_batchnorm"], "--freeze_batchnorm needs pretrained statistics"),
@@ -321,19 +336,29 @@ def test_nan_loss_stops_the_run_and_leaves_the_last_good_checkpoint(
     assert all(value.isfinite().all() for value in last["state_dict"].values() if value.is_floating_point())
 
 
-@pytest.mark.parametrize("where", ["file", "read-only"])
+@pytest.mark.parametrize("where", ["file", "read-only", "refused later"])
 def test_save_path_that_cannot_be_written(
     small_flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
     save_path = tmp_path / "taken"
     if where == "file":
         save_path.write_text("")
+    elif where == "read-only":
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
     else:
-        monkeypatch.setattr(
-            Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
-        )
+        monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(UserError, match="choose another --save_path"):
         run(small_flags("--save_path", str(save_path)))
+
+
+def test_more_workers_than_cores_is_a_notice(small_flags: Flags, capsys: pytest.CaptureFixture[str]) -> None:
+    opt = main.resolve(main.parse_args(small_flags("--kernels", "1000")))
+    loaders = datasets.give_dataloaders(opt, datasets.read_splits(opt.dataset, opt.source_path))
+    assert loaders.train.num_workers == auxiliaries.cpu_cores()
+    assert "--kernels 1000 is more than this machine's" in capsys.readouterr().err
 
 
 def test_class_with_one_image_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -344,5 +369,5 @@ def test_class_with_one_image_is_no_error(tmp_path: Path, capsys: pytest.Capture
     flags = [*SMALL, "--dataset", "single", "--source_path", str(tmp_path / "source"), "--bs", "8", "--n_epochs", "1"]
     run([*flags, "--save_path", str(tmp_path / "results")])
     notices = capsys.readouterr().err
-    assert "1 classes have fewer than 4 images" in notices
+    assert "classes with fewer than 4 images: 1; theirs repeat" in notices
     assert "1 of 25 queries" in notices

@@ -49,10 +49,15 @@ def test_readme_extensions_work_together(tiny_source: Path, tmp_path: Path) -> N
     command = re.search(r"^python (main\.py --dataset odd_even .*)$", README, re.MULTILINE)
     assert command
     small = ["--crop_size", "32", "--gpu", "-1", "--kernels", "0", "--n_epochs", "1", "--bs", "8", "--savename", "run"]
-    done = subprocess.run(
-        [sys.executable, *shlex.split(command[1]), *small], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    for more in ([], ["--loss", "triplet"], ["--loss", "marginloss"], ["--batch_sampler", "in_order"]):
+        done = subprocess.run(
+            [sys.executable, *shlex.split(command[1]), *small, *more],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
     header = (tmp_path / "Training_Results/odd_even/run/log_val_Base.csv").read_text().splitlines()[0]
     assert header == "Epochs,Time,NMI,Recall @ 1,Recall @ 2,Recall @ 4,Recall @ 8,Mean rank"
 
