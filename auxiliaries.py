@@ -196,8 +196,8 @@ def plain(value: Any) -> Any:
         return {plain(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [plain(entry) for entry in value]
-    if isinstance(value, np.generic):
-        return value.item()
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
     if value is None or isinstance(value, bool | int | float | str | torch.Tensor):
         return value
     return str(value)
@@ -232,7 +232,10 @@ def check_run_folder(parent: Path, name: str) -> None:
     """
     if name in ("", "..") or Path(name).name != name:
         raise UserError(f"--savename {name} is no folder name: leave out slashes")
-    existing = next(folder for folder in (parent, *parent.absolute().parents) if folder.exists())
+    try:
+        existing = next(folder for folder in (parent, *parent.absolute().parents) if folder.exists())
+    except OSError as error:
+        raise UserError(f"{parent} can't be a folder ({error.strerror}): choose another --save_path") from None
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"{existing} is no folder that can be written to: choose another --save_path")
 
@@ -330,6 +333,8 @@ class GradientRecord:
 
     def save(self, path: Path) -> None:
         """Writes all iterations so far as a pickled dict of arrays."""
+        if not self._pending:
+            return
         recorded = torch.stack(self._pending, dim=1).cpu().numpy()  # (4, iterations, features)
         self._pending.clear()
         for name, rows in zip(self.arrays, recorded):

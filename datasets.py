@@ -832,7 +832,10 @@ def give_dataloaders(opt: argparse.Namespace, splits: Splits, pin_memory: bool =
     for_test = eval_transform(opt.crop_size, opt.resize)
 
     def in_order(images: ImageSet) -> ImageLoader:
-        return ImageLoader(ImageDataset(images, for_test), batch_size=opt.eval_bs, **common)
+        # a generator of its own, so that evaluation draws nothing from training's
+        return ImageLoader(
+            ImageDataset(images, for_test), batch_size=opt.eval_bs, generator=torch.Generator(), **common
+        )
 
     def retrieval(sets: Sequence[RetrievalSet]) -> list[RetrievalLoaders]:
         return [RetrievalLoaders(s.name, in_order(s.query), in_order(s.gallery) if s.gallery else None) for s in sets]

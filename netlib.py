@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -193,9 +195,12 @@ def networkselect(opt: argparse.Namespace | Mapping[str, Any], load_pretrained: 
     arch = ARCHS[opt.arch]
     pretrained = not opt.not_pretrained
     from_file = opt.weights if load_pretrained else None
+    load = load_pretrained and pretrained and from_file is None
     try:
-        backbone, features = arch.build(pretrained, load_pretrained and pretrained and from_file is None)
-    except (OSError, RuntimeError, EOFError, HTTPException) as error:
+        backbone, features = arch.build(pretrained, load)
+    except (OSError, RuntimeError, EOFError, HTTPException, UnpicklingError) as error:
+        if not load:
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"pretrained weights of {opt.arch} can't be downloaded ({reason}): give them as --weights FILE, or train "
@@ -221,6 +226,8 @@ def load_weights(backbone: nn.Module, file: str) -> None:
             state = {name.removeprefix("backbone."): state[name] for name in state if name.startswith("backbone.")}
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"--weights {file} holds no state dict: it must map names to tensors")
+    # torchvision renames the entries of its DenseNets' files when it loads them
+    state = {re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2", name): state[name] for name in state}
     own = backbone.state_dict()
     removed = {path for path, module in backbone.named_modules() if isinstance(module, nn.Identity)}
     removed |= {"aux1", "aux2", "AuxLogits"}  # auxiliary classifiers of GoogLeNet and Inception

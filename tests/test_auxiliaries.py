@@ -389,6 +389,12 @@ def test_names_that_are_no_folder_name_are_refused(name: str, tmp_path: Path) ->
     assert not names_in(tmp_path)
 
 
+def test_a_place_with_too_long_a_name_is_refused(tmp_path: Path) -> None:
+    for parent, name in ((tmp_path / ("x" * 300), "run"), (tmp_path, "x" * 300)):
+        with pytest.raises(UserError, match=r"too long.*--save_path"):
+            create_run_folder(parent, name)
+
+
 def test_a_place_where_no_run_folder_can_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     for parent in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -420,15 +426,21 @@ def test_parameters_are_kept_as_builtin_types_and_as_text(tmp_path: Path) -> Non
     assert text == "arch: ü\nk_vals: [1, 2]\nlr: 0.5\npath: x\n"
 
 
-def test_rows_stand_under_the_header_of_the_first(tmp_path: Path) -> None:
+def test_rows_stand_below_one_header(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
     append_row(path, {"Epochs": 1, "NMI": 0.5, "a, b": 1.0})
-    append_row(path, {"Epochs": 2, "a, b": 2.0, "NMI": 0.25})  # in another order
+    append_row(path, {"Epochs": 2, "NMI": 0.25, "a, b": 2.0})
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert rows == [{"Epochs": "1", "NMI": "0.5", "a, b": "1.0"}, {"Epochs": "2", "NMI": "0.25", "a, b": "2.0"}]
+        rows = list(csv.reader(file))
+    assert rows == [["Epochs", "NMI", "a, b"], ["1", "0.5", "1.0"], ["2", "0.25", "2.0"]]
     with pytest.raises(UserError, match="can't be written"):
         append_row(tmp_path / "gone" / "log.csv", {"Epochs": 1})
+
+
+def test_values_stand_under_their_name_in_whatever_order_they_come(tmp_path: Path) -> None:
+    append_row(tmp_path / "log.csv", {"Epochs": 1, "NMI": 0.5})
+    append_row(tmp_path / "log.csv", {"NMI": 0.25, "Epochs": 2})
+    assert (tmp_path / "log.csv").read_text().split() == ["Epochs,NMI", "1,0.5", "2,0.25"]
 
 
 def test_gradient_statistics_equal_numpys_over_several_saves(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,15 +37,16 @@ def images(size: int = 32, count: int = 4, seed: int = 0) -> torch.Tensor:
     )
 
 
-def randomise_batchnorm(network: nn.Module, seed: int = 0) -> None:
-    """Gives BatchNorm statistics of a trained network's kind, so that nothing passes by being 0 or 1."""
-    generator = torch.Generator().manual_seed(seed)
+def settle_batchnorm(network: nn.Module) -> None:
+    """Gives BatchNorm the statistics of some images; without, features of random weights hardly depend on the image."""
+    network.eval()  # auxiliary classifiers rest
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            module.running_mean.normal_(0, 0.1, generator=generator)
-            module.running_var.uniform_(0.8, 1.2, generator=generator)
+            module.train()
+            module.momentum = 1
+    with torch.inference_mode():
+        network((images(96) / 255 - 0.5) / 0.5)
+    network.eval()
 
 
 def published(arch: str) -> dict[str, torch.Tensor]:
@@ -52,7 +54,7 @@ def published(arch: str) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     more: dict[str, Any] = {} if arch == "resnet18" else {"init_weights": False}
     network = models.get_model(arch, weights=None, **more)
-    randomise_batchnorm(network)
+    settle_batchnorm(network)
     return network.state_dict()
 
 
@@ -154,8 +156,8 @@ def test_an_architecture_of_ones_own_needs_one_row(monkeypatch: pytest.MonkeyPat
 
 def test_resnet50_is_torchvisions_with_a_linear_embedding(serve: Callable[[dict[str, torch.Tensor]], None]) -> None:
     torch.manual_seed(0)
-    reference = models.resnet50(weights=None).eval()
-    randomise_batchnorm(reference)
+    reference = models.resnet50(weights=None)
+    settle_batchnorm(reference)
     serve(reference.state_dict())
     net = networkselect(flags("resnet50", normalize=False)).eval()
     reference.fc = nn.Identity()
@@ -312,15 +314,27 @@ def test_a_download_that_ends_early_is_one_sentence(monkeypatch: pytest.MonkeyPa
         networkselect(flags())
 
 
-def test_a_broken_file_among_torchs_downloads_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("broken", ["cut off", "html"])
+def test_a_broken_file_among_torchs_downloads_is_one_sentence(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.undo()  # nothing is fetched: the file is there
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     cached = tmp_path / "hub" / "checkpoints" / models.ResNet18_Weights.DEFAULT.url.rsplit("/", 1)[1]
     cached.parent.mkdir(parents=True)
     torch.save({"conv1.weight": torch.zeros(1000)}, cached)
-    cached.write_bytes(cached.read_bytes()[:2000])
+    cached.write_bytes(cached.read_bytes()[:2000] if broken == "cut off" else b"<!DOCTYPE html><html>404</html>")
     with pytest.raises(UserError, match="--weights FILE"):
         networkselect(flags())
+
+
+def test_a_bug_in_a_builder_is_no_failed_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(pretrained: bool, load: bool) -> tuple[nn.Module, int]:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setitem(ARCHS, "tiny", Arch(build))
+    with pytest.raises(RuntimeError, match="a bug"):
+        networkselect(flags("tiny", not_pretrained=True))
 
 
 def test_weights_from_a_published_state_dict_of_another_number_of_classes(tmp_path: Path) -> None:
@@ -329,6 +343,16 @@ def test_weights_from_a_published_state_dict_of_another_number_of_classes(tmp_pa
     torch.save(state, tmp_path / "resnet18.pth")
     own = networkselect(flags(weights=str(tmp_path / "resnet18.pth"))).backbone.state_dict()
     assert own.keys() == state.keys() - {"fc.weight", "fc.bias"}
+    assert all(torch.equal(own[name], state[name]) for name in own)
+
+
+def test_weights_with_the_names_of_the_published_densenets(tmp_path: Path) -> None:
+    """Their files say `norm.1` where the network says `norm1`; torchvision renames them when it loads them itself."""
+    state = models.densenet121(weights=None).state_dict()
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", name): value for name, value in state.items()}
+    assert old.keys() != state.keys()
+    torch.save(old, tmp_path / "densenet121.pth")
+    own = networkselect(flags("densenet121", weights=str(tmp_path / "densenet121.pth"))).backbone.state_dict()
     assert all(torch.equal(own[name], state[name]) for name in own)
 
 
