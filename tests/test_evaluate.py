@@ -73,6 +73,19 @@ def test_a_collapsed_network_scores_zero(dim: int, size: int, normalised: bool) 
     assert recall_at_k(space, 1) == recall_at_k(space, int(others.min())) == 0
 
 
+@pytest.mark.parametrize("spread", [1e-2, 1e-4, 1e-5])
+def test_points_that_nearly_coincide_are_told_apart(spread: float) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(300) % 30
+    offsets = rng.normal(size=(30, 16))[labels] + 0.3 * rng.normal(size=(300, 16))
+    points = (rng.normal(size=16) + spread * offsets).astype(np.float32)
+    distances = ((points[:, None].astype(np.float64) - points) ** 2).sum(axis=2)
+    np.fill_diagonal(distances, np.inf)
+    expected = (labels[distances.argmin(axis=1)] == labels).mean()
+    assert expected > 0.5
+    assert recall_at_k(EmbeddingSpace(points, labels), 1) == pytest.approx(expected, abs=0.01)
+
+
 @pytest.mark.parametrize("scale", [1e10, 1e20, 1e30])
 def test_an_exploded_network_does_not_score(scale: float) -> None:
     points = np.full((40, 8), scale, np.float32)
