@@ -16,7 +16,7 @@ runs() {
     local proxynca="--loss proxynca"
     local demo="--dataset glyphs --arch resnet18 --not_pretrained --check_untrained_accuracy --savename demo"
     cat <<TABLE
-demo                                      $demo $margin --crop_size 48 --bs 56 --lr 1e-3 --n_epochs 4 --tau 3
+demo                                      $demo --loss marginloss --crop_size 48 --bs 56 --lr 1e-3 --n_epochs 4 --tau 3
 cub200-resnet50-margin                    --dataset cub200 $resnet $margin --n_epochs 50 --tau 30
 cub200-resnet50-triplet                   --dataset cub200 $resnet $semihard --n_epochs 50 --tau 30
 cub200-resnet50-npair                     --dataset cub200 $resnet $npair --n_epochs 55 --tau 35
@@ -48,14 +48,14 @@ in-shop-googlenet-npair                   --dataset in-shop $google $npair --n_e
 TABLE
 }
 
-name=${1:-}
-if [ "$name" = --list ]; then
-    runs
-    exit 0
-fi
+name=${1:---help}
+case $name in
+    --list) runs; exit 0 ;;
+    -h | --help) sed -n '2,5s/^# \{0,1\}//p' "$0"; exit 0 ;;
+esac
 flags=$(runs | awk -v name="$name" '$1 == name { $1 = ""; print }')
 if [ -z "$flags" ]; then
-    echo "error: ${name:-no name} is none of the runs that bash Sample_Runs.sh --list shows" >&2
+    echo "error: $name is none of the runs that bash Sample_Runs.sh --list shows" >&2
     exit 2
 fi
 bash install.sh
