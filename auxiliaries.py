@@ -147,14 +147,16 @@ def seed_everything(*numbers: int) -> None:
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
     """Inside the block the CPU generators are seeded from the numbers; after it they are as they were before."""
-    states = random.getstate(), np.random.get_state()
+    of_python, of_numpy = random.getstate(), np.random.get_bit_generator()  # type: ignore[attr-defined]
+    # To swap NumPy's generator is far quicker than to copy its state and back.
+    np.random.set_bit_generator(np.random.MT19937(0))  # type: ignore[attr-defined]
     with torch.random.fork_rng(devices=[]):
-        _seed_cpu(numbers)
         try:
+            _seed_cpu(numbers)
             yield
         finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+            random.setstate(of_python)
+            np.random.set_bit_generator(of_numpy)  # type: ignore[attr-defined]
 
 
 def pick_device(gpu: int) -> torch.device:
