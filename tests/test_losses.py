@@ -258,8 +258,9 @@ class FixedSampler(Sampler):
     """What a user may write: a method of their own that returns a plain list, whatever the batch."""
 
     def __init__(self, tuples: Sequence[tuple[int, ...]], **params: Any):
-        super().__init__("fixed", **params)
+        super().__init__(**params)
         self.methods["fixed"] = self.fixed_sampling
+        self.method = "fixed"
         self.tuples = list(tuples)
         self.received: dict[str, Any] = {}
 
