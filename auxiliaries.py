@@ -144,12 +144,15 @@ def seed_everything(*numbers: int) -> None:
     torch.cuda.manual_seed_all(_seed_cpu(numbers))
 
 
+_SPARE = np.random.MT19937(0)  # to make one takes longer than all the rest of `seeded`
+
+
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
     """Inside the block the CPU generators are seeded from the numbers; after it they are as they were before."""
     of_python, of_numpy = random.getstate(), np.random.get_bit_generator()  # type: ignore[attr-defined]
-    # To swap NumPy's generator is far quicker than to copy its state and back.
-    np.random.set_bit_generator(np.random.MT19937(0))  # type: ignore[attr-defined]
+    # To swap NumPy's generator is far quicker than to copy its state and back. A block in a block needs another.
+    np.random.set_bit_generator(np.random.MT19937(0) if of_numpy is _SPARE else _SPARE)  # type: ignore[attr-defined]
     with torch.random.fork_rng(devices=[]):
         try:
             _seed_cpu(numbers)

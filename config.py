@@ -99,12 +99,11 @@ def _merge(layers: list[tuple[str, list[str]]], layer: list[tuple[str, list[str]
 
 
 def _find(name: str) -> Path:
-    path = Path(name)
-    if path.exists() or path.suffix or path.parent != Path():
-        if not path.is_file():
-            raise UserError(f"--config {name} is no file")
+    path, preset = Path(name), PRESETS / f"{name}.yaml"
+    if path.is_file():
         return path
-    preset = PRESETS / f"{name}.yaml"
+    if path.suffix or path.name != name:
+        raise UserError(f"--config {name} is no file")
     if not preset.is_file():
         near = nearest_name(name, [file.stem for file in PRESETS.glob("*.yaml")])
         raise UserError(f"--config {name} is neither a file nor one in configs/{near}")

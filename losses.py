@@ -71,9 +71,11 @@ class ClassGroups:
     def __init__(self, labels: torch.Tensor):
         self.labels = labels.cpu().numpy()
         self.order = np.argsort(self.labels, kind="stable")
-        _, inverse, counts = np.unique(self.labels, return_inverse=True, return_counts=True)
-        self.first = (np.cumsum(counts) - counts)[inverse]
-        self.size = counts[inverse]
+        in_order = self.labels[self.order]
+        starts = np.flatnonzero(np.concatenate([[True], in_order[1:] != in_order[:-1]]))
+        counts = np.diff(np.append(starts, len(in_order)))
+        self.first, self.size = np.empty_like(self.order), np.empty_like(self.order)
+        self.first[self.order], self.size[self.order] = np.repeat(starts, counts), np.repeat(counts, counts)
         self.anchors = np.flatnonzero((self.size > 1) & (self.size < len(self.labels)))
         if len(self.anchors) == 0:
             raise UserError(
@@ -362,12 +364,10 @@ class NPairLoss(Criterion):
     def forward(self, batch: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Embeddings `(B, D)` and labels `(B,)` to a scalar."""
         tuples = self.sampler.give(batch, labels)
-        anchors = batch.index_select(0, tuples[:, 0])
-        positives = batch.index_select(0, tuples[:, 1])
-        products = (anchors @ batch.T).gather(1, tuples[:, 1:])  # (T, 1 + (C - 1)), the positive first
-        target = torch.zeros(len(tuples), dtype=torch.int64, device=batch.device)
-        norms = anchors.square().sum(dim=1) + positives.square().sum(dim=1)
-        return F.cross_entropy(products, target) + self.l2npair * norms.mean()
+        pairs = batch.index_select(0, tuples[:, :2].flatten())  # (2 T, D), anchors and positives in turn
+        products = (pairs[::2] @ batch.T).gather(1, tuples[:, 1:])  # (T, 1 + (C - 1)), the positive first
+        norms = pairs.square().sum() / len(tuples)
+        return F.cross_entropy(products, tuples.new_zeros(len(tuples))) + self.l2npair * norms
 
 
 class ProxyNCA(Criterion):
@@ -392,11 +392,13 @@ class ProxyNCA(Criterion):
 
     def forward(self, batch: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Embeddings `(B, D)` and labels `(B,)` to a scalar."""
-        labels = upload(labels, batch.device)[:, None]
+        labels = upload(labels, batch.device)
         # between vectors of length 3, d² = 18 - 18 cos, and the 18 cancel
-        scores = 2 * self.length**2 * F.normalize(batch, dim=1) @ F.normalize(self.proxies, dim=1).T
-        others = scores.scatter(1, labels, -torch.inf)
-        return (others.logsumexp(dim=1) - scores.gather(1, labels)[:, 0]).mean()
+        points, proxies = 2 * self.length**2 * F.normalize(batch, dim=1), F.normalize(self.proxies, dim=1)
+        own = (points * proxies.index_select(0, labels)).sum(dim=1)
+        # in place: with many proxies, a copy takes long
+        others = (points @ proxies.T).scatter_(1, labels[:, None], -torch.inf)
+        return (others.logsumexp(dim=1) - own).mean()
 
 
 class CrossEntropy(Criterion):

@@ -137,3 +137,9 @@ def test_stored_configuration_gives_the_same_flags(tmp_path: Path, flags: list[s
     assert set(stored) == set(vars(parse())) - {"config"}
     again = main.resolve(parse("--config", str(tmp_path / "config.yaml")))
     assert {**vars(again), "config": None} == {**vars(opt), "config": None}
+
+
+def test_a_folder_of_a_presets_name_hides_no_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cars196").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert parse("--config", "cars196").dataset == "cars196"

@@ -32,6 +32,7 @@ from datasets import (
     BaseTripletDataset,
     ImageSet,
     Loaders,
+    RandomCropAndFlip,
     RetrievalSet,
     Source,
     Splits,
@@ -41,7 +42,6 @@ from datasets import (
     load_image,
     make_image_set,
     shuffled,
-    train_transform,
 )
 
 # Small trees in the layouts of the official archives. Their files are empty, as readers look at names alone.
@@ -734,7 +734,7 @@ def test_training_crops_are_torchvisions(size: tuple[int, int], mode: str, tmp_p
     image = load_image(str(tmp_path / "a.jpg"))
     pillow = Image.fromarray(image.permute(1, 2, 0).numpy())
     reference = v1.Compose([v1.RandomResizedCrop(32), v1.RandomHorizontalFlip()])  # draws scale, ratio, place, flip
-    transform = train_transform(32)
+    transform = RandomCropAndFlip(32)
     shifts = []
     previous = np.zeros((32, 32, 3))
     for seed in range(50):
@@ -914,7 +914,7 @@ def test_evaluation_gives_every_image_in_order_and_changes_no_training(tiny_sour
 def test_an_image_that_occurs_twice_in_an_epoch_is_augmented_differently(tmp_path: Path) -> None:
     paths = [str(save_image(tmp_path / f"{i}.png", np.random.default_rng(i))) for i in range(32)]
     images = ImageSet(paths, np.array([0, 1, *[2] * 30])[:, None], [["a", "b", "c"]])
-    dataset = BaseTripletDataset(images, train_transform(32), bs=4, samples_per_class=2)
+    dataset = BaseTripletDataset(images, RandomCropAndFlip(32), bs=4, samples_per_class=2)
     crops, _, indices = (torch.cat(column) for column in zip(*TrainLoader(dataset, collate_fn=collate)))
     assert len(crops) == 32
     assert np.bincount(indices)[:2].min() >= 8  # in several batches, and twice in each
@@ -990,7 +990,7 @@ def test_a_subclass_may_form_an_epochs_batches(workers: int, tiny_source: Path) 
     images = read("tiny", tiny_source).train
 
     def epochs(kind: type[BaseTripletDataset]) -> list[Sequence[torch.Tensor]]:
-        dataset = kind(images, train_transform(32), bs=8, samples_per_class=4)
+        dataset = kind(images, RandomCropAndFlip(32), bs=8, samples_per_class=4)
         loader = TrainLoader(dataset, collate_fn=collate, num_workers=workers)
         indices: list[Sequence[torch.Tensor]] = []
         for epoch in (1, 2, 3):
