@@ -1,4 +1,4 @@
-"""What any training script needs: errors, flags, seeds, device, run folder, checkpoints, logs and plots.
+"""What any training script needs: errors, flags, seeds, device, run folder and checkpoints.
 
 Knows no data set, loss or metric, and imports no sibling.
 """
@@ -7,30 +7,36 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import difflib
+import errno
+import importlib.metadata
 import itertools
+import json
 import math
 import os
 import pickle
+import platform
 import random
 import re
+import shutil
+import subprocess
 import sys
-import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from matplotlib import get_data_path
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows has neither
+    fcntl = resource = None  # type: ignore[assignment]
+
+RUN_VERSION = 1  # of the files in a run folder; raised when older code can't go on with them
 
 
 class UserError(Exception):
@@ -50,7 +56,7 @@ def run_command(command: Callable[[], object]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; what was saved is kept", file=sys.stderr)
+        print("\nstopped; --resume_training goes on from the last epoch that was saved", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 
@@ -64,13 +70,15 @@ def nearest_name(name: str, names: Iterable[str]) -> str:
 MAX_NUMBER = 1e15  # far beyond every flag, and within an int64
 
 
-def number(kind: Callable[[str], Any], minimum: float, exclusive: bool = False) -> Callable[[str], Any]:
-    """An argparse type: a finite `kind` (int or float) of at least `minimum` (or above it, with `exclusive`)."""
+def number(
+    kind: Callable[[str], Any], minimum: float, exclusive: bool = False, below: float = MAX_NUMBER
+) -> Callable[[str], Any]:
+    """An argparse type: a `kind` (int or float), at least `minimum` (above it, with `exclusive`) and below `below`."""
 
     def parse(text: str) -> Any:
         value = kind(text)
-        if abs(value) > MAX_NUMBER:
-            raise argparse.ArgumentTypeError(f"{text} is not below {MAX_NUMBER:g}")
+        if value >= below:
+            raise argparse.ArgumentTypeError(f"{text} is not below {below:g}")
         if math.isnan(value) or value < minimum or (exclusive and value == minimum):
             bound = f"above {minimum}" if exclusive else f"at least {minimum}"
             raise argparse.ArgumentTypeError(f"{text} is not {bound}")
@@ -195,6 +203,19 @@ def cpu_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def peak_memory(device: torch.device, reset: bool = False) -> float:
+    """Peak memory in GiB: of tensors on a CUDA device since the last reset, or of this process on the CPU."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 2**30
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    if resource is None:
+        return math.nan
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
 def plain(value: Any) -> Any:
     """`value` with everything in it turned into built-in Python types (tensors of state dicts stay tensors)."""
     if isinstance(value, Mapping):
@@ -245,25 +266,105 @@ def check_run_folder(parent: Path, name: str) -> None:
         raise UserError(f"{existing} is no folder that can be written to: choose another --save_path")
 
 
-def create_run_folder(parent: Path, name: str) -> Path:
+def numbered(name: str) -> Iterator[str]:
+    """The name, then `name_1`, `name_2`, …"""
+    return (f"{name}_{number}" if number else name for number in itertools.count())
+
+
+def create_run_folder(parent: Path, name: str, fill: Callable[[Path], object], may_be_numbered: bool = True) -> Path:
     """Makes `parent/name`, or `parent/name_1`, `_2`, … when that exists: a run folder is never overwritten.
 
+    It appears with what `fill` puts into it, or not at all.
+
     Raises:
-        UserError: it can't be made.
+        UserError: it can't be made, or exists and must have this very name.
     """
     check_run_folder(parent, name)
+    beside = parent / f".part-{os.getpid()}-{name}"
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        for attempt in itertools.count():
-            folder = parent / (f"{name}_{attempt}" if attempt else name)
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir()
-                return folder
+        beside.mkdir(parents=True)
+        fill(beside)
+        for candidate in numbered(name) if may_be_numbered else [name]:
+            folder = parent / candidate
+            if not folder.exists():
+                try:
+                    os.rename(beside, folder)
+                    break
+                except OSError as error:
+                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another process was quicker
+                        raise
+        else:
+            raise UserError(f"{parent / name} exists: --resume_training goes on with it, or choose another --savename")
     except OSError as error:
         raise UserError(
             f"no run folder can be made in {parent} ({error.strerror}): choose another --save_path"
         ) from None
-    raise AssertionError("there is always another number")
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a run folder; the lock ends with this process, however that ends.
+
+    Raises:
+        UserError: another process has it.
+    """
+    try:
+        file = open(folder / ".lock", "w")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise UserError(f"{folder} can't be written to ({error.strerror})") from None
+    with file:
+        if fcntl is not None:
+            try:
+                # a record lock: unlike flock's, it is not handed down to data-loading workers, which may live longer
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"another process is at work in {folder}: wait for it, or stop it first") from None
+        yield
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """The command line, the state of this repository, versions and hardware, as built-in types."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    def version(*packages: str) -> str | None:
+        for package in packages:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                return importlib.metadata.version(package)
+        return None
+
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "version": RUN_VERSION,
+        "command": sys.argv,
+        "git commit": git("rev-parse", "HEAD"),
+        "git tree is dirty": None if changes is None else bool(changes),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": version("torchvision"),
+        "faiss": version("faiss-gpu", "faiss-cpu"),
+        "numpy": np.__version__,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+    }
+
+
+def _processor() -> str:
+    """The processor's name, with the number of cores that torch uses, on which sums depend in their last bits."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        name = names[0] if names else name
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def save_parameters(folder: Path, parameters: Mapping[str, Any]) -> None:
@@ -273,6 +374,32 @@ def save_parameters(folder: Path, parameters: Mapping[str, Any]) -> None:
         path.write_bytes(pickle.dumps(values))
     with replacing(folder / "Parameter_Info.txt") as path:
         path.write_text("".join(f"{name}: {value}\n" for name, value in sorted(values.items())), encoding="utf-8")
+
+
+def save_json(path: Path, value: Any) -> None:
+    """Writes plain values as JSON, to read."""
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_json(path: Path) -> Any:
+    """Reads what `save_json` wrote.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}): restore it") from None
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file so that a crash leaves either the old target or the new one."""
+    with replacing(target) as beside:
+        shutil.copyfile(source, beside)
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
@@ -300,166 +427,3 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is no whole checkpoint of tensors (cut off, or of another kind): fetch it again"
         ) from None
-
-
-def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Appends one row to a CSV file; the keys of the first row become its header."""
-    try:
-        with open(path, "a+", newline="", encoding="utf-8") as file:  # reads anywhere, writes at the end
-            file.seek(0)
-            header = next(csv.reader(file), None)
-            writer = csv.DictWriter(file, fieldnames=header or list(row))
-            if header is None:
-                writer.writeheader()
-            writer.writerow(row)
-    except OSError as error:
-        raise UserError(
-            f"{path} can't be written ({error.strerror}): make room or choose another --save_path"
-        ) from None
-
-
-class GradientRecord:
-    """Statistics of the embedding layer's gradient at every iteration, for --grad_measure.
-
-    Of the gradient `(D, features)` it keeps mean and standard deviation over the D outputs, of the values and of
-    their absolute values: four arrays `(iterations, features)`.
-    """
-
-    def __init__(self) -> None:
-        self.arrays = {name: np.empty((0, 0), np.float32) for name in ("mean", "std", "abs_mean", "abs_std")}
-        self._pending: list[torch.Tensor] = []  # on the device, so that no iteration waits for it
-
-    def add(self, weight: torch.Tensor) -> None:
-        """Takes the gradient that the layer's weight `(D, features)` has after an iteration's backward pass."""
-        gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        values = torch.stack([gradient, gradient.abs()])  # (2, D, features)
-        mean, std = values.mean(dim=1), values.std(dim=1, correction=0)
-        self._pending.append(torch.stack([mean[0], std[0], mean[1], std[1]]))
-
-    def save(self, path: Path) -> None:
-        """Writes all iterations so far as a pickled dict of arrays."""
-        if not self._pending:
-            return
-        recorded = torch.stack(self._pending, dim=1).cpu().numpy()  # (4, iterations, features)
-        self._pending.clear()
-        for name, rows in zip(self.arrays, recorded):
-            self.arrays[name] = np.concatenate([self.arrays[name], rows]) if self.arrays[name].size else rows
-        with replacing(path) as beside:
-            beside.write_bytes(pickle.dumps(self.arrays))
-
-
-def _family(name: str) -> str:
-    """The metric without its set and its k: `Set 0 Recall @ 4` -> `Recall`."""
-    return re.sub(r"^Set \d+ | @ \d+$", "", name)
-
-
-def _wrapped(parts: Iterable[str], width: int) -> str:
-    """The parts joined by wide gaps, broken into lines only between parts."""
-    joined = "    ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)
-    return textwrap.fill(joined, width, break_long_words=False, break_on_hyphens=False)
-
-
-def save_info_plot(
-    path: Path,
-    train_rows: Sequence[Mapping[str, float]],
-    val_rows: Sequence[Mapping[str, float]],
-    selected_epoch: int,
-    title: str,
-) -> None:
-    """Draws training loss and metrics over epochs, a panel for each kind of metric.
-
-    Args:
-        path: where to write the SVG.
-        train_rows: rows with `Epochs` and `Train Loss`.
-        val_rows: rows with `Epochs` and any number of metrics; `Time` is not drawn.
-        selected_epoch: the epoch whose metrics, as one model's, stand in the header.
-        title: the first line of the header.
-    """
-    metrics = [name for name in val_rows[0] if name not in ("Epochs", "Time")]
-    families = list(dict.fromkeys(map(_family, metrics)))
-    curves = {"Train Loss": [("Train Loss", train_rows)]} if train_rows else {}
-    curves |= {family: [(name, val_rows) for name in metrics if _family(name) == family] for family in families}
-    columns = min(len(curves), 2 if len(curves) in (2, 4) else 3)
-    rows = math.ceil(len(curves) / columns)
-    width = 5.5 * columns
-
-    selected = next(row for row in val_rows if row["Epochs"] == selected_epoch)
-    best = {name: max(val_rows, key=lambda row: row[name]) for name in metrics}
-    header = _wrapped([f"{name} {selected[name]:.4f}" for name in metrics], int(13 * width))
-    footer = _wrapped([f"{name} {best[name][name]:.4f} ({best[name]['Epochs']})" for name in metrics], int(15 * width))
-    header = f"{title}\nselected epoch {selected_epoch}:\n{header}"
-    footer = f"each metric's highest value (its epoch), not one model's:\n{footer}"
-    margin = 0.2 * (header.count("\n") + footer.count("\n") + 2)
-
-    figure = Figure(figsize=(width, 3.5 * rows + margin), layout="constrained")
-    for number_, (family, lines) in enumerate(curves.items(), start=1):
-        axes = figure.add_subplot(rows, columns, number_)
-        for name, source in lines:
-            epochs = [row["Epochs"] for row in source]
-            axes.plot(epochs, [row[name] for row in source], marker="o" if len(epochs) < 30 else "", ms=3, label=name)
-        axes.axvline(selected_epoch, color="0.6", linestyle=":", zorder=0)
-        axes.set(title=family, xlabel="epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        if len(lines) > 1:
-            axes.legend(fontsize="small", ncols=math.ceil(len(lines) / 8))
-    figure.suptitle(header, fontsize="medium", parse_math=False)
-    figure.supxlabel(footer, fontsize="small", parse_math=False)
-    with replacing(path) as beside:
-        figure.savefig(beside, format="svg")
-
-
-def save_curve(path: Path, rows: Sequence[Mapping[str, float]], name: str) -> None:
-    """Draws one column of the rows over `Epochs` into an SVG."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot([row["Epochs"] for row in rows], [row[name] for row in rows], marker="o", ms=3)
-    axes.set(xlabel="epoch", title=name)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    with replacing(path) as beside:
-        figure.savefig(beside, format="svg")
-
-
-@dataclass(frozen=True)
-class Retrieval:
-    """A query and its nearest neighbours, ready to draw: images are `(H, W, 3)` uint8 arrays."""
-
-    query: np.ndarray
-    query_class: str
-    neighbours: Sequence[np.ndarray]
-    neighbour_classes: Sequence[str]
-    correct: Sequence[bool]
-
-
-def save_recoveries(path: Path, retrievals: Sequence[Retrieval]) -> None:
-    """Draws each query (framed red) beside its nearest neighbours (green: right class; grey: wrong) into a PNG."""
-    side, frame, caption, gap = 128, 5, 18, 6  # px
-    cell = side + 2 * frame
-    columns = 1 + max(len(retrieval.neighbours) for retrieval in retrievals)
-    canvas = Image.new("RGB", (columns * (cell + gap) + gap, len(retrievals) * (cell + caption + gap) + 28), "white")
-    draw = ImageDraw.Draw(canvas)
-    draw.text((gap, 8), "query (red) and its nearest neighbours (green: right class, grey: wrong)", "black", _font(13))
-    for row, retrieval in enumerate(retrievals):
-        images = [retrieval.query, *retrieval.neighbours]
-        names = [retrieval.query_class, *retrieval.neighbour_classes]
-        colours = ["#d62728", *("#2ca02c" if right else "#b0b0b0" for right in retrieval.correct)]
-        for column, (image, name, colour) in enumerate(zip(images, names, colours)):
-            x, y = gap + column * (cell + gap), 28 + row * (cell + caption + gap)
-            draw.text((x + cell // 2, y), _fitting(name.replace("_", " "), cell), "black", _font(11), anchor="ma")
-            thumbnail = ImageOps.pad(Image.fromarray(image), (side, side), color="white")
-            canvas.paste(ImageOps.expand(thumbnail, frame, colour), (x, y + caption))
-    with replacing(path) as beside:
-        canvas.save(beside, format="png")
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(os.path.join(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
-
-
-def _fitting(text: str, width: int) -> str:
-    """The text, or as much of its beginning as fits into `width` px of a caption."""
-    if _font(11).getlength(text) <= width:
-        return text
-    return next(cut for end in range(len(text), -1, -1) if _font(11).getlength(cut := text[:end] + "…") <= width)

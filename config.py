@@ -7,13 +7,13 @@ of `012` stays what it is.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from auxiliaries import FlagParser, UserError, nearest_name, replacing
+from auxiliaries import FlagParser, UserError, nearest_name, number, plain, replacing
 
 OVERRIDE = "~OVERRIDE~"
 PRESETS = Path(__file__).parent / "configs"
@@ -42,7 +42,7 @@ class MappingAction(argparse.Action):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares --config."""
+    """Declares --config, and the flags that say what to do with a run, which are no part of its configuration."""
     group = parser.add_argument_group("configuration")
     group.add_argument(
         "--config",
@@ -51,20 +51,96 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="YAML files of flags, later ones over earlier ones; a bare name is looked up in configs/; other flags win",
     )
 
+    group = parser.add_argument_group("finished and interrupted runs")
+    group.add_argument(
+        "--resume_training",
+        nargs="?",
+        const="latest",
+        choices=("latest", "best"),
+        help="go on with the run --savename, with its own flags and those given beside this one, after its latest or "
+        "its best epoch",
+    )
+    group.add_argument(
+        "--reproduce_results", metavar="FOLDER", help="run the configuration of a run folder again, and compare"
+    )
+    group.add_argument(
+        "--evaluate",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="evaluate the best network of a run, in FOLDER or of --savename, without training",
+    )
+    group.add_argument(
+        "--splits_to_eval",
+        nargs="+",
+        choices=("train", "val", "test"),
+        help="--evaluate: on which images (default: test)",
+    )
+    group.add_argument(
+        "--eval_reference_set",
+        choices=("compared_to_self", "compared_to_sets_combined", "compared_to_training_set"),
+        help="--evaluate: where queries search: in their own set (or its gallery), in all --splits_to_eval together, "
+        "or in the training images (default: compared_to_self)",
+    )
+    group.add_argument(
+        "--eval_normalize_embeddings",
+        action=argparse.BooleanOptionalAction,
+        help="--evaluate: scale embeddings to length 1 (default: as trained)",
+    )
+    group.add_argument(
+        "--eval_use_trunk_output",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="--evaluate: the backbone's features instead of embeddings",
+    )
+    group.add_argument("--eval_pca", type=number(int, 1), metavar="N", help="--evaluate: on N principal components")
+    group.add_argument(
+        "--eval_size_of_tsne",
+        type=number(int, 10),
+        metavar="N",
+        help="--evaluate: draw a t-SNE of N images of each set",
+    )
 
-def parse_layers(parser: FlagParser, argv: Sequence[str]) -> argparse.Namespace:
-    """Parses the command line on top of the files that its --config names.
+
+def control_flags() -> FlagParser:
+    """A parser of no more than the flags that are no part of a run's configuration."""
+    parser = FlagParser(add_help=False)
+    add_arguments(parser)
+    return parser
+
+
+def parse_layers(parser: FlagParser, argv: Sequence[str], stored: Path | None = None) -> argparse.Namespace:
+    """Parses the command line on top of the files that its --config names, on top of a `stored` configuration.
 
     Raises:
         UserError: a file or an entry is no good; it names the file, the line and the nearest flag.
     """
-    files = FlagParser(add_help=False)
-    add_arguments(files)
     layers: list[tuple[str, list[str]]] = []
-    opt, _ = files.parse_known_args(argv)
-    for name in opt.config or []:
+    opt, _ = control_flags().parse_known_args(argv)
+    for name in [*([str(stored)] if stored else []), *(opt.config or [])]:
         layers = _merge(layers, read_layer(name, parser))
     return parser.parse_args([*(token for _, tokens in layers for token in tokens), *argv])
+
+
+def given_flags(parser: FlagParser, argv: Sequence[str]) -> dict[str, Any]:
+    """The flags that the command line, or a file that it names, gives."""
+    names = vars(parser.parse_args([]))
+    opt, _ = control_flags().parse_known_args(argv)
+    tokens = [token for name in opt.config or [] for _, tokens in read_layer(name, parser) for token in tokens]
+    given = parser.parse_args([*tokens, *argv], argparse.Namespace(**dict.fromkeys(names)))
+    return {name: value for name, value in vars(given).items() if value is not None}
+
+
+def configuration(opt: argparse.Namespace) -> dict[str, Any]:
+    """Every flag that says what a run is, as built-in types."""
+    control = vars(control_flags().parse_args([]))
+    return {name: value for name, value in plain(vars(opt)).items() if name not in control}
+
+
+def differences(before: argparse.Namespace, after: argparse.Namespace) -> dict[str, Any]:
+    """The flags of `after`'s configuration that differ from `before`'s."""
+    old, new = configuration(before), configuration(after)
+    return {name: value for name, value in new.items() if value != old.get(name)}
 
 
 def read_layer(name: str, parser: FlagParser) -> list[tuple[str, list[str]]]:
@@ -131,8 +207,8 @@ def _as_tokens(key: str, node: yaml.Node, parser: FlagParser) -> tuple[str, list
     return flag, [flag, node.value] if action.nargs in ("*", "+") else [f"{flag}={node.value}"]
 
 
-def save_config(path: Path, opt: argparse.Namespace, parser: FlagParser) -> None:
-    """Writes every flag of the resolved `opt`; `--config path` gives the same run."""
-    values = {name: value for name, value in vars(opt).items() if f"--{name}" in parser.flags() and name != "config"}
+def save_config(path: Path, values: Mapping[str, Any], parser: FlagParser) -> None:
+    """Writes flags; with all those of a resolved `opt`, `--config path` gives the same run."""
+    flags = {name: value for name, value in values.items() if f"--{name}" in parser.flags()}
     with replacing(path) as beside:
-        beside.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        beside.write_text(yaml.safe_dump(flags, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -67,11 +67,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=BATCH_SAMPLERS,
         help="what forms a batch (default: shuffled with --samples_per_class 1, else class_balanced)",
     )
+    group.add_argument("--iterations_per_epoch", type=number(int, 1), help="batches an epoch (default: images // bs)")
     group.add_argument("--crop_size", type=number(int, 1), help="side of the network's input, px (default: by --arch)")
     group.add_argument(
         "--resize",
         type=number(int, 1),
         help="shorter side of a test image before its centre crop, px (default: by --arch and --crop_size)",
+    )
+
+    group = parser.add_argument_group("protocol")
+    group.add_argument(
+        "--split_scheme",
+        choices=SPLIT_SCHEMES,
+        default="predefined",
+        help="predefined: the literature's training and test images; cross_validation: test classes are set aside, the "
+        "others divided into partitions, each of which validates a fold that trains on the rest",
+    )
+    group.add_argument(
+        "--test_size",
+        type=number(float, 0, exclusive=True, below=1),
+        default=0.5,
+        help="cross_validation: share of the classes that test",
+    )
+    group.add_argument(
+        "--test_start_idx",
+        type=number(float, 0, below=1),
+        default=0.5,
+        help="cross_validation: where the test classes begin among the sorted classes, as a share of them",
+    )
+    group.add_argument(
+        "--num_training_partitions",
+        type=number(int, 2),
+        default=4,
+        help="cross_validation: partitions of the other classes",
+    )
+    group.add_argument(
+        "--num_training_sets", type=number(int, 1), default=4, help="cross_validation: how many folds are run"
+    )
+    group.add_argument("--fold", type=number(int, 0), help="cross_validation: run this fold only, counted from 0")
+    group.add_argument(
+        "--label_hierarchy_level",
+        type=number(int, 0),
+        default=0,
+        help="level of the labels to train and evaluate on: 0 the finest; coarser ones where a data set has them",
     )
 
 
@@ -97,6 +135,10 @@ class ImageSet:
         positions = np.arange(len(self))[chosen]
         return ImageSet([self.paths[i] for i in positions], self.labels[positions], self.class_names)
 
+    def at_level(self, level: int) -> ImageSet:
+        """The same images without the levels finer than `level`."""
+        return ImageSet(self.paths, self.labels[:, level:], self.class_names[level:])
+
     def num_classes(self) -> int:
         """How many classes of the finest level occur."""
         return len(np.unique(self.labels[:, 0]))
@@ -110,6 +152,10 @@ class RetrievalSet:
     query: ImageSet
     gallery: ImageSet | None = None
 
+    def at_level(self, level: int) -> RetrievalSet:
+        """The same images without the levels finer than `level`."""
+        return RetrievalSet(self.name, self.query.at_level(level), self.gallery and self.gallery.at_level(level))
+
 
 @dataclass(frozen=True)
 class Splits:
@@ -118,6 +164,20 @@ class Splits:
     train: ImageSet
     val: Sequence[RetrievalSet] = ()
     test: Sequence[RetrievalSet] = ()
+
+    def at_level(self, level: int) -> Splits:
+        """The same images without the levels finer than `level`.
+
+        Raises:
+            UserError: the labels have no such level.
+        """
+        levels = len(self.train.class_names)
+        if level >= levels:
+            raise UserError(
+                f"--label_hierarchy_level {level} does not exist: the data set's labels have levels 0 to {levels - 1}"
+            )
+        val, test = ([chosen.at_level(level) for chosen in sets] for sets in (self.val, self.test))
+        return Splits(self.train.at_level(level), val, test)
 
 
 def make_image_set(paths: Sequence[str], *levels: Sequence[str], key: Callable[[str], Any] | None = None) -> ImageSet:
@@ -147,12 +207,8 @@ def split_in_half(images: ImageSet) -> Splits:
 def split_by_part(
     paths: Sequence[str], parts: Sequence[str], *levels: Sequence[str], key: Callable[[str], Any] = str
 ) -> Splits:
-    """Splits by a list: `train`, and either `query` with `gallery` or any other parts as test sets of their own.
-
-    Training classes get the first labels.
-    """
-    training = {name for name, part in zip(levels[0], parts) if part == "train"}
-    images = make_image_set(paths, *levels, parts, key=lambda name: (name not in training, key(name)))
+    """Splits by a list: `train`, and either `query` with `gallery` or any other parts as test sets of their own."""
+    images = make_image_set(paths, *levels, parts, key=key)
     part_of = images.labels[:, -1]
     images = ImageSet(images.paths, images.labels[:, :-1], images.class_names[:-1])
     by_part = {part: images.subset(part_of == number_) for number_, part in enumerate(sorted(set(parts)))}
@@ -160,6 +216,73 @@ def split_by_part(
     if "gallery" in by_part:
         return Splits(train, test=[RetrievalSet("test", by_part["query"], by_part["gallery"])])
     return Splits(train, test=[RetrievalSet(part, by_part[part]) for part in dict.fromkeys(parts) if part != "train"])
+
+
+def pool(splits: Splits) -> ImageSet:
+    """All images of a data set, each once, sorted by class and path."""
+    sets = [splits.train]
+    for chosen in (*splits.val, *splits.test):
+        sets += [chosen.query, *([chosen.gallery] if chosen.gallery else [])]
+    label_of = {path: label for images in sets for path, label in zip(images.paths, images.labels)}
+    paths = sorted(label_of, key=lambda path: (label_of[path][0], path))
+    return ImageSet(paths, np.stack([label_of[path] for path in paths]), splits.train.class_names)
+
+
+def class_disjoint_splits(
+    images: ImageSet, fold: int, test_size: float, test_start_idx: float, num_training_partitions: int
+) -> Splits:
+    """One fold of cross-validation over classes of the finest level.
+
+    Of the n sorted classes, test classes are int(n · start) … int(n · start) + int(n · size) - 1, modulo n. The others
+    form partitions (`numpy.array_split`), of which number `fold` validates and the rest train. Every set is all against
+    all.
+
+    Args:
+        images: all of them.
+        fold: 0 … num_training_partitions - 1.
+        test_size: share of the classes that test, in (0, 1).
+        test_start_idx: where they begin, in [0, 1).
+        num_training_partitions: number of partitions.
+
+    Raises:
+        UserError: a set gets fewer than two classes.
+    """
+    labels = images.labels[:, 0]
+    classes = np.unique(labels)
+    start, size = int(len(classes) * test_start_idx), int(len(classes) * test_size)
+    test = classes[np.arange(start, start + size) % len(classes)]
+    others = np.setdiff1d(classes, test)
+    partitions = np.array_split(others, num_training_partitions)
+    val, train = partitions[fold], np.concatenate([p for i, p in enumerate(partitions) if i != fold])
+    for name, chosen in (("test", test), ("validation", min(partitions, key=len)), ("training", train)):
+        if len(chosen) < 2:
+            raise UserError(
+                f"cross_validation leaves {len(chosen)} {name} class(es) of {len(classes)}, and needs two: change "
+                "--test_size or --num_training_partitions"
+            )
+    assert len(train) + len(val) + len(test) == len(set(train) | set(val) | set(test)), "sets share classes"
+    train_set, val_set, test_set = (images.subset(np.isin(labels, chosen)) for chosen in (train, val, test))
+    return Splits(train_set, val=[RetrievalSet("val", val_set)], test=[RetrievalSet("test", test_set)])
+
+
+SPLIT_SCHEMES: dict[str, Callable[[Splits, argparse.Namespace], Splits]] = {
+    "predefined": lambda splits, opt: splits,
+    "cross_validation": lambda splits, opt: class_disjoint_splits(
+        pool(splits), opt.fold, opt.test_size, opt.test_start_idx, opt.num_training_partitions
+    ),
+}
+
+
+def give_splits(opt: argparse.Namespace) -> Splits:
+    """Which images train, validate and test, from the resolved flags.
+
+    Raises:
+        UserError: the data can't be read, or not be split as the flags say.
+    """
+    splits = read_splits(opt.dataset, opt.source_path, opt.download, opt.download_url)
+    splits = SPLIT_SCHEMES[opt.split_scheme](splits, opt).at_level(opt.label_hierarchy_level)
+    check_splits(opt.dataset, splits)
+    return splits
 
 
 def by_number(name: str) -> tuple[int, str]:
@@ -487,7 +610,7 @@ def read_splits(dataset: str, source_path: str, download: bool = False, download
     elif is_missing and not (source and source.made_here):
         raise UserError(_how_to_get(dataset, root))
     splits = source.read(root) if source else split_in_half(read_class_folders(find_layout(root, "images")))
-    _check(dataset, splits)
+    compare_counts(dataset, splits)
     return splits
 
 
@@ -542,25 +665,32 @@ def download_archives(dataset: str, root: Path, base_url: str | None = None) -> 
         raise UserError(f"{dataset} can't be fetched ({error}): Datasets/README.md says how to place it") from None
 
 
-def _check(dataset: str, splits: Splits) -> None:
-    """Warns where counts differ from the published ones, and refuses splits that can't be trained or evaluated on."""
+def compare_counts(dataset: str, splits: Splits) -> None:
+    """Warns where a data set's counts differ from the published ones."""
     parts = {"train": splits.train}
-    if not (splits.val or splits.test):
-        raise UserError(f"{dataset} has nothing to evaluate on: its splits need val or test sets")
-    for test in [*splits.val, *splits.test]:
+    for test in splits.test:
         parts |= {"query": test.query, "gallery": test.gallery} if test.gallery else {test.name: test.query}
     for part, (classes, images) in (DATASETS[dataset].counts if dataset in DATASETS else {}).items():
         found = parts[part].num_classes(), len(parts[part])
         for what, expected, got in zip(("classes", "images"), (classes, images), found):
             if expected not in (None, got):
                 notice(f"{dataset}, {part}: {got} {what}, where the published protocol has {expected}")
-    for part, chosen in parts.items():
-        if part != "train" and np.isin(chosen.labels[:, 0], splits.train.labels[:, 0]).any():
-            notice(f"{dataset}, {part}: some of its classes are training classes too")
+
+
+def check_splits(dataset: str, splits: Splits) -> None:
+    """Refuses splits that can't be trained or evaluated on, and warns of what is odd about others.
+
+    Raises:
+        UserError: there are no sets to evaluate on, too few training classes, or queries that have nothing to find.
+    """
+    if not (splits.val or splits.test):
+        raise UserError(f"{dataset} has nothing to evaluate on: its splits need val or test sets")
     if splits.train.num_classes() < 2:
         raise UserError(f"{dataset} has {splits.train.num_classes()} training class(es): at least two are needed")
     for test in [*splits.val, *splits.test]:
         gallery = test.gallery or test.query
+        if np.isin(gallery.labels[:, 0], splits.train.labels[:, 0]).any():
+            notice(f"{dataset}, {test.name}: some of its classes are training classes too")
         seen = np.bincount(gallery.labels[:, 0], minlength=len(gallery.class_names[0]))
         alone = int((seen[test.query.labels[:, 0]] <= (test.gallery is None)).sum())
         if alone == len(test.query):
@@ -639,6 +769,7 @@ class ImageDataset(Dataset):
         self.images = images
         self.transform = transform
         self.labels = images.labels[:, 0]
+        self.parents = images.labels[:, 1] if images.labels.shape[1] > 1 else None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -719,6 +850,7 @@ class BaseTripletDataset(ImageDataset):
         samples_per_class: int,
         batch_sampler: str = "class_balanced",
         seed: int = 1,
+        iterations: int | None = None,
     ):
         super().__init__(images, transform)
         classes, self.labels = np.unique(self.labels, return_inverse=True)
@@ -727,6 +859,7 @@ class BaseTripletDataset(ImageDataset):
         self.samples_per_class = samples_per_class
         self.batch_sampler = batch_sampler
         self.seed = seed
+        self.iterations = iterations
         self._warn_of_repeats()
         self.set_epoch(1)
 
@@ -746,6 +879,10 @@ class BaseTripletDataset(ImageDataset):
         rng = np.random.default_rng((self.seed, epoch))
         form = BATCH_SAMPLERS[self.batch_sampler]
         self.batches = list(form(self.labels, self.bs, self.samples_per_class, rng))
+        if self.iterations is not None:
+            while len(self.batches) < self.iterations:
+                self.batches += form(self.labels, self.bs, self.samples_per_class, rng)
+            del self.batches[self.iterations :]
 
     def __getitem__(self, draw: tuple[int, int]) -> tuple[torch.Tensor, int, int] | UserError:  # type: ignore[override]
         idx, position = draw
@@ -783,6 +920,11 @@ class ImageLoader(DataLoader):
     def labels(self) -> np.ndarray:
         """`(N,)` labels of the data set's images."""
         return self.dataset.labels
+
+    @property
+    def parents(self) -> np.ndarray | None:
+        """`(N,)` labels of the next coarser level, where there is one."""
+        return self.dataset.parents
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         for batch in super().__iter__():
@@ -856,7 +998,13 @@ def give_dataloaders(opt: argparse.Namespace, splits: Splits, pin_memory: bool =
         return [RetrievalLoaders(s.name, in_order(s.query), in_order(s.gallery) if s.gallery else None) for s in sets]
 
     train = BaseTripletDataset(
-        splits.train, RandomCropAndFlip(opt.crop_size), opt.bs, opt.samples_per_class, opt.batch_sampler, opt.seed
+        splits.train,
+        RandomCropAndFlip(opt.crop_size),
+        opt.bs,
+        opt.samples_per_class,
+        opt.batch_sampler,
+        opt.seed,
+        opt.iterations_per_epoch,
     )
     return Loaders(
         train=TrainLoader(train, **common),

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, cached_property
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,6 +63,8 @@ class EmbeddingSpace:
         query_labels: `(Q,)` integers.
         gallery: `(G, D)`; without it the gallery is the queries, and no query finds itself.
         gallery_labels: `(G,)`.
+        query_in_gallery: `(Q,)` positions of the queries in the gallery, which no query is to find itself at; without
+            it the gallery holds none of them.
 
     Attributes:
         positives: `(Q,)` how many items there are for a query to find (R).
@@ -76,10 +80,11 @@ class EmbeddingSpace:
         query_labels: np.ndarray,
         gallery: torch.Tensor | np.ndarray | None = None,
         gallery_labels: np.ndarray | None = None,
+        query_in_gallery: np.ndarray | None = None,
     ):
         self.query = torch.as_tensor(query).float()
         self.query_labels = np.asarray(query_labels)
-        self.is_self = gallery is None
+        self.query_in_gallery = np.arange(len(self.query)) if gallery is None else query_in_gallery
         self.gallery = self.query if gallery is None else torch.as_tensor(gallery).float()
         self.gallery_labels = self.query_labels if gallery_labels is None else np.asarray(gallery_labels)
         if not all(points.square().sum(dim=1).isfinite().all() for points in (self.query, self.gallery)):
@@ -87,7 +92,7 @@ class EmbeddingSpace:
         classes, counts = np.unique(self.gallery_labels, return_counts=True)
         size = dict(zip(classes.tolist(), counts.tolist()))
         self.positives = np.array([size.get(label, 0) for label in self.query_labels.tolist()], np.int64)
-        self.positives[self.positives > 0] -= self.is_self
+        self.positives[self.positives > 0] -= self.query_in_gallery is not None
         self.has_positive = self.positives > 0
 
     @cached_property
@@ -137,7 +142,12 @@ class EmbeddingSpace:
         queries, query_order, query_labels = self._sorted_tiles(
             self.query - centre, self.query_labels, QUERY_TILE, False
         )
-        gallery, _, gallery_labels = self._sorted_tiles(self.gallery - centre, self.gallery_labels, GALLERY_TILE, True)
+        gallery, gallery_order, gallery_labels = self._sorted_tiles(
+            self.gallery - centre, self.gallery_labels, GALLERY_TILE, True
+        )
+        itself = np.full(len(queries), -1)
+        if self.query_in_gallery is not None:
+            itself[: len(query_order)] = np.argsort(gallery_order)[self.query_in_gallery[query_order]]
         scores = queries.new_empty(QUERY_TILE, GALLERY_TILE)
         for row in range(0, len(queries), QUERY_TILE):
             labels, order = query_labels[row : row + QUERY_TILE], query_order[row : row + QUERY_TILE]
@@ -155,9 +165,8 @@ class EmbeddingSpace:
                 here = (columns >= column) & (columns < column + GALLERY_TILE) & (columns < end)
                 found = scores.gather(1, (columns - column).clamp(0, GALLERY_TILE - 1))
                 positives = torch.where(here, found, positives)
-            if self.is_self:
-                itself = torch.arange(row, row + QUERY_TILE, device=rows.device)[:, None]
-                positives.masked_fill_(columns == itself, -torch.inf)
+            own = torch.from_numpy(itself[row : row + QUERY_TILE, None]).to(rows.device)
+            positives.masked_fill_(columns == own, -torch.inf)
             nearest = positives.amax(1, keepdim=True) if nearest_only else positives.sort(dim=1, descending=True).values
 
             counts = torch.zeros_like(nearest, dtype=torch.int64)
@@ -202,7 +211,7 @@ class EmbeddingSpace:
     def neighbours(self, chosen: np.ndarray, k: int) -> np.ndarray:
         """The k nearest gallery items `(len(chosen), min(k, G))` of the chosen queries, without the query itself."""
         gallery_size = len(self.gallery)
-        wanted = min(k + self.is_self, gallery_size)
+        wanted = min(k + (self.query_in_gallery is not None), gallery_size)
         if faiss is None:
             _warn_of_sklearn()
             search = NearestNeighbors(algorithm="brute").fit(_as_numpy(self.gallery))
@@ -211,22 +220,24 @@ class EmbeddingSpace:
             index = self._faiss_index()
             index.add(_as_numpy(self.gallery))
             _, found = index.search(_as_numpy(self.query[torch.as_tensor(chosen)]), wanted)
-        if not self.is_self:
+        if self.query_in_gallery is None:
             return found
         # Exact duplicates may push the query out of its own list: then the last one goes.
-        is_query = found == np.asarray(chosen)[:, None]
+        is_query = found == self.query_in_gallery[np.asarray(chosen)][:, None]
         is_query[~is_query.any(axis=1), -1] = True
         return found[~is_query].reshape(len(found), wanted - 1)
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """`(N,)` labels of all points: the queries and, where there is one, the gallery."""
-        return self.query_labels if self.is_self else np.concatenate([self.query_labels, self.gallery_labels])
+        """`(N,)` labels of all points: the gallery and the queries, each once."""
+        if self.query_in_gallery is not None:
+            return self.gallery_labels
+        return np.concatenate([self.query_labels, self.gallery_labels])
 
     @cached_property
     def points(self) -> torch.Tensor:
-        """`(N, D)` all points: the queries and, where there is one, the gallery."""
-        return self.query if self.is_self else torch.cat([self.query, self.gallery])
+        """`(N, D)` all points: the gallery and the queries, each once."""
+        return self.gallery if self.query_in_gallery is not None else torch.cat([self.query, self.gallery])
 
     @cached_property
     def clusters(self) -> np.ndarray:
@@ -398,6 +409,8 @@ METRICS: dict[str, Callable[..., float]] = {
     "Intra / Inter": intra_inter_ratio,
 }
 LITERATURE = ("NMI", "F1", "Recall")  # what papers since Sampling Matters report
+TESTING_METHODS = ("GlobalEmbeddingSpace", "WithSameParentLabel")
+LOWER_IS_BETTER = {"Rho-spectrum", "Uniformity", "Alignment", "Intra / Inter"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -418,23 +431,142 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="the k of Recall @ k; 1 is always among them (default: by data set)",
     )
+    group.add_argument(
+        "--testing_method",
+        choices=TESTING_METHODS,
+        default="GlobalEmbeddingSpace",
+        help="WithSameParentLabel: metrics inside each class of the next coarser label level, and their mean",
+    )
+    group.add_argument(
+        "--meta_testing_method",
+        choices=("ConcatenateEmbeddings",),
+        help="cross_validation: also evaluate the concatenated embeddings of the folds' best networks",
+    )
+
+
+def chosen_metrics(
+    k_vals: Sequence[int], names: Sequence[str] = LITERATURE
+) -> dict[str, Callable[[EmbeddingSpace], float]]:
+    """The named `METRICS` in the table's order; those of k as `Recall @ 1`, …, for every k and for 1."""
+    chosen: dict[str, Callable[[EmbeddingSpace], float]] = {}
+    for name, metric in METRICS.items():
+        if "k" not in inspect.signature(metric).parameters:
+            chosen |= {name: metric} if name in names else {}
+        elif name in names or name == "Recall":
+            for k in sorted({1, *(k_vals if name in names else [])}):
+                chosen[f"{name} @ {k}"] = partial(metric, k=k)
+    return chosen
 
 
 def compute_metrics(
     space: EmbeddingSpace, k_vals: Sequence[int], names: Sequence[str] = LITERATURE
 ) -> dict[str, float]:
-    """The named `METRICS` in the table's order; those of k as `Recall @ 1`, …, for every k and for 1."""
-    results: dict[str, float] = {}
-    for name, metric in METRICS.items():
-        if name not in {*names, "Recall"}:
-            continue
-        if "k" not in inspect.signature(metric).parameters:
-            results[name] = metric(space)
-        elif name in names:
-            results |= {f"{name} @ {k}": metric(space, k) for k in sorted({1, *k_vals})}
+    """The values of `chosen_metrics`."""
+    return {name: metric(space) for name, metric in chosen_metrics(k_vals, names).items()}
+
+
+def metrics_within_parents(
+    space: EmbeddingSpace,
+    query_parents: np.ndarray,
+    gallery_parents: np.ndarray,
+    k_vals: Sequence[int],
+    names: Sequence[str] = LITERATURE,
+) -> dict[str, float]:
+    """The mean over coarser classes of the metrics inside each; classes without anything to find are left out.
+
+    Args:
+        space: all points.
+        query_parents: `(Q,)` the queries' coarser labels.
+        gallery_parents: `(G,)` the gallery's.
+        k_vals: the k of Recall @ k.
+        names: of the `METRICS` to compute.
+    """
+    of_parents = []
+    for parent in np.unique(query_parents):
+        queries, items = np.flatnonzero(query_parents == parent), np.flatnonzero(gallery_parents == parent)
+        itself = None if space.query_in_gallery is None else np.searchsorted(items, space.query_in_gallery[queries])
+        inside = EmbeddingSpace(
+            space.query[torch.from_numpy(queries)],
+            space.query_labels[queries],
+            space.gallery[torch.from_numpy(items)],
+            space.gallery_labels[items],
+            itself,
+        )
+        if inside.has_positive.any():
+            of_parents.append(compute_metrics(inside, k_vals, names))
+    return {name: float(np.mean([metrics[name] for metrics in of_parents])) for name in of_parents[0]}
+
+
+@dataclass(frozen=True)
+class Points:
+    """Embedded images: `(N, D)`, their labels `(N,)`, their labels of the next coarser level, if any, and N paths."""
+
+    embeddings: torch.Tensor
+    labels: np.ndarray
+    parents: np.ndarray | None
+    paths: Sequence[str]
+
+
+@dataclass(frozen=True)
+class EmbeddedSet:
+    """Queries, and the gallery that they search; without one it is the queries themselves.
+
+    Attributes:
+        query_in_gallery: see `EmbeddingSpace`.
+    """
+
+    name: str
+    query: Points
+    gallery: Points | None = None
+    query_in_gallery: np.ndarray | None = None
+
+    @cached_property
+    def space(self) -> EmbeddingSpace:
+        """Both in one space."""
+        query, gallery = self.query, self.gallery
+        if gallery is None:
+            return EmbeddingSpace(query.embeddings, query.labels)
+        return EmbeddingSpace(query.embeddings, query.labels, gallery.embeddings, gallery.labels, self.query_in_gallery)
+
+
+def embed_set(net: nn.Module, images: RetrievalLoaders, device: torch.device) -> EmbeddedSet:
+    """Embeds a retrieval set; `net` is on `device`."""
+
+    def points(loader: ImageLoader, name: str) -> Points:
+        return Points(embed(net, loader, device, name), loader.labels, loader.parents, loader.dataset.images.paths)
+
+    gallery = points(images.gallery, f"{images.name} gallery") if images.gallery else None
+    return EmbeddedSet(images.name, points(images.query, images.name), gallery)
+
+
+def measure(
+    sets: Sequence[EmbeddedSet],
+    k_vals: Sequence[int],
+    names: Sequence[str] = LITERATURE,
+    testing_method: str = TESTING_METHODS[0],
+) -> dict[str, float]:
+    """The metrics of embedded sets in one flat dict, named `Set 0 Recall @ 1`, … where there are several sets.
+
+    Raises:
+        UserError: the testing method needs coarser labels, and there are none; or no query has anything to find.
+    """
+    metrics: dict[str, float] = {}
+    for position, embedded in enumerate(sets):
+        if not embedded.space.has_positive.any():
+            raise UserError(f"{embedded.name}: no query's class is among the images that it is compared to")
+        if testing_method == "WithSameParentLabel":
+            query, gallery = embedded.query, embedded.gallery or embedded.query
+            if query.parents is None or gallery.parents is None:
+                raise UserError(
+                    "--testing_method WithSameParentLabel needs labels of a coarser level than those of "
+                    "--label_hierarchy_level, which this data set doesn't have: leave it out"
+                )
+            of_set = metrics_within_parents(embedded.space, query.parents, gallery.parents, k_vals, names)
         else:
-            results[f"{name} @ 1"] = metric(space, 1)
-    return results
+            of_set = compute_metrics(embedded.space, k_vals, names)
+        prefix = f"Set {position} " if len(sets) > 1 else ""
+        metrics |= {prefix + name: value for name, value in of_set.items()}
+    return metrics
 
 
 def evaluate(
@@ -443,6 +575,7 @@ def evaluate(
     k_vals: Sequence[int],
     device: torch.device,
     names: Sequence[str] = LITERATURE,
+    testing_method: str = TESTING_METHODS[0],
 ) -> tuple[dict[str, float], list[EmbeddingSpace]]:
     """Embeds retrieval sets and computes their metrics.
 
@@ -452,22 +585,23 @@ def evaluate(
         k_vals: the k of Recall @ k.
         device: where to compute.
         names: of the `METRICS` to compute.
+        testing_method: one of `TESTING_METHODS`.
 
     Returns:
-        One flat dict of metrics, named `Set 0 Recall @ 1`, … where there are several sets; and the embedding spaces.
+        The metrics, as `measure` names them, and the embedding spaces.
     """
-    metrics: dict[str, float] = {}
-    spaces = []
-    for position, chosen in enumerate(sets):
-        query = embed(net, chosen.query, device, chosen.name)
-        gallery = embed(net, chosen.gallery, device, f"{chosen.name} gallery") if chosen.gallery else None
-        space = EmbeddingSpace(query, chosen.query.labels, gallery, chosen.gallery.labels if chosen.gallery else None)
-        prefix = f"Set {position} " if len(sets) > 1 else ""
-        metrics |= {prefix + name: value for name, value in compute_metrics(space, k_vals, names).items()}
-        spaces.append(space)
-    return metrics, spaces
+    embedded = [embed_set(net, images, device) for images in sets]
+    return measure(embedded, k_vals, names, testing_method), [one.space for one in embedded]
 
 
 def mean_over_sets(metrics: dict[str, float], name: str) -> float:
-    """The metric, or its mean over the test sets where there are several."""
-    return float(np.mean([value for key, value in metrics.items() if re.sub(r"^Set \d+ ", "", key) == name]))
+    """The metric, or its mean over the test sets where there are several; NaN where there is none of that name."""
+    values = [value for key, value in metrics.items() if re.sub(r"^Set \d+ ", "", key) == name]
+    return float(np.mean(values)) if values else math.nan
+
+
+def best_epoch(rows: Sequence[dict[str, Any]], name: str) -> int:
+    """The first epoch, after training began, with the best value of a metric; 0 where there is none yet."""
+    sign = -1 if name in LOWER_IS_BETTER else 1
+    scores = {row["Epochs"]: sign * mean_over_sets(row, name) for row in rows if row["Epochs"] > 0}
+    return max(scores, key=lambda epoch: -np.inf if np.isnan(scores[epoch]) else scores[epoch], default=0)

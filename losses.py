@@ -130,6 +130,7 @@ class Sampler:
             raise UserError(f"--sampling {method} is unknown{nearest_name(method, self.methods)}")
         self.method = method
         self.params = params
+        self.tuples: torch.Tensor | None = None  # the last that were given
 
     @torch.no_grad()
     def give(self, batch: torch.Tensor, labels: torch.Tensor, **additional_parameters: Any) -> torch.Tensor:
@@ -151,7 +152,31 @@ class Sampler:
             tuples = torch.from_numpy(np.asarray(tuples, dtype=np.int64))
         if tuples.ndim != 2 or len(tuples) == 0:
             raise UserError(f"--sampling {self.method} gave no tuples for a batch: raise --samples_per_class or --bs")
-        return upload(tuples, batch.device)
+        self.tuples = upload(tuples, batch.device)
+        return self.tuples
+
+    def statistics(self, batch: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the last tuples, of this batch, are like; scalars on its device.
+
+        A hard positive is farther from the anchor than the nearest negative in the batch, a hard negative is nearer
+        than the farthest positive: shares of all that the tuples hold.
+        """
+        if self.tuples is None:
+            return {}
+        labels = upload(labels, batch.device)
+        anchors = self.tuples[:, 0]
+        distances = torch.cdist(batch, batch).index_select(0, anchors)  # (T, B)
+        same = labels.index_select(0, anchors)[:, None] == labels
+        farthest_positive = distances.masked_fill(~same, -torch.inf).amax(dim=1, keepdim=True)
+        nearest_negative = distances.masked_fill(same, torch.inf).amin(dim=1, keepdim=True)
+        to_positive, to_negative = distances.gather(1, self.tuples[:, 1:2]), distances.gather(1, self.tuples[:, 2:])
+        return {
+            "Tuples": batch.new_full((), len(self.tuples)),
+            "Hard Positives": (to_positive > nearest_negative).float().mean(),
+            "Hard Negatives": (to_negative < farthest_positive).float().mean(),
+            "d(a, p)": to_positive.mean(),
+            "d(a, n)": to_negative.mean(),
+        }
 
     def random_sampling(self, batch: torch.Tensor, labels: torch.Tensor, **_: Any) -> torch.Tensor:
         """B triplets, uniformly and with replacement from all valid ones."""
@@ -271,11 +296,25 @@ class Criterion(nn.Module):
         normalize: whether the embeddings are to be L2-normalised.
         samples_per_class: images of each class in a batch, unless the user says otherwise.
         sampling: the sampling method unless the user says otherwise; None for a loss without tuples.
+        sampler: what gives the tuples; losses without tuples have none.
+        violations: `(T,)` of the last tuples, above zero where one violates what the loss asks for; None where the loss
+            doesn't say.
     """
 
     normalize = True
     samples_per_class = 4
     sampling: str | None = "distance"
+    sampler: Sampler
+    violations: torch.Tensor | None = None
+
+    def statistics(self, batch: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What can be said of the last forward pass, which had this batch; scalars on its device, for the records."""
+        values = {"Embedding Norm": torch.linalg.norm(batch, dim=1).mean()}
+        if hasattr(self, "sampler"):
+            values |= self.sampler.statistics(batch, labels)
+        if self.violations is not None:
+            values["Violations"] = (self.violations > 0).float().mean()
+        return values
 
 
 class TripletLoss(Criterion):
@@ -292,7 +331,9 @@ class TripletLoss(Criterion):
         anchors, positives, negatives = (batch.index_select(0, column) for column in triplets.T)
         to_positive = (anchors - positives).square().sum(dim=1)
         to_negative = (anchors - negatives).square().sum(dim=1)
-        return F.relu(to_positive - to_negative + self.margin).mean()
+        terms = F.relu(to_positive - to_negative + self.margin)
+        self.violations = terms.detach()
+        return terms.mean()
 
 
 class MarginLoss(Criterion):
@@ -343,11 +384,16 @@ class MarginLoss(Criterion):
             beta = self.beta.index_select(0, upload(labels, batch.device).index_select(0, triplets[:, 0]))
         positive_terms = F.relu(to_positive - beta + self.margin)
         negative_terms = F.relu(beta - to_negative + self.margin)
+        self.violations = (positive_terms + negative_terms).detach()
         count = (positive_terms > 0).sum() + (negative_terms > 0).sum()
         total = positive_terms.sum() + negative_terms.sum()
         if self.nu:
             total = total + self.nu * beta.sum()
         return total / count.clamp(min=1)
+
+    def statistics(self, batch: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As of every loss, and the mean β."""
+        return {**super().statistics(batch, labels), "Mean Beta": self.beta.detach().mean()}
 
 
 class NPairLoss(Criterion):
@@ -366,6 +412,7 @@ class NPairLoss(Criterion):
         tuples = self.sampler.give(batch, labels)
         pairs = batch.index_select(0, tuples[:, :2].flatten())  # (2 T, D), anchors and positives in turn
         products = (pairs[::2] @ batch.T).gather(1, tuples[:, 1:])  # (T, 1 + (C - 1)), the positive first
+        self.violations = (products[:, 1:].amax(dim=1) - products[:, 0]).detach()
         norms = pairs.square().sum() / len(tuples)
         return F.cross_entropy(products, tuples.new_zeros(len(tuples))) + self.l2npair * norms
 
@@ -399,6 +446,11 @@ class ProxyNCA(Criterion):
         # in place: with many proxies, a copy takes long
         others = (points @ proxies.T).scatter_(1, labels[:, None], -torch.inf)
         return (others.logsumexp(dim=1) - own).mean()
+
+    def statistics(self, batch: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As of every loss, and the mean length of the proxies before they are scaled."""
+        norms = torch.linalg.norm(self.proxies.detach(), dim=1)
+        return {**super().statistics(batch, labels), "Proxy Norm": norms.mean()}
 
 
 class CrossEntropy(Criterion):
@@ -469,5 +521,5 @@ def loss_select(
     keywords = inspect.signature(LOSSES[loss]).parameters
     criterion = LOSSES[loss](**{name: values[name] for name in keywords})
     own = [parameter for parameter in criterion.parameters() if parameter.requires_grad]
-    groups = [{"params": own, "lr": criterion.lr, "weight_decay": 0.0}] if own else []
+    groups = [{"name": loss, "params": own, "lr": criterion.lr, "weight_decay": 0.0}] if own else []
     return criterion, [*to_optim, *groups]

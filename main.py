@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +24,9 @@ import datasets
 import evaluate
 import losses
 import netlib
+import records
 from auxiliaries import UserError, number
 
-SELECTION_METRIC = "Recall @ 1"
 READ_LOSSES_EVERY = 50  # iterations: until then they stay on the device
 QUERIES_SHOWN, NEIGHBOURS_SHOWN = 8, 6
 
@@ -66,12 +70,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--gpu", type=number(int, -1), default=0, help="number of the CUDA device; -1: the CPU")
 
-    group = parser.add_argument_group("records")
+    group = parser.add_argument_group("selection")
+    group.add_argument(
+        "--eval_metric_for_best_epoch",
+        default="Recall @ 1",
+        metavar="METRIC",
+        help="what picks the best epoch, such as Recall @ 4 or MAP@R: on the validation classes, where there are some",
+    )
+    group.add_argument("--save_interval", type=number(int, 1), default=1, help="epochs between evaluations")
+    group.add_argument(
+        "--patience",
+        type=number(int, 1),
+        help="stop when the metric has not improved for so many epochs (default: never)",
+    )
     group.add_argument(
         "--check_untrained_accuracy",
         action=argparse.BooleanOptionalAction,
         default=False,
         help="evaluate before training, as epoch 0",
+    )
+
+    group = parser.add_argument_group("records")
+    group.add_argument(
+        "--log_every", type=number(int, 0), default=1, help="iterations between records of an iteration; 0: none"
+    )
+    group.add_argument(
+        "--tensorboard", action=argparse.BooleanOptionalAction, default=True, help="write TensorBoard's event files"
     )
     group.add_argument(
         "--dist_measure",
@@ -99,13 +123,17 @@ def give_parser() -> auxiliaries.FlagParser:
     return parser
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None, stored: Path | None = None) -> argparse.Namespace:
     """Parses the files that --config names, and the flags on top of them.
+
+    Args:
+        argv: the command line (default: this process's).
+        stored: a run's config.yaml, to lie below all of them.
 
     Raises:
         UserError: a flag is unknown or its value is no good.
     """
-    return config.parse_layers(give_parser(), sys.argv[1:] if argv is None else argv)
+    return config.parse_layers(give_parser(), sys.argv[1:] if argv is None else argv, stored)
 
 
 def resolve(opt: argparse.Namespace) -> argparse.Namespace:
@@ -148,8 +176,79 @@ def resolve(opt: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--loss {opt.loss} needs two images of a class in a batch: raise --samples_per_class")
     if opt.sampling and opt.bs < 2 * opt.samples_per_class:
         raise UserError(f"--loss {opt.loss} needs two classes of {opt.samples_per_class} images in a batch: raise --bs")
+    if opt.split_scheme == "predefined" and opt.fold is not None:
+        raise UserError("--fold needs --split_scheme cross_validation: predefined splits have no folds")
+    if opt.num_training_sets > opt.num_training_partitions:
+        raise UserError(
+            f"--num_training_sets {opt.num_training_sets} is more than --num_training_partitions "
+            f"{opt.num_training_partitions}: each fold needs a partition to validate on"
+        )
+    if opt.fold is not None and opt.fold >= opt.num_training_sets:
+        raise UserError(f"--fold {opt.fold} does not exist: --num_training_sets {opt.num_training_sets} counts from 0")
+    computed = list(evaluate.chosen_metrics(opt.k_vals, opt.eval_metrics))
+    if opt.eval_metric_for_best_epoch not in computed:
+        near = auxiliaries.nearest_name(opt.eval_metric_for_best_epoch, computed)
+        raise UserError(
+            f"--eval_metric_for_best_epoch {opt.eval_metric_for_best_epoch} is not computed{near}: choose one of "
+            f"{', '.join(computed)}, or add it to --eval_metrics and --k_vals"
+        )
     auxiliaries.check_run_folder(Path(opt.save_path) / opt.dataset, opt.savename)
     return auxiliaries.FrozenNamespace(**vars(opt))
+
+
+# =====================================================================================================================
+# What is trained
+# =====================================================================================================================
+
+
+@dataclass(frozen=True)
+class Training:
+    """A network with all that changes while it learns."""
+
+    net: netlib.EmbeddingNet
+    criterion: losses.Criterion
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+
+    def state(self) -> dict[str, Any]:
+        """State dicts; the scheduler's follows from the epoch."""
+        return {
+            "state_dict": self.net.state_dict(),
+            "criterion": self.criterion.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes back to a state after `state["epoch"]`; learning rates and decay follow the flags of now.
+
+        Raises:
+            UserError: it is the state of another network or loss.
+        """
+        groups = self.optimizer.state_dict()["param_groups"]
+        try:
+            self.net.load_state_dict(state["state_dict"])
+            self.criterion.load_state_dict(state["criterion"])
+            self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"the run's network or loss is another than these flags give ({reason})") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of steps of the scheduler without any of the optimiser
+            for _ in range(state["epoch"]):
+                self.scheduler.step()
+
+
+def give_training(
+    opt: argparse.Namespace, num_classes: int, device: torch.device, load_pretrained: bool = True
+) -> Training:
+    """Builds network, loss and optimiser from the resolved flags."""
+    auxiliaries.seed_everything(opt.seed, 0)
+    net = netlib.networkselect(opt, load_pretrained).to(device)
+    to_optim = net.parameter_groups(opt.lr, opt.decay, opt.fc_lr_mul)
+    criterion, to_optim = losses.loss_select(opt.loss, opt, to_optim, num_classes)
+    criterion.to(device)
+    optimizer = torch.optim.Adam(to_optim)
+    return Training(net, criterion, optimizer, SCHEDULERS[opt.scheduler](optimizer, opt))
 
 
 # =====================================================================================================================
@@ -158,26 +257,28 @@ def resolve(opt: argparse.Namespace) -> argparse.Namespace:
 
 
 def train_one_epoch(
-    net: netlib.EmbeddingNet,
-    criterion: losses.Criterion,
-    optimizer: torch.optim.Optimizer,
+    training: Training,
     loader: datasets.ImageLoader,
     device: torch.device,
     epoch: int,
-    gradients: auxiliaries.GradientRecord | None = None,
-) -> dict[str, float]:
-    """Trains on one epoch's batches.
+    log: records.Records,
+    log_every: int = 1,
+    gradients: records.GradientRecord | None = None,
+) -> records.Row:
+    """Trains on one epoch's batches and records its iterations.
 
     Returns:
-        `Train Loss`, the mean over the iterations.
+        The epoch's row: `Train Loss`, the mean over the iterations, seconds, images a second, peak memory in GiB.
 
     Raises:
         UserError: the loss is not finite.
     """
+    net, criterion, optimizer = training.net, training.criterion, training.optimizer
     net.train()
     criterion.train()
-    on_device: list[torch.Tensor] = []
-    values: list[float] = []
+    meter = IterationMeter(training, epoch, log, log_every)
+    start, images_seen, lr = time.perf_counter(), 0, optimizer.param_groups[0]["lr"]
+    auxiliaries.peak_memory(device, reset=True)
     batches = tqdm(loader, desc=f"epoch {epoch}", leave=False, disable=None)
     for iteration, (images, labels, _) in enumerate(batches, start=1):
         embeddings = net(images.to(device, non_blocking=True))  # (B, D)
@@ -188,18 +289,112 @@ def train_one_epoch(
             gradients.add(net.embedding.weight)
         optimizer.step()
 
-        on_device.append(loss.detach())
+        meter.add(iteration, loss.detach(), embeddings.detach(), labels)
+        images_seen += len(labels)
         if iteration % READ_LOSSES_EVERY == 0 or iteration == len(batches):
-            values += torch.stack(on_device).tolist()
-            on_device.clear()
-            broken = np.flatnonzero(~np.isfinite(values))
-            if len(broken):
-                raise UserError(
-                    f"the loss is {values[broken[0]]} in epoch {epoch}, iteration {broken[0] + 1}: lower --lr"
-                    + ("; the checkpoints of the epochs before are kept" if epoch > 1 else "")
-                )
-            batches.set_postfix(loss=f"{np.mean(values):.4f}")
-    return {"Train Loss": float(np.mean(values))}
+            batches.set_postfix(loss=f"{meter.read():.4f}")
+    seconds = time.perf_counter() - start
+    return {
+        "Epochs": epoch,
+        "Time": seconds,
+        "Train Loss": float(np.mean(meter.losses)),
+        "Learning Rate": lr,
+        "Iterations": len(meter.losses),
+        "Images/s": images_seen / seconds,
+        "Peak Memory": auxiliaries.peak_memory(device),
+    }
+
+
+class IterationMeter:
+    """Losses, and every few iterations what sampler and loss say of their work; all of it stays on the device until
+    `read`, so that no iteration waits for it."""
+
+    def __init__(self, training: Training, epoch: int, log: records.Records, log_every: int):
+        self.training = training
+        self.epoch = epoch
+        self.log = log
+        self.log_every = log_every
+        self.before = log.iterations()
+        self.losses: list[float] = []
+        self._on_device: list[torch.Tensor] = []
+        self._rows: list[tuple[records.Row, dict[str, torch.Tensor]]] = []
+
+    @torch.no_grad()
+    def add(self, iteration: int, loss: torch.Tensor, embeddings: torch.Tensor, labels: torch.Tensor) -> None:
+        """Takes an iteration's loss and batch."""
+        self._on_device.append(loss)
+        if not self.log_every or (self.before + iteration) % self.log_every:
+            return
+        first, *others = self.training.optimizer.param_groups
+        row = {"Iteration": self.before + iteration, "Epochs": self.epoch, "Learning Rate": first["lr"]}
+        row |= {f"Learning Rate {group['name']}": group["lr"] for group in others}
+        self._rows.append((row, {"Loss": loss, **self.training.criterion.statistics(embeddings, labels)}))
+
+    def read(self) -> float:
+        """Fetches and records everything since the last call; returns the mean loss so far.
+
+        Raises:
+            UserError: a loss is not finite.
+        """
+        self.losses += torch.stack(self._on_device).tolist()
+        self._on_device.clear()
+        broken = np.flatnonzero(~np.isfinite(self.losses))
+        if self._rows:
+            values = iter(torch.stack([value for _, of_row in self._rows for value in of_row.values()]).tolist())
+            self.log.add("iterations", *(row | {name: next(values) for name in of_row} for row, of_row in self._rows))
+            self._rows.clear()
+        if len(broken):
+            raise UserError(
+                f"the loss is {self.losses[broken[0]]} in epoch {self.epoch}, iteration {broken[0] + 1}: lower --lr"
+                + ("; the checkpoints of the epochs before are kept" if self.epoch > 1 else "")
+            )
+        return float(np.mean(self.losses))
+
+
+# =====================================================================================================================
+# What is recorded of it
+# =====================================================================================================================
+
+
+def evaluate_epoch(
+    opt: argparse.Namespace,
+    net: netlib.EmbeddingNet,
+    loaders: datasets.Loaders,
+    device: torch.device,
+    epoch: int,
+    log: records.Records,
+) -> evaluate.EmbeddingSpace:
+    """Evaluates and records what may be looked at while training: the validation classes, and under predefined splits
+    the test classes, as the literature does.
+
+    Returns:
+        The embedding space of the (first) set that selects the epoch.
+    """
+    watched = {"val": loaders.val or loaders.test}
+    if loaders.val and opt.split_scheme == "predefined":
+        watched["test"] = loaders.test
+    spaces = {}
+    for kind, sets in watched.items():
+        start = time.perf_counter()
+        metrics, spaces[kind] = evaluate.evaluate(net, sets, opt.k_vals, device, opt.eval_metrics, opt.testing_method)
+        log.add(kind, {"Epochs": epoch, "Time": time.perf_counter() - start, **metrics})
+    if opt.dist_measure:
+        points = evaluate.embed(net, loaders.train_eval, device, "training images")
+        ratio = evaluate.intra_inter_ratio(evaluate.EmbeddingSpace(points, loaders.train_eval.labels))
+        log.add("distances", {"Epochs": epoch, "Intra / Inter": ratio})
+    loss = f"loss {log.rows['train'][-1]['Train Loss']:.4f} | " if epoch else ""
+    print(f"epoch {epoch:3d} | {loss}{report(log.rows['val'][-1])}", flush=True)
+    return spaces["val"][0]
+
+
+def metrics_of(row: Mapping[str, Any]) -> dict[str, float]:
+    """A row's metrics."""
+    return {name: value for name, value in row.items() if name not in records.NOT_METRICS}
+
+
+def report(row: Mapping[str, Any]) -> str:
+    """The metrics in one line."""
+    return " | ".join(f"{name} {value:.4f}" for name, value in metrics_of(row).items())
 
 
 def show_retrievals(path: Path, space: evaluate.EmbeddingSpace, images: datasets.RetrievalSet, seed: int) -> None:
@@ -212,7 +407,7 @@ def show_retrievals(path: Path, space: evaluate.EmbeddingSpace, images: datasets
     for query, neighbours in zip(chosen, space.neighbours(chosen, NEIGHBOURS_SHOWN)):
         found = space.gallery_labels[neighbours]
         retrievals.append(
-            auxiliaries.Retrieval(
+            records.Retrieval(
                 query=datasets.load_image(images.query.paths[query]).permute(1, 2, 0).numpy(),
                 query_class=names[space.query_labels[query]],
                 neighbours=[datasets.load_image(gallery.paths[i]).permute(1, 2, 0).numpy() for i in neighbours],
@@ -220,33 +415,168 @@ def show_retrievals(path: Path, space: evaluate.EmbeddingSpace, images: datasets
                 correct=(found == space.query_labels[query]).tolist(),
             )
         )
-    auxiliaries.save_recoveries(path, retrievals)
+    records.save_recoveries(path, retrievals)
 
 
-def report(metrics: dict[str, float]) -> str:
-    """The metrics in one line."""
-    return " | ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+def selection_in_words(opt: argparse.Namespace, splits: datasets.Splits) -> str:
+    """What picks the best epoch, and what that means."""
+    if splits.val:
+        return f"selected by {opt.eval_metric_for_best_epoch} on the validation classes"
+    return (
+        f"selected by {opt.eval_metric_for_best_epoch} on the test classes, as in the literature: "
+        "optimistic, since these choose the epoch"
+    )
 
 
-def draw_records(folder: Path, history: dict[str, list[dict[str, float]]], best_epoch: int, title: str) -> None:
+def draw_records(opt: argparse.Namespace, splits: datasets.Splits, log: records.Records, best_epoch: int) -> None:
     """Draws the curves of all rows so far."""
-    auxiliaries.save_info_plot(folder / "InfoPlot_Base.svg", history["train"], history["val"], best_epoch, title)
-    if history["distances"]:
-        auxiliaries.save_curve(folder / "distance_measures_Train.svg", history["distances"], "Intra / Inter")
+    title = f"{opt.dataset}, {opt.arch}, {opt.loss}, {opt.sampling or 'no tuples'}\n{selection_in_words(opt, splits)}"
+    path = log.folder / "InfoPlot_Base.svg"
+    records.save_info_plot(path, log.rows["train"], log.rows["val"], best_epoch, title, evaluate.LOWER_IS_BETTER)
+    if log.rows["distances"]:
+        records.save_curve(log.folder / "distance_measures_Train.svg", log.rows["distances"], "Intra / Inter")
 
 
-def summarise(folder: Path, val_rows: Sequence[dict[str, float]], best_epoch: int) -> dict[str, float]:
-    """Prints how the run ended and returns the selected epoch's metrics."""
-    by_epoch = {row["Epochs"]: {name: row[name] for name in row if name not in ("Epochs", "Time")} for row in val_rows}
-    selected = by_epoch[best_epoch]
-    print(f"best epoch by {SELECTION_METRIC}: {best_epoch} | {report(selected)}")
-    if 0 in by_epoch:
-        before, after = (evaluate.mean_over_sets(by_epoch[e], SELECTION_METRIC) for e in (0, best_epoch))
-        print(
-            f"{SELECTION_METRIC} on unseen classes: {before:.4f} untrained, {after:.4f} trained ({after - before:+.4f})"
+def evaluate_tests(
+    opt: argparse.Namespace, training: Training, loaders: datasets.Loaders, device: torch.device, log: records.Records
+) -> None:
+    """Evaluates the test classes, which were not looked at while training, for the last and the selected network."""
+    last, selected = (auxiliaries.load_checkpoint(log.folder / name) for name in ("last.pth.tar", "checkpoint.pth.tar"))
+    for state in {state["epoch"]: state for state in (last, selected)}.values():
+        training.net.load_state_dict(state["state_dict"])
+        start = time.perf_counter()
+        metrics, _ = evaluate.evaluate(
+            training.net, loaders.test, opt.k_vals, device, opt.eval_metrics, opt.testing_method
         )
-    print(f"plots, retrievals and checkpoints: {folder}")
-    return selected
+        log.add("test", {"Epochs": state["epoch"], "Time": time.perf_counter() - start, **metrics})
+
+
+def summarise(opt: argparse.Namespace, splits: datasets.Splits, log: records.Records) -> dict[str, float]:
+    """Writes and prints how the run ended.
+
+    Returns:
+        The selected epoch's metrics on the test classes (of the validation classes, where there are no others).
+    """
+    by_epoch = {kind: {row["Epochs"]: metrics_of(row) for row in log.rows[kind]} for kind in ("val", "test")}
+    if not splits.val:
+        by_epoch = {"test": by_epoch["val"]}
+    metric, val_rows = opt.eval_metric_for_best_epoch, log.rows["val"]
+    epochs = {"selected": evaluate.best_epoch(val_rows, metric), "last": val_rows[-1]["Epochs"]}
+    if opt.split_scheme == "predefined":
+        epochs["best on test"] = evaluate.best_epoch(log.rows["test"] if splits.val else val_rows, metric)
+    if val_rows[0]["Epochs"] == 0:
+        epochs["untrained"] = 0
+    models = {
+        name: {"epoch": epoch, **{kind: rows[epoch] for kind, rows in by_epoch.items() if epoch in rows}}
+        for name, epoch in epochs.items()
+    }
+    summary = {
+        "selection": selection_in_words(opt, splits),
+        "metric": metric,
+        **models,
+        "seconds": sum(row["Time"] for kind in ("train", "val", "test") for row in log.rows[kind]),
+    }
+    auxiliaries.save_json(log.folder / "summary.json", summary)
+    print(f"\n{summary['selection']}")
+    for name, model in models.items():
+        for kind in by_epoch:
+            if kind in model:
+                print(f"{name:>12}, epoch {model['epoch']:3d}, {kind} | {report(model[kind])}")
+    if "untrained" in models:
+        kind = "test" if "test" in models["untrained"] else "val"
+        before, after = (evaluate.mean_over_sets(models[name][kind], metric) for name in ("untrained", "selected"))
+        print(f"{metric} on unseen classes: {before:.4f} untrained, {after:.4f} trained ({after - before:+.4f})")
+    print(f"plots, retrievals and checkpoints: {log.folder}")
+    return models["selected"].get("test") or models["selected"]["val"]
+
+
+# =====================================================================================================================
+# The run folder
+# =====================================================================================================================
+
+FIXED = (  # what a run can't be resumed with another of
+    *("dataset", "split_scheme", "test_size", "test_start_idx", "num_training_partitions", "label_hierarchy_level"),
+    *("arch", "embed_dim", "loss", "beta_constant", "eval_metric_for_best_epoch"),
+)
+
+
+def describe_flags(folder: Path, opt: argparse.Namespace) -> None:
+    """Writes the resolved flags in each of their forms."""
+    values = config.configuration(opt)
+    auxiliaries.save_parameters(folder, values)
+    config.save_config(folder / "config.yaml", values, give_parser())
+
+
+def describe_run(folder: Path, opt: argparse.Namespace, environment: Mapping[str, Any]) -> None:
+    """Writes what a new run folder begins with."""
+    describe_flags(folder, opt)
+    auxiliaries.save_json(folder / "environment.json", environment)
+
+
+def changed_flags(folder: Path, opt: argparse.Namespace) -> dict[str, Any]:
+    """The flags in which `opt` differs from what the run folder says.
+
+    Raises:
+        UserError: its configuration can't be read.
+    """
+    return config.differences(resolve(parse_args([], folder / "config.yaml")), opt)
+
+
+def check_flags(folder: Path, opt: argparse.Namespace) -> None:
+    """Makes sure that a run can go on, or be evaluated, with these flags.
+
+    Raises:
+        UserError: it can't.
+    """
+    fixed = [name for name in changed_flags(folder, opt) if name in FIXED]
+    if fixed:
+        raise UserError(f"{folder} was trained with another --{fixed[0]}: leave it out, or start a new run")
+
+
+def epoch_reached(folder: Path) -> int:
+    """The epoch of a run's `last.pth.tar`; 0 before there is one."""
+    last = folder / "last.pth.tar"
+    return auxiliaries.load_checkpoint(last)["epoch"] if last.exists() else 0
+
+
+def load_state(folder: Path, opt: argparse.Namespace) -> dict[str, Any] | None:
+    """What `last.pth.tar` holds, with the best network beside it as it says; None before the first was saved.
+
+    Raises:
+        UserError: it can't be read, or the run can't go on with these flags.
+    """
+    check_flags(folder, opt)
+    last = folder / "last.pth.tar"
+    if not last.exists():
+        return None
+    state = auxiliaries.load_checkpoint(last)
+    if state.get("version", 0) > auxiliaries.RUN_VERSION:
+        raise UserError(
+            f"{folder} is of a later version of this repository (run folders of version {state['version']})"
+        )
+    if state["best_epoch"] == state["epoch"]:  # the run may have been stopped before it was copied
+        auxiliaries.copy_file(last, folder / "checkpoint.pth.tar")
+    return state
+
+
+def save_state(opt: argparse.Namespace, training: Training, log: records.Records, epoch: int, best_epoch: int) -> None:
+    """Saves everything that going on needs, all rows included, and the network as the best if it is.
+
+    Nothing counts as done before `last.pth.tar` says so; what stands elsewhere can be had from it.
+    """
+    log.flush()
+    state = {
+        "version": auxiliaries.RUN_VERSION,
+        "epoch": epoch,
+        "best_epoch": best_epoch,
+        "metrics": metrics_of(log.rows["val"][-1]),
+        "opt": config.configuration(opt),
+        "history": log.rows,
+        **training.state(),
+    }
+    auxiliaries.save_checkpoint(log.folder / "last.pth.tar", state)
+    if best_epoch == epoch:
+        auxiliaries.copy_file(log.folder / "last.pth.tar", log.folder / "checkpoint.pth.tar")
 
 
 # =====================================================================================================================
@@ -254,101 +584,104 @@ def summarise(folder: Path, val_rows: Sequence[dict[str, float]], best_epoch: in
 # =====================================================================================================================
 
 
-def main(opt: argparse.Namespace) -> dict[str, float]:
+def train(
+    opt: argparse.Namespace,
+    training: Training,
+    splits: datasets.Splits,
+    loaders: datasets.Loaders,
+    device: torch.device,
+    log: records.Records,
+    epoch: int,
+) -> None:
+    """Trains from after `epoch` to the end, evaluating and saving every few epochs."""
+    eval_set = (splits.val or splits.test)[0]
+    metric = opt.eval_metric_for_best_epoch
+    gradients = None
+    if opt.grad_measure:
+        gradients = records.GradientRecord(log.folder / "grad_measure.pkl", log.iterations())
+    if epoch == 0 and opt.check_untrained_accuracy:
+        evaluate_epoch(opt, training.net, loaders, device, 0, log)
+
+    while epoch < opt.n_epochs:
+        best_epoch = evaluate.best_epoch(log.rows["val"], metric)
+        if opt.patience and epoch - best_epoch >= opt.patience:
+            print(f"{metric} has not improved for {epoch - best_epoch} epochs: stopping")
+            break
+        epoch += 1
+        auxiliaries.seed_everything(opt.seed, epoch)
+        loaders.train.set_epoch(epoch)
+        log.add("train", train_one_epoch(training, loaders.train, device, epoch, log, opt.log_every, gradients))
+        training.scheduler.step()
+        if epoch % opt.save_interval and epoch < opt.n_epochs:
+            continue
+
+        space = evaluate_epoch(opt, training.net, loaders, device, epoch, log)
+        best_epoch = evaluate.best_epoch(log.rows["val"], metric)
+        if best_epoch == epoch:
+            show_retrievals(log.folder / "sample_recoveries.png", space, eval_set, opt.seed)
+            log.add_picture("sample recoveries", log.folder / "sample_recoveries.png", epoch)
+        draw_records(opt, splits, log, best_epoch)
+        if gradients is not None:
+            gradients.save()
+        save_state(opt, training, log, epoch, best_epoch)
+
+
+def main(opt: argparse.Namespace, folder: Path | None = None) -> dict[str, float]:
     """Trains and evaluates once.
 
     Args:
-        opt: the flags, from `parse_args`.
+        opt: the flags, from `parse_args`; under cross-validation with --fold.
+        folder: the run folder to make, or, where it exists, to go on in (default: a new one by the flags).
 
     Returns:
-        The metrics of the selected epoch, the one with the highest Recall @ 1.
+        The test metrics of the selected epoch.
 
     Raises:
         UserError: what the user can mend.
     """
     opt = resolve(opt)
+    if opt.split_scheme == "cross_validation" and opt.fold is None:
+        raise UserError("one training run is one fold of cross_validation: give --fold")
     device = auxiliaries.pick_device(opt.gpu)
 
     # ================================================== Data ==========================================================
-    splits = datasets.read_splits(opt.dataset, opt.source_path, opt.download, opt.download_url)
+    splits = datasets.give_splits(opt)
     loaders = datasets.give_dataloaders(opt, splits, pin_memory=device.type == "cuda")
-    eval_sets, eval_loaders = (splits.val, loaders.val) if splits.val else (splits.test, loaders.test)
     num_classes = splits.train.num_classes()
 
-    # ======================================= Network, loss and optimiser ==============================================
-    auxiliaries.seed_everything(opt.seed, 0)
-    net = netlib.networkselect(opt).to(device)
-    to_optim = net.parameter_groups(opt.lr, opt.decay, opt.fc_lr_mul)
-    criterion, to_optim = losses.loss_select(opt.loss, opt, to_optim, num_classes)
-    criterion.to(device)
-    optimizer = torch.optim.Adam(to_optim)
-    scheduler = SCHEDULERS[opt.scheduler](optimizer, opt)
+    with contextlib.ExitStack() as until_the_end:
+        # ===================================== Network, loss and optimiser ============================================
+        state = None
+        is_new = folder is None or not folder.exists()
+        if folder is not None and not is_new:
+            until_the_end.enter_context(auxiliaries.locked(folder))
+            state = load_state(folder, opt)
+        training = give_training(opt, num_classes, device, load_pretrained=state is None)
+        if state is not None:
+            training.restore(state)
 
-    # ================================================ Run folder ======================================================
-    folder = auxiliaries.create_run_folder(Path(opt.save_path) / opt.dataset, opt.savename)
-    auxiliaries.save_parameters(folder, vars(opt))
-    config.save_config(folder / "config.yaml", opt, give_parser())
-    gradients = auxiliaries.GradientRecord() if opt.grad_measure else None
-    history: dict[str, list[dict[str, float]]] = {"train": [], "val": [], "distances": []}
-    best_epoch, best_score = 0, -np.inf
-    print(f"{opt.dataset}: {len(splits.train)} training images of {num_classes} classes; run folder {folder}")
+        # ============================================== Run folder ====================================================
+        environment = auxiliaries.describe_environment(device)
+        if is_new:
+            parent, name = (folder.parent, folder.name) if folder else (Path(opt.save_path) / opt.dataset, opt.savename)
+            fill = partial(describe_run, opt=opt, environment=environment)
+            folder = auxiliaries.create_run_folder(parent, name, fill, may_be_numbered=folder is None)
+            until_the_end.enter_context(auxiliaries.locked(folder))
+        assert folder is not None
+        log = records.Records(folder, state["history"] if state else None, opt.tensorboard)
+        until_the_end.callback(log.close)
+        epoch = state["epoch"] if state else 0
+        log.note_configuration(epoch, config.configuration(opt), changed_flags(folder, opt), environment)
+        describe_flags(folder, opt)
+        print(f"{opt.dataset}: {len(splits.train)} training images of {num_classes} classes; run folder {folder}")
 
-    for epoch in range(0 if opt.check_untrained_accuracy else 1, opt.n_epochs + 1):
-        # ============================================= Training =======================================================
-        auxiliaries.seed_everything(opt.seed, epoch)
-        if epoch > 0:
-            start, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
-            loaders.train.set_epoch(epoch)
-            averages = train_one_epoch(net, criterion, optimizer, loaders.train, device, epoch, gradients)
-            row = {"Epochs": epoch, "Time": time.perf_counter() - start, **averages, "Learning Rate": lr}
-            auxiliaries.append_row(folder / "log_train_Base.csv", row)
-            history["train"].append(row)
-            scheduler.step()
-
-        # ============================================ Evaluation ======================================================
-        start = time.perf_counter()
-        metrics, spaces = evaluate.evaluate(net, eval_loaders, opt.k_vals, device, opt.eval_metrics)
-        row = {"Epochs": epoch, "Time": time.perf_counter() - start, **metrics}
-        auxiliaries.append_row(folder / "log_val_Base.csv", row)
-        history["val"].append(row)
-        if opt.dist_measure:
-            points = evaluate.embed(net, loaders.train_eval, device, "training images")
-            train_space = evaluate.EmbeddingSpace(points, loaders.train_eval.labels)
-            row = {"Epochs": epoch, "Intra / Inter": evaluate.intra_inter_ratio(train_space)}
-            auxiliaries.append_row(folder / "distance_measures_Train.csv", row)
-            history["distances"].append(row)
-        print(f"epoch {epoch:3d} | " + (f"loss {averages['Train Loss']:.4f} | " if epoch else "") + report(metrics))
-        if epoch == 0:
-            continue
-
-        # ======================================= Plots and checkpoints ================================================
-        score = evaluate.mean_over_sets(metrics, SELECTION_METRIC)
-        is_best = score > best_score
-        if is_best:
-            best_epoch, best_score = epoch, score
-            show_retrievals(folder / "sample_recoveries.png", spaces[0], eval_sets[0], opt.seed)
-        draw_records(
-            folder, history, best_epoch, f"{opt.dataset}, {opt.arch}, {opt.loss}, {opt.sampling or 'no tuples'}"
-        )
-        if gradients is not None:
-            gradients.save(folder / "grad_measure.pkl")
-        state = {
-            "epoch": epoch,
-            "metrics": metrics,
-            "opt": vars(opt),
-            "state_dict": net.state_dict(),
-            "criterion": criterion.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-            "history": history,
-            "best_epoch": best_epoch,
-        }
-        if is_best:
-            auxiliaries.save_checkpoint(folder / "checkpoint.pth.tar", state)
-        auxiliaries.save_checkpoint(folder / "last.pth.tar", state)
-
-    return summarise(folder, history["val"], best_epoch)
+        train(opt, training, splits, loaders, device, log, epoch)
+        if not log.rows["test"] and splits.val and loaders.test:
+            evaluate_tests(opt, training, loaders, device, log)
+        return summarise(opt, splits, log)
 
 
 if __name__ == "__main__":
-    auxiliaries.run_command(lambda: main(parse_args()))
+    import protocol  # which imports this module
+
+    auxiliaries.run_command(lambda: protocol.run(sys.argv[1:]))

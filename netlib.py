@@ -170,10 +170,11 @@ class EmbeddingNet(nn.Module):
     def parameter_groups(self, lr: float, decay: float, fc_lr_mul: float = 0) -> list[dict[str, Any]]:
         """The optimiser's groups; the embedding layer's learning rate is `lr * fc_lr_mul`, or `lr` when that is 0."""
         if not fc_lr_mul:
-            return [{"params": list(self.parameters()), "lr": lr, "weight_decay": decay}]
+            return [{"name": "network", "params": list(self.parameters()), "lr": lr, "weight_decay": decay}]
+        embedding = {"params": list(self.embedding.parameters()), "lr": lr * fc_lr_mul, "weight_decay": decay}
         return [
-            {"params": list(self.backbone.parameters()), "lr": lr, "weight_decay": decay},
-            {"params": list(self.embedding.parameters()), "lr": lr * fc_lr_mul, "weight_decay": decay},
+            {"name": "backbone", "params": list(self.backbone.parameters()), "lr": lr, "weight_decay": decay},
+            {"name": "embedding", **embedding},
         ]
 
 
