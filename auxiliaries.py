@@ -18,6 +18,7 @@ import pickle
 import platform
 import random
 import re
+import secrets
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 
 try:
     import fcntl
@@ -56,7 +58,7 @@ def run_command(command: Callable[[], object]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; --resume_training goes on from the last epoch that was saved", file=sys.stderr)
+        print("\nstopped; what was saved is kept", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 
@@ -216,8 +218,22 @@ def peak_memory(device: torch.device, reset: bool = False) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, standard deviation, and half the width of the mean's 95 % confidence interval by Student's t.
+
+    The last two are NaN for one value.
+    """
+    count = len(values)
+    if count < 2:
+        return float(np.mean(values)), math.nan, math.nan
+    deviation = float(np.std(values, ddof=1))
+    return float(np.mean(values)), deviation, float(stdtrit(count - 1, 0.975)) * deviation / math.sqrt(count)
+
+
 def plain(value: Any) -> Any:
     """`value` with everything in it turned into built-in Python types (tensors of state dicts stay tensors)."""
+    if type(value) in (float, int, str, bool):
+        return value
     if isinstance(value, Mapping):
         return {plain(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -236,7 +252,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the file can't be written; what stood at `path` is untouched.
     """
-    beside = path.with_name(f".part-{os.getpid()}-{path.name}")
+    beside = path.with_name(f".part-{secrets.token_hex(6)}-{path.name}")  # unique on a shared disk, too
     try:
         yield beside
         with open(beside, "rb+") as file:
@@ -280,7 +296,7 @@ def create_run_folder(parent: Path, name: str, fill: Callable[[Path], object], m
         UserError: it can't be made, or exists and must have this very name.
     """
     check_run_folder(parent, name)
-    beside = parent / f".part-{os.getpid()}-{name}"
+    beside = parent / f".part-{secrets.token_hex(6)}-{name}"
     try:
         beside.mkdir(parents=True)
         fill(beside)
@@ -297,7 +313,7 @@ def create_run_folder(parent: Path, name: str, fill: Callable[[Path], object], m
             raise UserError(f"{parent / name} exists: --resume_training goes on with it, or choose another --savename")
     except OSError as error:
         raise UserError(
-            f"no run folder can be made in {parent} ({error.strerror}): choose another --save_path"
+            f"no run folder can be made in {parent} ({error.strerror}): make room, or choose another --save_path"
         ) from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -307,6 +323,8 @@ def create_run_folder(parent: Path, name: str, fill: Callable[[Path], object], m
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keeps other processes out of a run folder; the lock ends with this process, however that ends.
+
+    Only one block at a time may hold it: to leave a block in a block gives the lock up.
 
     Raises:
         UserError: another process has it.
@@ -322,6 +340,8 @@ def locked(folder: Path) -> Iterator[None]:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UserError(f"another process is at work in {folder}: wait for it, or stop it first") from None
+        for unfinished in folder.glob(".part-*"):  # left by a process that was killed
+            shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink(missing_ok=True)
         yield
 
 

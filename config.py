@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--eval_reference_set",
         choices=("compared_to_self", "compared_to_sets_combined", "compared_to_training_set"),
         help="--evaluate: where queries search: in their own set (or its gallery), in all --splits_to_eval together, "
-        "or in the training images (default: compared_to_self)",
+        "or in the training images, which hold none of the other splits' classes (default: compared_to_self)",
     )
     group.add_argument(
         "--eval_normalize_embeddings",
@@ -115,20 +115,23 @@ def parse_layers(parser: FlagParser, argv: Sequence[str], stored: Path | None = 
     Raises:
         UserError: a file or an entry is no good; it names the file, the line and the nearest flag.
     """
-    layers: list[tuple[str, list[str]]] = []
-    opt, _ = control_flags().parse_known_args(argv)
-    for name in [*([str(stored)] if stored else []), *(opt.config or [])]:
-        layers = _merge(layers, read_layer(name, parser))
-    return parser.parse_args([*(token for _, tokens in layers for token in tokens), *argv])
+    return parser.parse_args([*_tokens_of_files(parser, argv, stored), *argv])
 
 
 def given_flags(parser: FlagParser, argv: Sequence[str]) -> dict[str, Any]:
     """The flags that the command line, or a file that it names, gives."""
-    names = vars(parser.parse_args([]))
-    opt, _ = control_flags().parse_known_args(argv)
-    tokens = [token for name in opt.config or [] for _, tokens in read_layer(name, parser) for token in tokens]
-    given = parser.parse_args([*tokens, *argv], argparse.Namespace(**dict.fromkeys(names)))
+    nothing = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))
+    given = parser.parse_args([*_tokens_of_files(parser, argv), *argv], nothing)
     return {name: value for name, value in vars(given).items() if value is not None}
+
+
+def _tokens_of_files(parser: FlagParser, argv: Sequence[str], stored: Path | None = None) -> list[str]:
+    """What a user would have typed instead of a stored configuration and the files that --config names."""
+    layers: list[tuple[str, list[str]]] = []
+    opt, _ = control_flags().parse_known_args(argv)
+    for name in [*([str(stored)] if stored else []), *(opt.config or [])]:
+        layers = _merge(layers, read_layer(name, parser))
+    return [token for _, tokens in layers for token in tokens]
 
 
 def configuration(opt: argparse.Namespace) -> dict[str, Any]:
@@ -138,9 +141,9 @@ def configuration(opt: argparse.Namespace) -> dict[str, Any]:
 
 
 def differences(before: argparse.Namespace, after: argparse.Namespace) -> dict[str, Any]:
-    """The flags of `after`'s configuration that differ from `before`'s."""
+    """The flags of `after`'s configuration that differ from `before`'s, but for the run folder's name and place."""
     old, new = configuration(before), configuration(after)
-    return {name: value for name, value in new.items() if value != old.get(name)}
+    return {name: new[name] for name in new if name not in ("savename", "save_path") and new[name] != old.get(name)}
 
 
 def read_layer(name: str, parser: FlagParser) -> list[tuple[str, list[str]]]:
@@ -171,7 +174,7 @@ def read_layer(name: str, parser: FlagParser) -> list[tuple[str, list[str]]]:
 def _merge(layers: list[tuple[str, list[str]]], layer: list[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
     """Puts a layer over others: an entry without tokens removes those of its flag."""
     reset = {flag for flag, tokens in layer if not tokens}
-    return [*((flag, tokens) for flag, tokens in layers if flag not in reset), *layer]
+    return [*((flag, tokens) for flag, tokens in layers if flag.removesuffix(OVERRIDE) not in reset), *layer]
 
 
 def _find(name: str) -> Path:
@@ -194,6 +197,10 @@ def _as_tokens(key: str, node: yaml.Node, parser: FlagParser) -> tuple[str, list
         raise UserError(f"unknown flag {flag}{nearest_name(flag, parser.flags())}")
     if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null":
         return flag, []
+    if isinstance(node, yaml.MappingNode | yaml.SequenceNode):
+        parts = [part for entry in node.value for part in (entry if isinstance(entry, tuple) else [entry])]
+        if not all(isinstance(part, yaml.ScalarNode) for part in parts):
+            raise UserError(f"{flag} takes plain values, not lists or mappings of more lists or mappings")
     if isinstance(node, yaml.MappingNode) and isinstance(action, MappingAction):
         return flag, [flag, *(f"{name.value}={value.value}" for name, value in node.value)]
     if isinstance(node, yaml.SequenceNode) and action.nargs in ("*", "+"):

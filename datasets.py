@@ -10,6 +10,7 @@ import argparse
 import http.client
 import os
 import re
+import secrets
 import shutil
 import tarfile
 import unicodedata
@@ -102,7 +103,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cross_validation: partitions of the other classes",
     )
     group.add_argument(
-        "--num_training_sets", type=number(int, 1), default=4, help="cross_validation: how many folds are run"
+        "--num_training_sets",
+        type=number(int, 1),
+        help="cross_validation: how many folds are run (default: 4, or as many as there are partitions)",
     )
     group.add_argument("--fold", type=number(int, 0), help="cross_validation: run this fold only, counted from 0")
     group.add_argument(
@@ -282,6 +285,11 @@ def give_splits(opt: argparse.Namespace) -> Splits:
     splits = read_splits(opt.dataset, opt.source_path, opt.download, opt.download_url)
     splits = SPLIT_SCHEMES[opt.split_scheme](splits, opt).at_level(opt.label_hierarchy_level)
     check_splits(opt.dataset, splits)
+    if opt.testing_method == "WithSameParentLabel" and len(splits.train.class_names) < 2:
+        raise UserError(
+            "--testing_method WithSameParentLabel needs labels of a coarser level than those of "
+            f"--label_hierarchy_level {opt.label_hierarchy_level}, which {opt.dataset} doesn't have: leave it out"
+        )
     return splits
 
 
@@ -486,7 +494,7 @@ def render_glyphs(folder: Path) -> None:
     fonts = {name: ImageFont.truetype(file, 44) for name, file in files.items()}
     shared = set.intersection(*(set(FT2Font(file).get_charmap()) for file in files.values()))
     drawable = [chr(code) for code in sorted(shared) if re.match("[LNS]|Po", unicodedata.category(chr(code)))]
-    beside = folder.with_name(f".part-{os.getpid()}-{folder.name}")
+    beside = folder.with_name(f".part-{secrets.token_hex(6)}-{folder.name}")
     seen: set[bytes] = set()
     kept = 0
     try:
@@ -877,12 +885,15 @@ class BaseTripletDataset(ImageDataset):
         """Forms the epoch's batches: `self.batches`, a list of arrays of image positions."""
         self.epoch = epoch
         rng = np.random.default_rng((self.seed, epoch))
-        form = BATCH_SAMPLERS[self.batch_sampler]
-        self.batches = list(form(self.labels, self.bs, self.samples_per_class, rng))
-        if self.iterations is not None:
-            while len(self.batches) < self.iterations:
-                self.batches += form(self.labels, self.bs, self.samples_per_class, rng)
-            del self.batches[self.iterations :]
+        self.batches: list[np.ndarray] = []
+        while not self.batches or len(self.batches) < (self.iterations or 0):
+            one_pass = BATCH_SAMPLERS[self.batch_sampler](self.labels, self.bs, self.samples_per_class, rng)
+            before = len(self.batches)
+            self.batches += one_pass
+            if len(self.batches) == before:
+                what = f"--batch_sampler {self.batch_sampler} forms no batch of {self.bs}"
+                raise UserError(f"{what} from {len(self)} images: lower --bs")
+        del self.batches[self.iterations or len(self.batches) :]
 
     def __getitem__(self, draw: tuple[int, int]) -> tuple[torch.Tensor, int, int] | UserError:  # type: ignore[override]
         idx, position = draw

@@ -494,6 +494,8 @@ def metrics_within_parents(
         )
         if inside.has_positive.any():
             of_parents.append(compute_metrics(inside, k_vals, names))
+    if not of_parents:
+        raise UserError("inside the coarser classes no query has another image of its class to find")
     return {name: float(np.mean([metrics[name] for metrics in of_parents])) for name in of_parents[0]}
 
 
@@ -548,7 +550,7 @@ def measure(
     """The metrics of embedded sets in one flat dict, named `Set 0 Recall @ 1`, … where there are several sets.
 
     Raises:
-        UserError: the testing method needs coarser labels, and there are none; or no query has anything to find.
+        UserError: no query has anything to find.
     """
     metrics: dict[str, float] = {}
     for position, embedded in enumerate(sets):
@@ -556,11 +558,8 @@ def measure(
             raise UserError(f"{embedded.name}: no query's class is among the images that it is compared to")
         if testing_method == "WithSameParentLabel":
             query, gallery = embedded.query, embedded.gallery or embedded.query
-            if query.parents is None or gallery.parents is None:
-                raise UserError(
-                    "--testing_method WithSameParentLabel needs labels of a coarser level than those of "
-                    "--label_hierarchy_level, which this data set doesn't have: leave it out"
-                )
+            assert query.parents is not None, "the labels have no coarser level"
+            assert gallery.parents is not None
             of_set = metrics_within_parents(embedded.space, query.parents, gallery.parents, k_vals, names)
         else:
             of_set = compute_metrics(embedded.space, k_vals, names)
@@ -596,6 +595,8 @@ def evaluate(
 
 def mean_over_sets(metrics: dict[str, float], name: str) -> float:
     """The metric, or its mean over the test sets where there are several; NaN where there is none of that name."""
+    if name in metrics:
+        return metrics[name]
     values = [value for key, value in metrics.items() if re.sub(r"^Set \d+ ", "", key) == name]
     return float(np.mean(values)) if values else math.nan
 

@@ -142,10 +142,6 @@ def resolve(opt: argparse.Namespace) -> argparse.Namespace:
     Raises:
         UserError: flags contradict each other.
     """
-    if opt.weights and opt.not_pretrained:
-        raise UserError("--weights and --not_pretrained contradict each other: leave one out")
-    if opt.not_pretrained and opt.freeze_batchnorm:
-        raise UserError("--freeze_batchnorm needs pretrained statistics to keep: leave it or --not_pretrained out")
     opt = argparse.Namespace(**vars(opt))
     arch, loss = netlib.ARCHS[opt.arch], losses.LOSSES[opt.loss]
 
@@ -162,8 +158,23 @@ def resolve(opt: argparse.Namespace) -> argparse.Namespace:
     fill("embed_dim", arch.embed_dim)
     fill("resize", arch.resize if opt.crop_size is None else round(opt.crop_size * arch.resize / arch.crop_size))
     fill("crop_size", arch.crop_size)
+    fill("num_training_sets", min(4, opt.num_training_partitions))
     fill("freeze_batchnorm", not opt.not_pretrained)
     fill("savename", f"{opt.dataset}_{opt.arch}_{datetime.now():%Y-%m-%d_%H-%M-%S}")
+    refuse_contradictions(opt)
+    return auxiliaries.FrozenNamespace(**vars(opt))
+
+
+def refuse_contradictions(opt: argparse.Namespace) -> None:
+    """Checks resolved flags against each other.
+
+    Raises:
+        UserError: they contradict each other.
+    """
+    if opt.weights and opt.not_pretrained:
+        raise UserError("--weights and --not_pretrained contradict each other: leave one out")
+    if opt.not_pretrained and opt.freeze_batchnorm:
+        raise UserError("--freeze_batchnorm needs pretrained statistics to keep: leave it or --not_pretrained out")
     if opt.resize < opt.crop_size:
         raise UserError(
             f"--resize {opt.resize} is less than --crop_size {opt.crop_size}: the crop must fit into the image"
@@ -186,14 +197,12 @@ def resolve(opt: argparse.Namespace) -> argparse.Namespace:
     if opt.fold is not None and opt.fold >= opt.num_training_sets:
         raise UserError(f"--fold {opt.fold} does not exist: --num_training_sets {opt.num_training_sets} counts from 0")
     computed = list(evaluate.chosen_metrics(opt.k_vals, opt.eval_metrics))
-    if opt.eval_metric_for_best_epoch not in computed:
+    if opt.evaluate is None and opt.eval_metric_for_best_epoch not in computed:
         near = auxiliaries.nearest_name(opt.eval_metric_for_best_epoch, computed)
         raise UserError(
             f"--eval_metric_for_best_epoch {opt.eval_metric_for_best_epoch} is not computed{near}: choose one of "
             f"{', '.join(computed)}, or add it to --eval_metrics and --k_vals"
         )
-    auxiliaries.check_run_folder(Path(opt.save_path) / opt.dataset, opt.savename)
-    return auxiliaries.FrozenNamespace(**vars(opt))
 
 
 # =====================================================================================================================
@@ -496,7 +505,7 @@ def summarise(opt: argparse.Namespace, splits: datasets.Splits, log: records.Rec
 
 FIXED = (  # what a run can't be resumed with another of
     *("dataset", "split_scheme", "test_size", "test_start_idx", "num_training_partitions", "label_hierarchy_level"),
-    *("arch", "embed_dim", "loss", "beta_constant", "eval_metric_for_best_epoch"),
+    *("fold", "arch", "embed_dim", "loss", "beta_constant", "eval_metric_for_best_epoch"),
 )
 
 
@@ -513,30 +522,48 @@ def describe_run(folder: Path, opt: argparse.Namespace, environment: Mapping[str
     auxiliaries.save_json(folder / "environment.json", environment)
 
 
-def changed_flags(folder: Path, opt: argparse.Namespace) -> dict[str, Any]:
-    """The flags in which `opt` differs from what the run folder says.
-
-    Raises:
-        UserError: its configuration can't be read.
-    """
-    return config.differences(resolve(parse_args([], folder / "config.yaml")), opt)
-
-
 def check_flags(folder: Path, opt: argparse.Namespace) -> None:
     """Makes sure that a run can go on, or be evaluated, with these flags.
 
     Raises:
-        UserError: it can't.
+        UserError: it can't, or its configuration can't be read.
     """
-    fixed = [name for name in changed_flags(folder, opt) if name in FIXED]
+    stored = resolve(parse_args([], folder / "config.yaml"))
+    fixed = [name for name in config.differences(stored, opt) if name in FIXED]
     if fixed:
         raise UserError(f"{folder} was trained with another --{fixed[0]}: leave it out, or start a new run")
+
+
+def read_state(file: Path) -> dict[str, Any]:
+    """Reads `last.pth.tar` or `checkpoint.pth.tar`.
+
+    Raises:
+        UserError: it can't be read, or is of a later version of this repository.
+    """
+    state = auxiliaries.load_checkpoint(file)
+    if state.get("version", 0) > auxiliaries.RUN_VERSION:
+        raise UserError(f"{file} is of a later version of this repository (run folders of version {state['version']})")
+    return state
 
 
 def epoch_reached(folder: Path) -> int:
     """The epoch of a run's `last.pth.tar`; 0 before there is one."""
     last = folder / "last.pth.tar"
-    return auxiliaries.load_checkpoint(last)["epoch"] if last.exists() else 0
+    return read_state(last)["epoch"] if last.exists() else 0
+
+
+def best_state(folder: Path) -> dict[str, Any]:
+    """What the checkpoint of a run's best network holds.
+
+    Raises:
+        UserError: there is none yet, or it can't be read.
+    """
+    best, last = folder / "checkpoint.pth.tar", folder / "last.pth.tar"
+    if not last.exists():
+        raise UserError(f"{folder} has no network yet: it was stopped before its first evaluation; resume it first")
+    state = read_state(last)
+    # the run may have been stopped before its last state was copied
+    return state if state["best_epoch"] == state["epoch"] else read_state(best)
 
 
 def load_state(folder: Path, opt: argparse.Namespace) -> dict[str, Any] | None:
@@ -549,12 +576,8 @@ def load_state(folder: Path, opt: argparse.Namespace) -> dict[str, Any] | None:
     last = folder / "last.pth.tar"
     if not last.exists():
         return None
-    state = auxiliaries.load_checkpoint(last)
-    if state.get("version", 0) > auxiliaries.RUN_VERSION:
-        raise UserError(
-            f"{folder} is of a later version of this repository (run folders of version {state['version']})"
-        )
-    if state["best_epoch"] == state["epoch"]:  # the run may have been stopped before it was copied
+    state = read_state(last)
+    if state["best_epoch"] == state["epoch"]:  # see best_state
         auxiliaries.copy_file(last, folder / "checkpoint.pth.tar")
     return state
 
@@ -592,8 +615,9 @@ def train(
     device: torch.device,
     log: records.Records,
     epoch: int,
+    last_epoch: int,
 ) -> None:
-    """Trains from after `epoch` to the end, evaluating and saving every few epochs."""
+    """Trains from after `epoch` to `last_epoch`, evaluating and saving every few epochs."""
     eval_set = (splits.val or splits.test)[0]
     metric = opt.eval_metric_for_best_epoch
     gradients = None
@@ -602,9 +626,9 @@ def train(
     if epoch == 0 and opt.check_untrained_accuracy:
         evaluate_epoch(opt, training.net, loaders, device, 0, log)
 
-    while epoch < opt.n_epochs:
-        best_epoch = evaluate.best_epoch(log.rows["val"], metric)
-        if opt.patience and epoch - best_epoch >= opt.patience:
+    while epoch < last_epoch:
+        best_epoch, evaluated = evaluate.best_epoch(log.rows["val"], metric), [row["Epochs"] for row in log.rows["val"]]
+        if opt.patience and epoch > 0 and epoch in evaluated and epoch - best_epoch >= opt.patience:
             print(f"{metric} has not improved for {epoch - best_epoch} epochs: stopping")
             break
         epoch += 1
@@ -612,7 +636,7 @@ def train(
         loaders.train.set_epoch(epoch)
         log.add("train", train_one_epoch(training, loaders.train, device, epoch, log, opt.log_every, gradients))
         training.scheduler.step()
-        if epoch % opt.save_interval and epoch < opt.n_epochs:
+        if epoch % opt.save_interval and epoch < last_epoch:
             continue
 
         space = evaluate_epoch(opt, training.net, loaders, device, epoch, log)
@@ -626,15 +650,16 @@ def train(
         save_state(opt, training, log, epoch, best_epoch)
 
 
-def main(opt: argparse.Namespace, folder: Path | None = None) -> dict[str, float]:
+def main(opt: argparse.Namespace, folder: Path | None = None, until: int | None = None) -> dict[str, float]:
     """Trains and evaluates once.
 
     Args:
         opt: the flags, from `parse_args`; under cross-validation with --fold.
         folder: the run folder to make, or, where it exists, to go on in (default: a new one by the flags).
+        until: an epoch to stop after for now, before the end.
 
     Returns:
-        The test metrics of the selected epoch.
+        The test metrics of the selected epoch; none before the end.
 
     Raises:
         UserError: what the user can mend.
@@ -642,6 +667,8 @@ def main(opt: argparse.Namespace, folder: Path | None = None) -> dict[str, float
     opt = resolve(opt)
     if opt.split_scheme == "cross_validation" and opt.fold is None:
         raise UserError("one training run is one fold of cross_validation: give --fold")
+    if folder is None:
+        auxiliaries.check_run_folder(Path(opt.save_path) / opt.dataset, opt.savename)
     device = auxiliaries.pick_device(opt.gpu)
 
     # ================================================== Data ==========================================================
@@ -671,11 +698,13 @@ def main(opt: argparse.Namespace, folder: Path | None = None) -> dict[str, float
         log = records.Records(folder, state["history"] if state else None, opt.tensorboard)
         until_the_end.callback(log.close)
         epoch = state["epoch"] if state else 0
-        log.note_configuration(epoch, config.configuration(opt), changed_flags(folder, opt), environment)
-        describe_flags(folder, opt)
+        log.note_configuration(epoch, config.configuration(opt), environment)
+        (folder / "summary.json").unlink(missing_ok=True)  # until this call is at its end
         print(f"{opt.dataset}: {len(splits.train)} training images of {num_classes} classes; run folder {folder}")
 
-        train(opt, training, splits, loaders, device, log, epoch)
+        train(opt, training, splits, loaders, device, log, epoch, opt.n_epochs if until is None else until)
+        if until is not None:
+            return {}
         if not log.rows["test"] and splits.val and loaders.test:
             evaluate_tests(opt, training, loaders, device, log)
         return summarise(opt, splits, log)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import glob
 import itertools
-import pickle
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import nn
@@ -31,7 +31,11 @@ NEEDS_EVALUATE = (
     *("splits_to_eval", "eval_reference_set", "eval_normalize_embeddings", "eval_use_trunk_output"),
     *("eval_pca", "eval_size_of_tsne"),
 )
-ELSEWHERE = ("savename", "save_path", "source_path", "gpu", "kernels")  # where a run is made, not what it is
+NEEDS_CROSS_VALIDATION = (
+    *("test_size", "test_start_idx", "num_training_partitions", "num_training_sets", "fold", "meta_testing_method"),
+)
+# where a run is made, not what it is
+ELSEWHERE = ("savename", "save_path", "source_path", "download", "download_url", "gpu", "kernels")
 
 
 def run(argv: Sequence[str]) -> dict[str, float]:
@@ -51,6 +55,10 @@ def run(argv: Sequence[str]) -> dict[str, float]:
     useless = [name for name in NEEDS_EVALUATE if name in given and opt.evaluate is None]
     if useless:
         raise UserError(f"--{useless[0]} says how to --evaluate a finished run: add that, or leave it out")
+    defaults = main.parse_args([])
+    folds_only = [name for name in NEEDS_CROSS_VALIDATION if getattr(opt, name) != getattr(defaults, name)]
+    if folds_only and opt.split_scheme == "predefined" and not modes:
+        raise UserError(f"--{folds_only[0]} needs --split_scheme cross_validation: predefined splits have no folds")
     if opt.evaluate is not None:
         folder = Path(opt.evaluate) if opt.evaluate else find_run(opt, given)
         return evaluate_run(folder, argv)
@@ -69,7 +77,7 @@ def find_run(opt: argparse.Namespace, given: Mapping[str, Any]) -> Path:
     """
     if "savename" not in given:
         raise UserError("which run? Name it with --savename")
-    pattern = f"{opt.dataset}/{opt.savename}" if "dataset" in given else f"*/{opt.savename}"
+    pattern = f"{glob.escape(opt.dataset) if 'dataset' in given else '*'}/{glob.escape(opt.savename)}"
     found = sorted(path for path in Path(opt.save_path).glob(pattern) if path.is_dir())
     if not found:
         names = [path.name for path in Path(opt.save_path).glob("*/*") if path.is_dir()]
@@ -95,13 +103,6 @@ def stored_configuration(folder: Path) -> Path:
     return folder / "config.yaml"
 
 
-def training_runs(folder: Path) -> dict[int | None, Path]:
-    """A run's folds, by number, and their folders; or None and the folder itself, where it is one training run."""
-    folds = {path.name.removeprefix("fold_"): path for path in folder.glob("fold_*")}
-    numbered = sorted((int(number), path) for number, path in folds.items() if number.isdigit())
-    return {**dict(numbered)} or {None: folder}
-
-
 def with_flags(opt: argparse.Namespace, **flags: Any) -> argparse.Namespace:
     """A copy of the flags with others in place of some."""
     return argparse.Namespace(**{**vars(opt), **flags})
@@ -123,16 +124,16 @@ def train(opt: argparse.Namespace, folder: Path | None = None, source: Path | No
     if opt.fold is not None and opt.savename is None:
         raise UserError("--fold needs --savename, the name that all folds share")
     opt = main.resolve(opt)
-    datasets.give_splits(
-        with_flags(opt, fold=opt.fold or 0)
-    )  # what is wrong with the data shows before a folder is made
     is_new = folder is None
     if folder is None:
+        auxiliaries.check_run_folder(Path(opt.save_path) / opt.dataset, opt.savename)
+        check_data(with_flags(opt, fold=opt.fold or 0))  # before a folder is made
         folder = give_parent_folder(opt)
     try:
         for fold in range(opt.num_training_sets) if opt.fold is None else [opt.fold]:
             print(f"\nfold {fold} of {opt.num_training_sets}")
-            of_source = source / f"fold_{fold}" if source else None
+            runs = records.training_runs(source) if source else {}
+            of_source = runs.get(fold) or runs.get(None)
             train_in_stages(with_flags(opt, fold=fold), folder / f"fold_{fold}", of_source)
     except UserError:
         if is_new and opt.fold is None and not any(folder.glob("fold_*")):
@@ -141,12 +142,23 @@ def train(opt: argparse.Namespace, folder: Path | None = None, source: Path | No
     return give_meta_results(opt, folder)
 
 
+def check_data(opt: argparse.Namespace) -> None:
+    """Makes sure that the resolved flags' data can be read, split and formed into batches.
+
+    Raises:
+        UserError: they can't.
+    """
+    datasets.give_dataloaders(opt, datasets.give_splits(opt))
+
+
 def give_parent_folder(opt: argparse.Namespace) -> Path:
     """The folder of all folds: a new one, or with --fold that of the folds that other machines train."""
     folder = Path(opt.save_path) / opt.dataset / opt.savename
 
     def save(into: Path) -> None:
         config.save_config(into / "config.yaml", config.configuration(with_flags(opt, fold=None)), main.give_parser())
+        environment = auxiliaries.describe_environment(auxiliaries.pick_device(opt.gpu))
+        auxiliaries.save_json(into / "environment.json", environment)
 
     if opt.fold is None:
         return auxiliaries.create_run_folder(folder.parent, folder.name, save)
@@ -157,11 +169,9 @@ def give_parent_folder(opt: argparse.Namespace) -> Path:
             if not folder.exists():  # by another machine
                 raise
     stored = main.resolve(main.parse_args([], stored_configuration(folder)))
-    others = config.differences(stored, with_flags(opt, fold=None, gpu=stored.gpu, kernels=stored.kernels))
+    others = [name for name in config.differences(stored, with_flags(opt, fold=None)) if name not in ELSEWHERE]
     if others:
-        raise UserError(
-            f"{folder} has folds with another --{next(iter(others))}: give the same flags, or another --savename"
-        )
+        raise UserError(f"{folder} has folds with another --{others[0]}: give the same flags, or another --savename")
     if (folder / f"fold_{opt.fold}").exists():
         raise UserError(
             f"{folder / f'fold_{opt.fold}'} exists: --resume_training goes on with it, or choose another --savename"
@@ -178,11 +188,22 @@ def train_in_stages(opt: argparse.Namespace, folder: Path | None, source: Path |
             stages.append(row)
     same = {name: getattr(opt, name) for name in ELSEWHERE}
     for stage, following in itertools.pairwise(stages):
-        main.main(with_flags(opt, **{**stage["Configuration"], "n_epochs": following["Epochs"], **same}), folder)
+        main.main(with_flags(opt, **{**stage["Configuration"], **same}), folder, until=following["Epochs"])
+        if folder is not None:
+            main.describe_flags(folder, main.resolve(opt))
     return main.main(opt, folder)
 
 
 # Meta results: over folds
+
+
+def is_finished(folder: Path, opt: argparse.Namespace) -> bool:
+    """Whether a fold is at its end, by flags that make the same of it as these."""
+    if not (folder / "summary.json").exists():
+        return False
+    stored = main.resolve(main.parse_args([], stored_configuration(folder)))
+    same = {name: getattr(stored, name) for name in ("fold", "meta_testing_method", *ELSEWHERE)}
+    return not config.differences(stored, main.resolve(with_flags(opt, **same)))
 
 
 def give_meta_results(opt: argparse.Namespace, folder: Path) -> dict[str, float]:
@@ -191,9 +212,11 @@ def give_meta_results(opt: argparse.Namespace, folder: Path) -> dict[str, float]
     Returns:
         The mean test metrics of the selected networks; none before that.
     """
-    finished = [path for path in training_runs(folder).values() if (path / "summary.json").exists()]
-    if len(finished) < opt.num_training_sets:
-        print(f"{len(finished)} of {opt.num_training_sets} folds are finished: the last one writes {folder / 'meta'}")
+    folds = [folder / f"fold_{fold}" for fold in range(opt.num_training_sets)]
+    finished = [path for path in folds if is_finished(path, opt)]
+    if len(finished) < len(folds):
+        counts = f"{len(finished)} of {len(folds)} folds are finished with these flags"
+        print(f"{counts}: the last one writes {folder / 'meta'}")
         return {}
     summaries = [auxiliaries.load_json(path / "summary.json") for path in finished]
     rows = []
@@ -228,27 +251,21 @@ def give_meta_results(opt: argparse.Namespace, folder: Path) -> dict[str, float]
 
 
 def over_folds(metric: str, results: Sequence[Mapping[str, float]]) -> records.Row:
-    """Mean, standard deviation and half the width of the 95 % confidence interval (Student's t) of a metric."""
-    values = np.array([result[metric] for result in results])
-    count = len(values)
-    deviation = float(values.std(ddof=1)) if count > 1 else float("nan")
-    half = float(stats.t.ppf(0.975, count - 1)) * deviation / count**0.5 if count > 1 else float("nan")
-    return {"Metric": metric, "Mean": float(values.mean()), "Std": deviation, "CI 95 %": half, "Folds": count}
+    """Mean of a metric and, of several folds, standard deviation and half of the 95 % confidence interval."""
+    mean, deviation, half = auxiliaries.mean_and_interval([result[metric] for result in results])
+    spread = {"Std": deviation, "CI 95 %": half} if len(results) > 1 else {}
+    return {"Metric": metric, "Mean": mean, **spread, "Folds": len(results)}
 
 
-def load_network(folder: Path, device: torch.device) -> netlib.EmbeddingNet:
-    """A run's best network.
+def load_network(folder: Path, opt: argparse.Namespace, device: torch.device) -> netlib.EmbeddingNet:
+    """A run's best network, from its resolved flags.
 
     Raises:
         UserError: the run has none yet, or it can't be read.
     """
-    checkpoint = folder / "checkpoint.pth.tar"
-    if not checkpoint.exists():
-        raise UserError(
-            f"{folder} has no checkpoint.pth.tar: it was stopped before its first evaluation; resume it first"
-        )
-    net = netlib.networkselect(pickle.loads((folder / "hypa.pkl").read_bytes()))
-    net.load_state_dict(auxiliaries.load_checkpoint(checkpoint)["state_dict"])
+    state = main.best_state(folder)
+    net = netlib.networkselect(vars(opt))
+    net.load_state_dict(state["state_dict"])
     return net.to(device)
 
 
@@ -259,7 +276,7 @@ def concatenated_metrics(opt: argparse.Namespace, folds: Sequence[Path]) -> dict
     loaders = datasets.give_dataloaders(opt, datasets.give_splits(opt), pin_memory=device.type == "cuda")
     by_fold = []
     for folder in folds:
-        net = load_network(folder, device)
+        net = load_network(folder, opt, device)
         by_fold.append([evaluate.embed_set(net, images, device) for images in loaders.test])
     together = [concatenate(of_set) for of_set in zip(*by_fold)]
     return evaluate.measure(together, opt.k_vals, opt.eval_metrics, opt.testing_method)
@@ -280,49 +297,59 @@ def resume(folder: Path, argv: Sequence[str]) -> dict[str, float]:
     stored = stored_configuration(folder)
     before = main.resolve(main.parse_args([], stored))
     opt = main.parse_args(argv, stored)
-    runs = training_runs(folder)
-    if opt.fold is not None:
+    runs = records.training_runs(folder)
+    if opt.fold is not None and None not in runs:
         runs = {fold: path for fold, path in runs.items() if fold == opt.fold}
-    for fold, path in runs.items():
-        main.check_flags(path, main.resolve(with_flags(opt, fold=fold)))
-    changes = config.differences(before, main.resolve(with_flags(opt, fold=before.fold)))
-    if changes:
-        save_changes(folder, list(runs.values()), changes)
-    if opt.resume_training == "best":
-        for path in runs.values():
-            with auxiliaries.locked(path):
+    resolved = {path: main.resolve(with_flags(opt, fold=fold)) for fold, path in runs.items()}
+    with contextlib.ExitStack() as locks:
+        for path in {folder, *resolved}:  # nothing is changed in a run that another process is at work in
+            locks.enter_context(auxiliaries.locked(path))
+        for path, flags in resolved.items():
+            stored_configuration(path)
+            main.check_flags(path, flags)
+        some_fold = None if before.split_scheme == "predefined" else opt.fold or 0
+        check_data(main.resolve(with_flags(opt, fold=some_fold)))
+        changes = config.differences(before, main.resolve(with_flags(opt, fold=None)))
+        if changes:
+            save_changes(folder, list(resolved), changes)
+            for path, flags in resolved.items():
+                main.describe_flags(path, flags)
+            if folder not in resolved:
+                values = config.configuration(main.resolve(with_flags(opt, fold=None)))
+                config.save_config(stored, values, main.give_parser())
+        if opt.resume_training == "best":
+            for path in resolved:
                 go_back_to_best(path)
-    if before.split_scheme == "cross_validation" and changes:
-        values = config.configuration(main.resolve(with_flags(opt, fold=None)))
-        config.save_config(stored, values, main.give_parser())
     return train(opt, folder)
 
 
 def save_changes(folder: Path, runs: Sequence[Path], changes: Mapping[str, Any]) -> None:
     """Keeps flags that a resumed run changes, in a folder named after the epochs that its folds have reached."""
-    epochs = [main.epoch_reached(path) for path in runs]
-    kept = folder / f"resume_training_config_diffs_{'_'.join(map(str, epochs))}"
-    kept.mkdir(exist_ok=True)
-    config.save_config(kept / "config.yaml", changes, main.give_parser())
+    name = f"resume_training_config_diffs_{'_'.join(str(main.epoch_reached(path)) for path in runs)}"
+
+    def save(into: Path) -> None:
+        config.save_config(into / "config.yaml", changes, main.give_parser())
+
+    kept = auxiliaries.create_run_folder(folder, name, save)
     print(f"changed flags, kept in {kept}: " + ", ".join(f"--{name} {value}" for name, value in changes.items()))
 
 
 def go_back_to_best(folder: Path) -> None:
     """Makes the best epoch the last one; what came after it is kept in a folder of its own."""
-    best, last = folder / "checkpoint.pth.tar", folder / "last.pth.tar"
-    if not best.exists():
+    last = folder / "last.pth.tar"
+    if not last.exists():
         return
-    epoch = auxiliaries.load_checkpoint(best)["epoch"]
+    epoch = main.best_state(folder)["epoch"]
     if epoch == main.epoch_reached(folder):
         return
 
     def keep(into: Path) -> None:
-        for name in ("last.pth.tar", "records.db", *records.LOGS.values()):
+        for name in ("last.pth.tar", "records.db", "grad_measure.pkl", *records.LOGS.values()):
             if (folder / name).exists():
                 shutil.copyfile(folder / name, into / name)
 
     kept = auxiliaries.create_run_folder(folder, f"dropped_after_epoch_{epoch}", keep)
-    auxiliaries.copy_file(best, last)
+    auxiliaries.copy_file(folder / "checkpoint.pth.tar", last)
     print(f"going back to epoch {epoch}; what came after it is in {kept}")
 
 
@@ -336,17 +363,19 @@ def reproduce(source: Path, argv: Sequence[str], given: Mapping[str, Any]) -> di
         opt.savename = f"{source.resolve().name}_reproduced"
     before = main.resolve(main.parse_args([], source / "config.yaml"))
     changes = config.differences(before, main.resolve(opt))
-    shown = {name: value for name, value in changes.items() if name not in ("savename", "save_path")}
-    if shown:
-        print("other flags than the original's: " + ", ".join(f"--{name} {value}" for name, value in shown.items()))
+    if changes:
+        print("other flags than the original's: " + ", ".join(f"--{name} {value}" for name, value in changes.items()))
     warn_of_environment(source, auxiliaries.pick_device(opt.gpu))
     parent = Path(opt.save_path) / opt.dataset
     opt.savename = next(name for name in auxiliaries.numbered(opt.savename) if not (parent / name).exists())
+    follows = not set(changes) - {*ELSEWHERE}
+    if not follows:
+        notice("with other flags, the original's changes of flags on resuming, if any, are not followed")
     single = opt.split_scheme == "predefined"
-    results = train(
-        opt, parent / opt.savename if single else None, source=None if set(changes) - {*ELSEWHERE} else source
+    results = train(opt, parent / opt.savename if single else None, source if follows else None)
+    original, reproduced = (
+        results_of(records.training_runs(path).get(opt.fold, path)) for path in (source, parent / opt.savename)
     )
-    original, reproduced = results_of(source), results_of(parent / opt.savename)
     print(f"\n{'':34}{'original':>12}{'reproduced':>12}{'difference':>12}")
     for name, value in reproduced.items():
         was = original.get(name, float("nan"))
@@ -356,7 +385,7 @@ def reproduce(source: Path, argv: Sequence[str], given: Mapping[str, Any]) -> di
 
 def warn_of_environment(source: Path, device: torch.device) -> None:
     """Warns where versions or hardware are others than those of the original run."""
-    path = next(iter(training_runs(source).values())) / "environment.json"
+    path = next(iter(records.training_runs(source).values())) / "environment.json"
     if not path.exists():
         return
     original, now = auxiliaries.load_json(path), auxiliaries.describe_environment(device)
@@ -391,52 +420,29 @@ def evaluate_run(folder: Path, argv: Sequence[str]) -> dict[str, float]:
         The metrics, named by split; their means over folds.
     """
     opt = main.parse_args(argv, stored_configuration(folder))
-    runs = training_runs(folder)
-    of_folds = [
-        evaluate_network(path, with_flags(opt, fold=opt.fold if fold is None else fold)) for fold, path in runs.items()
-    ]
-    if len(of_folds) == 1:
-        return of_folds[0]
+    runs = records.training_runs(folder)
+    if None in runs:
+        if opt.split_scheme == "cross_validation" and opt.fold is None:
+            raise UserError(f"{folder} has no fold yet: --resume_training begins with the first")
+        return evaluate_network(folder, opt)
+    chosen = {fold: path for fold, path in runs.items() if opt.fold in (None, fold)}
+    if not chosen:
+        raise UserError(f"{folder} has no fold {opt.fold}")
+    of_folds = []
+    for fold, path in chosen.items():
+        print(f"fold {fold}")
+        of_folds.append(evaluate_network(path, with_flags(opt, fold=fold)))
     means = {name: float(np.mean([metrics[name] for metrics in of_folds])) for name in of_folds[0]}
-    print(f"mean over {len(of_folds)} folds | {main.report(means)}")
+    print(f"mean over {len(of_folds)} fold(s) | {main.report(means)}")
     return means
 
 
 def evaluate_network(folder: Path, opt: argparse.Namespace) -> dict[str, float]:
     """Evaluates one training run's best network, and adds the result to its evaluation.json."""
+    stored_configuration(folder)
     opt = main.resolve(opt)
     main.check_flags(folder, opt)
-    device = auxiliaries.pick_device(opt.gpu)
-    splits = datasets.give_splits(opt)
-    loaders = datasets.give_dataloaders(opt, splits, pin_memory=device.type == "cuda")
-    net = load_network(folder, device)
-    if opt.eval_use_trunk_output:
-        net.embedding = nn.Identity()  # type: ignore[assignment]
-    if opt.eval_normalize_embeddings is not None:
-        net.normalize = opt.eval_normalize_embeddings
-    sets_of = {
-        "train": [datasets.RetrievalLoaders("train", loaders.train_eval)],
-        "val": loaders.val,
-        "test": loaders.test,
-    }
-    wanted = list(dict.fromkeys(opt.splits_to_eval or ["test"]))
-    absent = [split for split in wanted if not sets_of[split]]
-    if absent:
-        raise UserError(f"--splits_to_eval {absent[0]}: these splits have no {absent[0]} classes")
-    embedded = {split: [evaluate.embed_set(net, images, device) for images in sets_of[split]] for split in wanted}
-    if opt.eval_reference_set == "compared_to_training_set":
-        training = embedded.get("train") or [evaluate.embed_set(net, sets_of["train"][0], device)]
-        reference = [training[0].query]
-    else:
-        reference = [
-            points for sets in embedded.values() for one in sets for points in (one.query, one.gallery) if points
-        ]
-    if opt.eval_pca:
-        embedded, reference = project(embedded, reference, opt.eval_pca)
-    if opt.eval_reference_set in ("compared_to_sets_combined", "compared_to_training_set"):
-        gallery = union(reference)
-        embedded = {split: [search_in(one, gallery) for one in sets] for split, sets in embedded.items()}
-
+    embedded = embed_splits(folder, opt)
     metrics: dict[str, float] = {}
     for split, sets in embedded.items():
         of_split = evaluate.measure(sets, opt.k_vals, opt.eval_metrics, opt.testing_method)
@@ -450,6 +456,40 @@ def evaluate_network(folder: Path, opt: argparse.Namespace) -> dict[str, float]:
     auxiliaries.save_json(path, [*earlier, {"settings": settings, "metrics": metrics}])
     print(f"also in {path}")
     return metrics
+
+
+def embed_splits(folder: Path, opt: argparse.Namespace) -> dict[str, list[EmbeddedSet]]:
+    """The sets of --splits_to_eval, embedded by a run's best network and compared to what the eval flags say.
+
+    Raises:
+        UserError: the run has no such splits, or no network yet.
+    """
+    device = auxiliaries.pick_device(opt.gpu)
+    loaders = datasets.give_dataloaders(opt, datasets.give_splits(opt), pin_memory=device.type == "cuda")
+    net = load_network(folder, opt, device)
+    if opt.eval_use_trunk_output:
+        net.embedding = nn.Identity()  # type: ignore[assignment]
+    if opt.eval_normalize_embeddings is not None:
+        net.normalize = opt.eval_normalize_embeddings
+    training_set = datasets.RetrievalLoaders("train", loaders.train_eval)
+    sets_of = {"train": [training_set], "val": loaders.val, "test": loaders.test}
+    wanted = list(dict.fromkeys(opt.splits_to_eval or ["test"]))
+    absent = [split for split in wanted if not sets_of[split]]
+    if absent:
+        raise UserError(f"--splits_to_eval {absent[0]}: these splits have no {absent[0]} classes")
+    embedded = {split: [evaluate.embed_set(net, images, device) for images in sets_of[split]] for split in wanted}
+    if opt.eval_reference_set == "compared_to_training_set":
+        training = embedded.get("train") or [evaluate.embed_set(net, training_set, device)]
+        reference = [training[0].query]
+    else:
+        all_sets = [one for sets in embedded.values() for one in sets]
+        reference = [points for one in all_sets for points in (one.query, one.gallery) if points]
+    if opt.eval_pca:
+        embedded, reference = project(embedded, reference, opt.eval_pca)
+    if opt.eval_reference_set in ("compared_to_sets_combined", "compared_to_training_set"):
+        gallery = union(reference)
+        return {split: [search_in(one, gallery) for one in sets] for split, sets in embedded.items()}
+    return embedded
 
 
 def union(parts: Sequence[Points]) -> Points:
@@ -506,7 +546,8 @@ def draw_tsne(folder: Path, split: str, points: Points, opt: argparse.Namespace)
     count = min(opt.eval_size_of_tsne, len(points.labels))
     chosen = np.sort(np.random.default_rng(opt.seed).permutation(len(points.labels))[:count])
     values = points.embeddings[torch.from_numpy(chosen)].cpu().numpy()
-    flat = TSNE(perplexity=min(30, (count - 1) / 3), init="pca", random_state=0).fit_transform(values)
+    start = "pca" if values.shape[1] > 1 else "random"
+    flat = TSNE(perplexity=min(30, (count - 1) / 3), init=start, random_state=0).fit_transform(values)
     path = folder / f"tsne_{split}.png"
     records.save_scatter(path, flat, points.labels[chosen], f"t-SNE of {count} {split} images, coloured by class")
     records.show_in_tensorboard(folder / "tensorboard/evaluation", f"t-SNE {split}", path)

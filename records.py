@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import sqlite3
 import textwrap
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -67,7 +68,7 @@ class Records:
         self.folder = folder
         self.rows: dict[str, list[Row]] = {kind: list((history or {}).get(kind, [])) for kind in LOGS}
         self.columns = {kind: _columns(rows) for kind, rows in self.rows.items()}
-        with self._writing("records.db"):
+        with _writing(self.folder / "records.db"):
             # Neither a write-ahead log nor shared memory, so that a network disk will do; the rollback journal that
             # a killed process leaves is undone by the next one that opens the database.
             self.database = sqlite3.connect(folder / "records.db", timeout=60)
@@ -82,7 +83,8 @@ class Records:
         if tensorboard:
             for unit, kind in (("epochs", "train"), ("iterations", "iterations")):
                 done = max((row[_step(kind)] for row in self.rows[kind]), default=-1)
-                self.writers[unit] = SummaryWriter(str(folder / "tensorboard" / unit), purge_step=done + 1)
+                with _writing(folder / "tensorboard"):
+                    self.writers[unit] = SummaryWriter(str(folder / "tensorboard" / unit), purge_step=done + 1)
 
     def add(self, kind: str, *rows: Row) -> None:
         """Appends rows; a row of an epoch that is there already takes its place."""
@@ -92,19 +94,23 @@ class Records:
             replaced = {row[step] for row in rows}
             before[:] = [row for row in before if row[step] not in replaced]
         before += rows
+        before.sort(key=lambda row: row[step])
         self.columns[kind] = _columns([dict.fromkeys(columns), *rows])
-        with self._writing("records.db"), self.database:
+        with _writing(self.folder / "records.db"), self.database:
             self._insert(kind, rows)
         if follows and self.columns[kind] == columns:
-            with self._writing(LOGS[kind]), open(self.folder / LOGS[kind], "a", newline="", encoding="utf-8") as file:
+            with (
+                _writing(self.folder / LOGS[kind]),
+                open(self.folder / LOGS[kind], "a", newline="", encoding="utf-8") as file,
+            ):
                 csv.DictWriter(file, columns).writerows(rows)
         else:
             self._write_csv(kind)
         writer = self.writers.get("iterations" if kind == "iterations" else "epochs")
         if writer:
-            for row in rows:
-                for name in row:
-                    if name not in ("Epochs", "Iteration"):
+            with _writing(self.folder / "tensorboard"):
+                for row in rows:
+                    for name in [name for name in row if name not in ("Epochs", "Iteration")]:
                         writer.add_scalar(f"{kind}/{name}", row[name], row[step])
 
     def iterations(self) -> int:
@@ -115,13 +121,17 @@ class Records:
         """Shows a PNG in TensorBoard."""
         if "epochs" in self.writers:
             pixels = np.asarray(Image.open(path).convert("RGB"))
-            self.writers["epochs"].add_image(name, pixels, epoch, dataformats="HWC")
+            with _writing(self.folder / "tensorboard"):
+                self.writers["epochs"].add_image(name, pixels, epoch, dataformats="HWC")
 
-    def note_configuration(self, epoch: int, flags: Mapping[str, Any], changes: Mapping[str, Any], about: Any) -> None:
-        """Adds to the table `configurations` which flags hold after an epoch, which of them are new, and the machine's
-        particulars."""
-        values = (epoch, f"{datetime.now():%Y-%m-%d %H:%M:%S}", *map(_as_json, (flags, changes, about)))
-        with self._writing("records.db"), self.database:
+    def note_configuration(self, epoch: int, flags: Mapping[str, Any], about: Any) -> None:
+        """Adds to the table `configurations` which flags hold after an epoch, which of them have changed since the last
+        start, and the machine's particulars."""
+        flags = plain(flags)
+        *_, before = [flags, *(row["Configuration"] for row in read_configurations(self.folder))]
+        changes = {name: value for name, value in flags.items() if value != before.get(name)}
+        values = (epoch, f"{datetime.now():%Y-%m-%d %H:%M:%S}", *map(json.dumps, (flags, changes, plain(about))))
+        with _writing(self.folder / "records.db"), self.database:
             self.database.execute(
                 "CREATE TABLE IF NOT EXISTS configurations"
                 "(Epochs INTEGER, Time TEXT, Configuration TEXT, Changes TEXT, Environment TEXT)"
@@ -130,13 +140,13 @@ class Records:
 
     def flush(self) -> None:
         """Hands everything to the operating system; rows are there already, all but TensorBoard's."""
-        with self._writing("tensorboard"):
+        with _writing(self.folder / "tensorboard"):
             for writer in self.writers.values():
                 writer.flush()
 
     def close(self) -> None:
         """Closes all files."""
-        with self._writing("tensorboard"):
+        with _writing(self.folder / "tensorboard"):
             for writer in self.writers.values():
                 writer.close()
         self.database.close()
@@ -146,12 +156,11 @@ class Records:
             self.database.execute(f'CREATE TABLE IF NOT EXISTS {kind} ("{_step(kind)}" INTEGER PRIMARY KEY)')
         known = {column[1] for column in self.database.execute(f"PRAGMA table_info({kind})")}
         for row in rows:
-            for name in row.keys() - known:
+            for name in [name for name in row if name not in known]:
                 kept_as = "INTEGER" if isinstance(row[name], int) else "REAL"
-                self.database.execute(f'ALTER TABLE {kind} ADD COLUMN "{name}" {kept_as}')
+                self.database.execute(f"ALTER TABLE {kind} ADD COLUMN {_quoted(name)} {kept_as}")
                 known.add(name)
-            names = ", ".join(f'"{name}"' for name in row)
-            marks = ", ".join("?" * len(row))
+            names, marks = ", ".join(map(_quoted, row)), ", ".join("?" * len(row))
             self.database.execute(f"INSERT OR REPLACE INTO {kind} ({names}) VALUES ({marks})", list(row.values()))
 
     def _write_csv(self, kind: str) -> None:
@@ -164,40 +173,51 @@ class Records:
             writer.writeheader()
             writer.writerows(self.rows[kind])
 
-    @contextmanager
-    def _writing(self, name: str) -> Iterator[None]:
-        path = self.folder / name
-        try:
-            yield
-        except (OSError, sqlite3.OperationalError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{path} can't be written ({reason}): make room, then --resume_training") from None
-        except sqlite3.DatabaseError as error:
-            raise UserError(f"{path} is damaged ({error}): remove it, and --resume_training writes it anew") from None
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns errors of the disk, or of a database, into `UserError`."""
+    try:
+        yield
+    except (OSError, sqlite3.OperationalError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} can't be written ({reason}): make room, then --resume_training") from None
+    except sqlite3.DatabaseError as error:
+        raise UserError(f"{path} is damaged ({error}): remove it, and --resume_training writes it anew") from None
 
 
-def _as_json(value: Any) -> str:
-    return json.dumps(plain(value))
+def _quoted(name: str) -> str:
+    """A column's name, as SQL writes it."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def training_runs(folder: Path) -> dict[int | None, Path]:
+    """A run's folds, by number, and their folders; or None and the folder itself, where it is one training run."""
+    folds = {path.name.removeprefix("fold_"): path for path in folder.glob("fold_*")}
+    numbered = sorted((int(number), path) for number, path in folds.items() if number.isdigit())
+    return {**dict(numbered)} or {None: folder}
 
 
 def save_meta(folder: Path, rows: Sequence[Row]) -> None:
-    """Writes results over folds: results.csv, results.json and TensorBoard."""
-    folder.mkdir(exist_ok=True)
-    with replacing(folder / "results.csv") as beside, open(beside, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, _columns(rows))
-        writer.writeheader()
-        writer.writerows(rows)
-    save_json(folder / "results.json", rows)
-    with SummaryWriter(str(folder / "tensorboard")) as tensorboard:
-        for row in rows:
-            for name in ("Mean", "Std", "CI 95 %"):
-                if name in row:
-                    tensorboard.add_scalar(f"{row['Network']}/{row['Split']} {row['Metric']}/{name}", row[name])
+    """Writes results over folds, in place of earlier ones: results.csv, results.json and TensorBoard."""
+    with _writing(folder):
+        folder.mkdir(exist_ok=True)
+        with replacing(folder / "results.csv") as beside, open(beside, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, _columns(rows))
+            writer.writeheader()
+            writer.writerows(rows)
+        save_json(folder / "results.json", rows)
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        with SummaryWriter(str(folder / "tensorboard")) as tensorboard:
+            for row in rows:
+                for name in ("Mean", "Std", "CI 95 %"):
+                    if name in row:
+                        tensorboard.add_scalar(f"{row['Network']}/{row['Split']} {row['Metric']}/{name}", row[name])
 
 
 def show_in_tensorboard(folder: Path, name: str, picture: Path) -> None:
     """Adds a PNG to a folder of event files."""
-    with SummaryWriter(str(folder)) as tensorboard:
+    with _writing(folder), SummaryWriter(str(folder)) as tensorboard:
         tensorboard.add_image(name, np.asarray(Image.open(picture).convert("RGB")), dataformats="HWC")
 
 
@@ -231,7 +251,10 @@ class GradientRecord:
         self.path = path
         self.arrays = {name: np.empty((0, 0), np.float32) for name in ("mean", "std", "abs_mean", "abs_std")}
         if iterations and path.exists():
-            saved = pickle.loads(path.read_bytes())
+            try:
+                saved = pickle.loads(path.read_bytes())
+            except Exception:  # pickle raises anything at all on a damaged file
+                raise UserError(f"{path} is damaged: remove it, and its record begins anew") from None
             self.arrays = {name: saved[name][:iterations] for name in self.arrays}
         self._pending: list[torch.Tensor] = []  # on the device, so that no iteration waits for it
 
@@ -334,6 +357,29 @@ def save_curve(path: Path, rows: Sequence[Mapping[str, float]], name: str) -> No
     axes.set(xlabel="epoch", title=name)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
+    with replacing(path) as beside:
+        figure.savefig(beside, format="svg")
+
+
+def save_bands(path: Path, curves: Mapping[str, Sequence[tuple[int, float, float]]], name: str) -> None:
+    """Draws curves of (epoch, mean, half of its confidence interval), by label, into an SVG."""
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    for label, points in curves.items():
+        epochs, mean, half = np.array(points, dtype=float).reshape(-1, 3).T
+        (line,) = axes.plot(epochs, mean, marker="o" if len(epochs) < 30 else "", ms=3, label=label)
+        axes.fill_between(epochs, mean - half, mean + half, color=line.get_color(), alpha=0.2, linewidth=0)
+    means = [mean for points in curves.values() for _, mean, _ in points]
+    if means:  # of two runs the interval is so wide that curves would look flat
+        room = 0.6 * np.ptp(means) or 0.1
+        axes.set_ylim(min(means) - room, max(means) + room)
+    axes.set(xlabel="epoch", ylabel=f"{name} of the classes that select the epoch")
+    axes.set_title("mean and 95 % confidence interval over seeds and folds")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    legend = axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     with replacing(path) as beside:
         figure.savefig(beside, format="svg")
 

@@ -1,48 +1,51 @@
-"""auxiliaries.py: flags and exit codes, seeds, devices, files that survive failures, records and plots."""
+"""auxiliaries.py: flags and exit codes, seeds, devices, files that survive failures, run folders and their locks."""
 
 from __future__ import annotations
 
 import argparse
-import csv
 import errno
-import html
+import itertools
+import json
 import os
 import pickle
 import random
 import re
 import resource
-import xml.etree.ElementTree as ET
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from scipy import ndimage
+from conftest import ROOT
 from torch import nn
 
 from auxiliaries import (
+    RUN_VERSION,
     FlagParser,
     FrozenNamespace,
-    GradientRecord,
-    Retrieval,
     UserError,
-    append_row,
+    copy_file,
     create_run_folder,
+    describe_environment,
     load_checkpoint,
+    load_json,
+    locked,
     number,
+    numbered,
+    peak_memory,
     pick_device,
     plain,
     replacing,
     run_command,
     save_checkpoint,
-    save_curve,
-    save_info_plot,
+    save_json,
     save_parameters,
-    save_recoveries,
     seed_everything,
     seeded,
     upload,
@@ -110,7 +113,7 @@ def fail_with(error: BaseException) -> Callable[[], None]:
     [
         (lambda: {"Recall @ 1": 0.5}, 0, ""),
         (fail_with(UserError("--bs 0 is wrong: raise it")), 2, "error: --bs 0 is wrong: raise it"),
-        (fail_with(KeyboardInterrupt()), 130, "stopped; what was saved is kept"),
+        (fail_with(KeyboardInterrupt()), 130, "stopped; --resume_training goes on from the last epoch that was saved"),
     ],
     ids=["success", "user's error", "Ctrl-C"],
 )
@@ -373,44 +376,238 @@ def test_a_checkpoint_holds_no_objects_and_exists(tmp_path: Path) -> None:
         load_checkpoint(tmp_path)
 
 
+def leave_a_mark(folder: Path) -> None:
+    (folder / "mark").write_text("here")
+
+
 def test_run_folders_are_numbered_and_never_shared(tmp_path: Path) -> None:
     parent = tmp_path / "results" / "tiny"
-    made = [create_run_folder(parent, "run") for _ in range(3)]
+    made = [create_run_folder(parent, "run", leave_a_mark) for _ in range(3)]
     assert [folder.name for folder in made] == ["run", "run_1", "run_2"]
-    assert all(folder.is_dir() for folder in made)
+    assert all(names_in(folder) == {"mark"} for folder in made)
     (parent / "other").write_text("a file")
-    assert create_run_folder(parent, "other").name == "other_1"
+    assert create_run_folder(parent, "other", leave_a_mark).name == "other_1"
+    assert names_in(parent) == {"run", "run_1", "run_2", "other", "other_1"}
+    assert list(itertools.islice(numbered("run"), 3)) == ["run", "run_1", "run_2"]
+
+
+def test_a_run_folder_that_must_have_its_name_is_refused_where_it_exists(tmp_path: Path) -> None:
+    assert create_run_folder(tmp_path, "fold_0", leave_a_mark, may_be_numbered=False).name == "fold_0"
+    (tmp_path / "fold_0" / "mark").write_text("mine")
+    with pytest.raises(UserError, match=r"fold_0 exists: --resume_training goes on with it"):
+        create_run_folder(tmp_path, "fold_0", leave_a_mark, may_be_numbered=False)
+    assert names_in(tmp_path) == {"fold_0"}
+    assert (tmp_path / "fold_0" / "mark").read_text() == "mine"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("a bug"), OSError(errno.ENOSPC, "no space left")])
+def test_a_run_folder_appears_whole_or_not_at_all(error: BaseException, tmp_path: Path) -> None:
+    seen = []
+
+    def fill(folder: Path) -> None:
+        leave_a_mark(folder)
+        seen.append({name for name in names_in(tmp_path) if not name.startswith(".")})
+        raise error
+
+    expected = UserError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected) as caught:
+        create_run_folder(tmp_path, "run", fill)
+    if expected is UserError:
+        assert re.search(r"no space left.*--save_path", str(caught.value))
+    assert seen == [set()]  # nobody finds it half filled
+    assert not names_in(tmp_path)
+    assert create_run_folder(tmp_path, "run", leave_a_mark).name == "run"
+
+
+def test_a_run_folder_that_another_process_makes_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    def fill_slowly(folder: Path) -> None:
+        leave_a_mark(folder)
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "theirs").touch()
+
+    made = create_run_folder(tmp_path, "run", fill_slowly)
+    assert made.name == "run_1"
+    assert names_in(tmp_path / "run") == {"theirs"}
+    assert names_in(made) == {"mark"}
+
+
+def test_a_run_folder_taken_between_look_and_rename_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.rename
+
+    def too_late(source: Any, target: Any) -> None:
+        if Path(target).name == "run":
+            Path(target).mkdir()
+            (Path(target) / "theirs").touch()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", too_late)
+    assert create_run_folder(tmp_path, "run", leave_a_mark).name == "run_1"
+    assert names_in(tmp_path / "run") == {"theirs"}
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a/"])
 def test_names_that_are_no_folder_name_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--savename"):
-        create_run_folder(tmp_path, name)
+        create_run_folder(tmp_path, name, leave_a_mark)
     assert not names_in(tmp_path)
 
 
 def test_a_place_with_too_long_a_name_is_refused(tmp_path: Path) -> None:
     for parent, name in ((tmp_path / ("x" * 300), "run"), (tmp_path, "x" * 300)):
         with pytest.raises(UserError, match=r"too long.*--save_path"):
-            create_run_folder(parent, name)
+            create_run_folder(parent, name, leave_a_mark)
 
 
 def test_a_place_where_no_run_folder_can_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     for parent in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=r"file is no folder that can be written to: choose another --save_path"):
-            create_run_folder(parent, "run")
+            create_run_folder(parent, "run", leave_a_mark)
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(UserError, match=r"Permission denied.*--save_path"):
-        create_run_folder(tmp_path, "run")
+        create_run_folder(tmp_path, "run", leave_a_mark)
     monkeypatch.undo()
     monkeypatch.setattr(os, "access", lambda *args: False)
     with pytest.raises(UserError, match=r"can be written to: choose another --save_path"):
-        create_run_folder(tmp_path, "run")
+        create_run_folder(tmp_path, "run", leave_a_mark)
+
+
+# A process that locks a folder, says so, and waits for its standard input to end; with a child of its own, if it is to
+# have one, which waits for the same and holds on to everything that it has inherited.
+HOLDER = """
+import os, sys
+from pathlib import Path
+from auxiliaries import locked
+with locked(Path(sys.argv[1])):
+    child = os.fork() if sys.argv[2] == "forks" else 1
+    if child:
+        print(child, flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def holder_of(folder: Path, forks: bool = False) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """Another process that has a folder locked, and the id of its child."""
+    command = [sys.executable, "-c", HOLDER, str(folder), "forks" if forks else "alone"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            yield process, int(process.stdout.readline())
+        finally:
+            process.stdin.close()  # ends it, and its child
+
+
+def test_a_run_folder_is_locked_for_other_processes(tmp_path: Path) -> None:
+    with holder_of(tmp_path):
+        with pytest.raises(UserError, match="another process is at work in") as caught, locked(tmp_path):
+            pass
+        assert "\n" not in str(caught.value)
+        (tmp_path / "beside").mkdir()
+        with locked(tmp_path / "beside"):
+            pass
+    with locked(tmp_path):  # the other has ended
+        pass
+    with locked(tmp_path):  # and a second time
+        pass
+    with pytest.raises(UserError, match="can't be written to"), locked(tmp_path / "gone"):
+        pass
+
+
+def test_a_killed_process_leaves_no_lock_even_where_its_child_lives_on(tmp_path: Path) -> None:
+    with holder_of(tmp_path, forks=True) as (process, child):
+        with pytest.raises(UserError, match="another process"), locked(tmp_path):
+            pass
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        os.kill(child, 0)  # it is there, as a data-loading worker may be
+        with locked(tmp_path):
+            pass
+
+
+@pytest.mark.parametrize("where", ["torch.save", "os.fsync", "os.replace"])
+def test_a_full_disk_leaves_the_previous_checkpoint(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "last.pth.tar"
+    save_checkpoint(path, {"epoch": 1, "weights": torch.arange(1000)})
+    content = path.read_bytes()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(where, full)
+    with pytest.raises(UserError, match=r"last\.pth\.tar can't be written \(No space left on device\)") as caught:
+        save_checkpoint(path, {"epoch": 2})
+    assert "\n" not in str(caught.value)
+    if where != "torch.save":
+        with pytest.raises(UserError, match=r"checkpoint\.pth\.tar can't be written \(No space left on device\)"):
+            copy_file(path, tmp_path / "checkpoint.pth.tar")
+    assert path.read_bytes() == content
+    assert names_in(tmp_path) == {"last.pth.tar"}
+    monkeypatch.undo()
+    save_checkpoint(path, {"epoch": 2})
+    copy_file(path, tmp_path / "checkpoint.pth.tar")
+    assert load_checkpoint(tmp_path / "checkpoint.pth.tar") == {"epoch": 2}
+
+
+def test_json_comes_back_and_damage_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    save_json(path, {"a": np.float32(0.5), "ü": [Path("x"), None, True]})
+    assert load_json(path) == {"a": 0.5, "ü": ["x", None, True]}
+    path.write_text(path.read_text()[:-5])
+    with pytest.raises(UserError, match=r"summary\.json is no JSON"):
+        load_json(path)
+    path.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(UserError, match=r"summary\.json is no JSON"):
+        load_json(path)
+    with pytest.raises(UserError, match=r"gone\.json can't be read: No such file"):
+        load_json(tmp_path / "gone.json")
+
+
+def test_what_a_run_was_made_with_is_plain_and_says_what_it_doesnt_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = describe_environment(torch.device("cpu"))
+    assert json.loads(json.dumps(environment)) == environment
+    assert environment["version"] == RUN_VERSION
+    assert environment["command"] == sys.argv
+    assert environment["torch"] == torch.__version__
+    assert environment["cuda"] is None
+    assert f"{torch.get_num_threads()} threads" in environment["device"]
+    monkeypatch.setenv("PATH", "/nowhere")  # no git
+    without = describe_environment(torch.device("cpu"))
+    assert (without["git commit"], without["git tree is dirty"]) == (None, None)
+    assert without["numpy"] == np.__version__
+
+
+def test_peak_memory_of_this_process_is_in_gib() -> None:
+    before = peak_memory(torch.device("cpu"), reset=True)
+    assert 0.05 < before < 1000
+    assert peak_memory(torch.device("cpu")) >= before
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("0", None), ("0.999", None), ("1", "1 is not below 1"), ("1.5", "1.5 is not below 1"), ("-0.1", "at least 0")],
+)
+def test_a_number_below_a_bound(text: str, words: str | None) -> None:
+    parse = number(float, 0, below=1)
+    if words is None:
+        assert parse(text) == float(text)
+    else:
+        with pytest.raises(argparse.ArgumentTypeError, match=re.escape(words)):
+            parse(text)
+    with pytest.raises(argparse.ArgumentTypeError, match="inf is not below"):
+        parse("inf")
+    with pytest.raises(argparse.ArgumentTypeError, match="0 is not above 0"):
+        number(float, 0, exclusive=True, below=1)("0")
 
 
 def test_parameters_are_kept_as_builtin_types_and_as_text(tmp_path: Path) -> None:
@@ -424,132 +621,3 @@ def test_parameters_are_kept_as_builtin_types_and_as_text(tmp_path: Path) -> Non
     assert b"numpy" not in (tmp_path / "hypa.pkl").read_bytes()
     text = (tmp_path / "Parameter_Info.txt").read_text(encoding="utf-8")
     assert text == "arch: ü\nk_vals: [1, 2]\nlr: 0.5\npath: x\n"
-
-
-def test_rows_stand_below_one_header(tmp_path: Path) -> None:
-    path = tmp_path / "log.csv"
-    append_row(path, {"Epochs": 1, "NMI": 0.5, "a, b": 1.0})
-    append_row(path, {"Epochs": 2, "NMI": 0.25, "a, b": 2.0})
-    with path.open(newline="") as file:
-        rows = list(csv.reader(file))
-    assert rows == [["Epochs", "NMI", "a, b"], ["1", "0.5", "1.0"], ["2", "0.25", "2.0"]]
-    with pytest.raises(UserError, match="can't be written"):
-        append_row(tmp_path / "gone" / "log.csv", {"Epochs": 1})
-
-
-def test_values_stand_under_their_name_in_whatever_order_they_come(tmp_path: Path) -> None:
-    append_row(tmp_path / "log.csv", {"Epochs": 1, "NMI": 0.5})
-    append_row(tmp_path / "log.csv", {"NMI": 0.25, "Epochs": 2})
-    assert (tmp_path / "log.csv").read_text().split() == ["Epochs,NMI", "1,0.5", "2,0.25"]
-
-
-def test_gradient_statistics_equal_numpys_over_several_saves(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    gradients = rng.normal(size=(5, 7, 3)).astype(np.float32)  # (iterations, D, features)
-    weight = nn.Parameter(torch.zeros(7, 3))
-    record, path = GradientRecord(), tmp_path / "grad_measure.pkl"
-    for iteration, gradient in enumerate(gradients):
-        weight.grad = torch.from_numpy(gradient.copy())
-        record.add(weight)
-        weight.grad.zero_()  # what comes later leaves the record alone
-        if iteration in (1, 4):
-            record.save(path)
-            done, size = gradients[: iteration + 1], np.abs(gradients[: iteration + 1])
-            expected = {
-                "mean": done.mean(axis=1),
-                "std": done.std(axis=1),
-                "abs_mean": size.mean(axis=1),
-                "abs_std": size.std(axis=1),
-            }
-            saved = pickle.loads(path.read_bytes())
-            assert saved.keys() == expected.keys()
-            for name in expected:
-                np.testing.assert_allclose(saved[name], expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
-
-
-def svg_texts(path: Path) -> list[str]:
-    """All texts of a figure: matplotlib writes them as comments beside the glyphs."""
-    tree = ET.fromstring(path.read_text(encoding="utf-8"), ET.XMLParser(target=ET.TreeBuilder(insert_comments=True)))
-    comments = [element.text or "" for element in tree.iter() if element.tag is ET.Comment]
-    return [html.unescape(text).replace("\N{NO-BREAK SPACE}", " ").strip() for text in comments]
-
-
-def metric_rows(names: list[str], epochs: int = 3) -> list[dict[str, float]]:
-    values = np.random.default_rng(0).random((epochs, len(names)))
-    return [{"Epochs": i + 1, "Time": 9.0, **dict(zip(names, row.tolist()))} for i, row in enumerate(values)]
-
-
-RECALLS = [f"Recall @ {k}" for k in (1, 2, 4, 8, 16)]
-SETS = [f"Set {position} {name}" for position in range(3) for name in ("NMI", "F1", "Recall @ 1", "Recall @ 5")]
-
-
-@pytest.mark.parametrize(
-    ("names", "panels"),
-    [
-        (["Recall @ 1"], ["Recall"]),
-        (["NMI", "F1", *RECALLS], ["NMI", "F1", "Recall"]),
-        ([f"Measure {i % 10} @ {i}" for i in range(30)], [f"Measure {i}" for i in range(10)]),
-        (SETS, ["NMI", "F1", "Recall"]),
-    ],
-    ids=["1 metric", "7 metrics", "30 metrics", "3 sets"],
-)
-def test_info_plot(names: list[str], panels: list[str], tmp_path: Path) -> None:
-    open_figures, path = plt.get_fignums(), tmp_path / "InfoPlot_Base.svg"
-    losses = [{"Epochs": epoch, "Train Loss": 1 / epoch} for epoch in (1, 2, 3)]
-    rows = metric_rows(names)
-    save_info_plot(path, losses, rows, selected_epoch=2, title="tiny_data, resnet18 & <margin>")
-    texts = svg_texts(path)
-    assert "tiny_data, resnet18 & <margin>" in texts
-    start, middle = (
-        texts.index("selected epoch 2:"),
-        texts.index("each metric's highest value (its epoch), not one model's:"),
-    )
-    header, footer = "    ".join(texts[start + 1 : middle]), "    ".join(texts[middle + 1 :])
-    assert re.split(" {2,}", header) == [f"{name} {rows[1][name]:.4f}" for name in names]
-    best = {name: max(rows, key=lambda row: row[name]) for name in names}
-    assert re.split(" {2,}", footer) == [f"{name} {row[name]:.4f} ({row['Epochs']})" for name, row in best.items()]
-    assert len(re.findall(r'id="axes_\d+"', path.read_text(encoding="utf-8"))) == 1 + len(panels)
-    assert all(texts.count(panel) >= 1 for panel in ["Train Loss", *panels])
-    assert plt.get_fignums() == open_figures
-    assert names_in(tmp_path) == {path.name}
-
-
-def test_a_title_is_drawn_as_it_is(tmp_path: Path) -> None:
-    """A data set's folder may have a name that matplotlib would read as a formula."""
-    save_info_plot(tmp_path / "plot.svg", [], metric_rows(["NMI"]), 1, title=r"$\cost$_of")
-    assert r"$\cost$_of" in svg_texts(tmp_path / "plot.svg")
-
-
-def test_a_curve(tmp_path: Path) -> None:
-    save_curve(tmp_path / "curve.svg", [{"Epochs": 1, "Ratio": 0.5}, {"Epochs": 2, "Ratio": 0.25}], "Ratio")
-    assert {"epoch", "Ratio"} <= set(svg_texts(tmp_path / "curve.svg"))
-
-
-def frames(pixels: np.ndarray, colour: tuple[int, int, int]) -> list[tuple[int, int]]:
-    """Top left corners (row, column) of the frames of one colour, row by row."""
-    regions, _ = ndimage.label((pixels == colour).all(axis=2))
-    boxes = [box for box in ndimage.find_objects(regions) if min(side.stop - side.start for side in box) > 50]
-    return sorted((rows.start, columns.start) for rows, columns in boxes)
-
-
-def test_sample_retrievals_are_framed_by_what_they_are(tmp_path: Path) -> None:
-    blue = np.full((40, 40, 3), (0, 0, 255), np.uint8)
-    retrievals = [
-        Retrieval(
-            blue, "Laysan_Albatross", [blue] * 3, ["Laysan_Albatross", "Crow", "Laysan_Albatross"], [True, False, True]
-        ),
-        Retrieval(blue, "Crow", [blue], ["Laysan_Albatross"], [False]),  # fewer neighbours
-    ]
-    save_recoveries(tmp_path / "sample_recoveries.png", retrievals)
-    with Image.open(tmp_path / "sample_recoveries.png") as image:
-        assert image.format == "PNG"
-        pixels = np.asarray(image.convert("RGB"))
-    red, green, grey = (frames(pixels, colour) for colour in ((214, 39, 40), (44, 160, 44), (176, 176, 176)))
-    (top, left), (bottom, below_left) = red
-    assert left == below_left
-    assert top < bottom
-    (green_row, second), (other_row, fourth) = green
-    assert green_row == other_row == top
-    (grey_row, third), (last_row, last) = grey
-    assert (grey_row, last_row) == (top, bottom)
-    assert left < second == last < third < fourth

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -128,15 +129,128 @@ def test_presets_parse(preset: str) -> None:
         [],
         ["--loss", "proxynca", "--savename", "012", "--no-freeze_batchnorm", "--gpu", "-1"],
         ["--arch", "googlenet", "--tau", "--upper_cutoff", "1.4", "--k_vals", "3", "--grad_measure", "--lr", "3.3e-7"],
+        [
+            "--split_scheme",
+            "cross_validation",
+            "--fold",
+            "2",
+            "--test_size",
+            "0.3",
+            "--patience",
+            "4",
+            "--log_every",
+            "0",
+        ],
+        ["--eval_metrics", "MAP@R", "NMI", "--eval_metric_for_best_epoch", "MAP@R", "--no-tensorboard"],
     ],
 )
 def test_stored_configuration_gives_the_same_flags(tmp_path: Path, flags: list[str]) -> None:
     opt = main.resolve(parse(*flags))
-    config.save_config(tmp_path / "config.yaml", opt, main.give_parser())
+    path = tmp_path / "config.yaml"
+    config.save_config(path, config.configuration(opt), main.give_parser())
+    stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert set(stored) == set(vars(parse())) - set(CONTROL)
+    for again in (parse("--config", str(path)), main.parse_args([], path)):
+        resolved = main.resolve(again)
+        assert config.configuration(resolved) == config.configuration(opt)
+        assert config.differences(resolved, opt) == {}
+        assert {**vars(resolved), "config": None} == {**vars(opt), "config": None}
+
+
+# What says what to do with a run, not what it is.
+CONTROL = {
+    "config": ["a.yaml"],
+    "resume_training": ["best"],
+    "reproduce_results": ["some/run"],
+    "evaluate": ["some/run"],
+    "splits_to_eval": ["train", "test"],
+    "eval_reference_set": ["compared_to_training_set"],
+    "eval_normalize_embeddings": [],
+    "eval_use_trunk_output": [],
+    "eval_pca": ["3"],
+    "eval_size_of_tsne": ["50"],
+}
+
+
+def test_control_flags_are_never_stored(tmp_path: Path) -> None:
+    assert set(vars(config.control_flags().parse_args([]))) == set(CONTROL)
+    file = write(tmp_path, "a.yaml", "bs: 64\n")
+    given = {**CONTROL, "config": [file]}
+    opt = main.resolve(parse(*(token for name, values in given.items() for token in (f"--{name}", *values))))
+    assert opt.eval_use_trunk_output is True
+    assert opt.resume_training == "best"
+    values = config.configuration(opt)
+    assert not set(CONTROL) & set(values)
+    assert values["bs"] == 64
+    assert config.differences(main.resolve(parse("--bs", "64")), opt) == {}
+    config.save_config(tmp_path / "config.yaml", values, main.give_parser())
     stored = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
-    assert set(stored) == set(vars(parse())) - {"config"}
-    again = main.resolve(parse("--config", str(tmp_path / "config.yaml")))
-    assert {**vars(again), "config": None} == {**vars(opt), "config": None}
+    assert not set(CONTROL) & set(stored)
+    assert "normalize" not in stored  # it follows from the loss and is no flag
+
+
+def test_a_stored_layer_lies_below_files_and_these_below_the_command_line(tmp_path: Path) -> None:
+    stored = tmp_path / "config.yaml"
+    opt = main.resolve(parse("--bs", "64", "--lr", "1e-3", "--decay", "0.5", "--savename", "012", "--patience", "3"))
+    config.save_config(stored, config.configuration(opt), main.give_parser())
+    file = write(tmp_path, "a.yaml", "lr: 1e-4\ndecay: 0.25\npatience: null\n")
+    opt = main.parse_args(["--config", file, "--decay", "0.125"], stored)
+    assert (opt.bs, opt.lr, opt.decay, opt.savename, opt.patience) == (64, 1e-4, 0.125, "012", None)
+    opt = main.parse_args(["--decay", "0.125"], stored)
+    assert (opt.bs, opt.lr, opt.decay, opt.patience) == (64, 1e-3, 0.125, 3)
+    assert main.parse_args([]).bs == 112
+
+
+def test_an_odd_stored_layer_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "config.yaml", "bs: 64\nlrr: 1\n")
+    with pytest.raises(UserError, match=r"config\.yaml, line 2: unknown flag --lrr \(did you mean --lr\?\)"):
+        main.parse_args([], tmp_path / "config.yaml")
+    with pytest.raises(UserError, match="is no file"):
+        main.parse_args([], tmp_path / "none.yaml")
+
+
+def given(*argv: str) -> dict[str, Any]:
+    return config.given_flags(main.give_parser(), argv)
+
+
+def test_given_flags_are_those_of_the_command_line_and_its_files(tmp_path: Path) -> None:
+    assert given() == {}
+    assert given("--lr", "1e-5", "--no-tensorboard", "--gpu=-1", "--tau") == {
+        "lr": 1e-5,  # though it is the default
+        "tensorboard": False,
+        "gpu": -1,
+        "tau": [],
+    }
+    first = write(tmp_path, "a.yaml", "lr: 1e-4\nbs: 64\ngrad_measure: false\n")
+    second = write(tmp_path, "b.yaml", "bs: 32\n")
+    expected = {"lr": 1e-4, "bs": 16, "grad_measure": False, "config": [first, second]}
+    assert given("--config", first, second, "--bs", "16") == expected
+    assert given("--resume_training") == {"resume_training": "latest"}
+    assert given("--evaluate") == {"evaluate": ""}
+    with pytest.raises(UserError, match="unknown flag --bss"):
+        given("--bss", "1")
+
+
+def test_a_flag_that_a_later_file_resets_is_not_given(tmp_path: Path) -> None:
+    first = write(tmp_path, "a.yaml", "upper_cutoff: 1.4\nbs: 64\n")
+    second = write(tmp_path, "b.yaml", "upper_cutoff: null\n")
+    assert parse("--config", first, second).upper_cutoff is None
+    assert given("--config", first, second) == {"bs": 64, "config": [first, second]}
+
+
+def test_differences_are_the_new_values(tmp_path: Path) -> None:
+    before, after = (
+        parse("--lr", "1e-3", "--k_vals", "1", "2"),
+        parse("--lr", "1e-4", "--k_vals", "1", "2", "--nu", "1"),
+    )
+    assert config.differences(before, after) == {"lr": 1e-4, "nu": 1.0}
+    assert config.differences(after, before) == {"lr": 1e-3, "nu": 0.0}
+    assert config.differences(before, before) == {}
+    older = argparse.Namespace(**{name: value for name, value in vars(before).items() if name != "bs"})
+    assert config.differences(older, before) == {"bs": 112}  # a flag that an older run did not have
+    assert config.differences(parse(), parse("--patience", "2")) == {"patience": 2}
+    assert config.differences(parse("--patience", "2"), parse()) == {"patience": None}
+    assert config.differences(parse("--savename", "a"), parse("--savename", "b", "--save_path", "elsewhere")) == {}
 
 
 def test_a_folder_of_a_presets_name_hides_no_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,7 @@ from datasets import (
     Splits,
     TrainLoader,
     class_balanced,
+    class_disjoint_splits,
     collate,
     load_image,
     make_image_set,
@@ -194,29 +195,29 @@ EXPECTED: dict[str, Content] = {
         ]
         for part, class_ids in (("train", range(1, 13)), ("test", range(13, 25)))
     },
-    "in-shop": {  # training classes have the first labels; query and gallery share theirs
+    "in-shop": {  # labels are sorted by name over all parts; query and gallery share theirs
         "train": [
-            ("01_1_front.jpg", "0 id_00000007", "1 WOMEN/Dresses"),
-            ("02_3_back.jpg", "0 id_00000007", "1 WOMEN/Dresses"),
-            ("01_1_front.jpg", "1 id_00000080", "0 MEN/Denim"),
-            ("01_2_side.jpg", "1 id_00000080", "0 MEN/Denim"),
+            ("01_1_front.jpg", "1 id_00000007", "1 WOMEN/Dresses"),
+            ("02_3_back.jpg", "1 id_00000007", "1 WOMEN/Dresses"),
+            ("01_1_front.jpg", "3 id_00000080", "0 MEN/Denim"),
+            ("01_2_side.jpg", "3 id_00000080", "0 MEN/Denim"),
         ],
         "test": [
-            ("05_2_side.jpg", "2 id_00000002", "0 MEN/Denim"),
-            ("01_1_front.jpg", "3 id_00000033", "2 WOMEN/Shorts"),
+            ("05_2_side.jpg", "0 id_00000002", "0 MEN/Denim"),
+            ("01_1_front.jpg", "2 id_00000033", "2 WOMEN/Shorts"),
         ],
         "test, gallery": [
-            ("05_1_front.jpg", "2 id_00000002", "0 MEN/Denim"),
-            ("01_7_additional.jpg", "3 id_00000033", "2 WOMEN/Shorts"),
+            ("05_1_front.jpg", "0 id_00000002", "0 MEN/Denim"),
+            ("01_7_additional.jpg", "2 id_00000033", "2 WOMEN/Shorts"),
         ],
     },
     "vehicle_id": {
-        "train": [("0000001.jpg", "0 9"), ("0000012.jpg", "0 9"), ("0000003.jpg", "1 40"), ("1234567.jpg", "1 40")],
-        "800": [("0000020.jpg", "2 7"), ("0000021.jpg", "2 7")],
-        "1600": [("0000020.jpg", "2 7"), ("0000021.jpg", "2 7"), ("0000022.jpg", "4 100"), ("0000023.jpg", "4 100")],
+        "train": [("0000001.jpg", "1 9"), ("0000012.jpg", "1 9"), ("0000003.jpg", "3 40"), ("1234567.jpg", "3 40")],
+        "800": [("0000020.jpg", "0 7"), ("0000021.jpg", "0 7")],
+        "1600": [("0000020.jpg", "0 7"), ("0000021.jpg", "0 7"), ("0000022.jpg", "4 100"), ("0000023.jpg", "4 100")],
         "2400": [
-            *(("0000020.jpg", "2 7"), ("0000021.jpg", "2 7")),
-            *(("0000024.jpg", "3 25"), ("0000025.jpg", "3 25")),
+            *(("0000020.jpg", "0 7"), ("0000021.jpg", "0 7")),
+            *(("0000024.jpg", "2 25"), ("0000025.jpg", "2 25")),
             *(("0000022.jpg", "4 100"), ("0000023.jpg", "4 100")),
         ],
     },
@@ -249,6 +250,12 @@ PUBLISHED: dict[str, tuple[dict[str, tuple[int, int | None]], tuple[int, ...]]] 
 
 def read(dataset: str, source: Path) -> Splits:
     return datasets.read_splits(dataset, str(source))
+
+
+def given(dataset: str, source: Path, *flags: str) -> Splits:
+    """The splits of a run with these flags."""
+    where = ["--dataset", dataset, "--source_path", str(source), "--not_pretrained"]
+    return datasets.give_splits(main.resolve(main.parse_args([*where, *flags])))
 
 
 def assert_one_sentence(message: str, *parts: object) -> None:
@@ -600,7 +607,7 @@ def test_splits_that_nothing_can_be_learned_or_measured_on_are_refused(
 ) -> None:
     touch(tmp_path / "birds/images", *(f"{name}/{i}.jpg" for name, n in zip("abcd", per_class) for i in range(n)))
     with pytest.raises(UserError) as error:
-        read("birds", tmp_path)
+        given("birds", tmp_path)
     assert_one_sentence(str(error.value), "birds", said)
 
 
@@ -608,7 +615,7 @@ def test_queries_without_another_image_of_their_class_are_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     touch(tmp_path / "birds/images", *(f"{name}/{i}.jpg" for name, n in zip("abcd", (1, 2, 1, 3)) for i in range(n)))
-    assert len(read("birds", tmp_path).test[0].query) == 4  # none is dropped: others may find it
+    assert len(given("birds", tmp_path).test[0].query) == 4  # none is dropped: others may find it
     assert_one_sentence(capsys.readouterr().err.strip(), "birds, test: 1 of 4 queries")
 
 
@@ -919,6 +926,232 @@ def test_an_image_that_occurs_twice_in_an_epoch_is_augmented_differently(tmp_pat
     assert len(crops) == 32
     assert np.bincount(indices)[:2].min() >= 8  # in several batches, and twice in each
     assert len({crop.numpy().tobytes() for crop in crops}) == 32
+
+
+def numbered_images(counts: Sequence[int]) -> ImageSet:
+    """Class i, named by a letter, with counts[i] images."""
+    names = [chr(ord("a") + label) for label, count in enumerate(counts) for _ in range(count)]
+    return make_image_set([f"{i:03d}.jpg" for i in range(len(names))], names)
+
+
+CLASSES_OF_SPLITS = [(17, 0.5, 0.5, 4), (13, 0.5, 0.75, 2), (13, 0.29, 0.93, 3), (12, 0.25, 0.0, 4), (40, 0.3, 0.9, 7)]
+
+
+@pytest.mark.parametrize(("classes", "size", "start", "partitions"), CLASSES_OF_SPLITS)
+def test_class_disjoint_splits_are_the_formulas(classes: int, size: float, start: float, partitions: int) -> None:
+    images = numbered_images([2 + i % 3 for i in range(classes + 2)])
+    images = images.subset(~np.isin(images.labels[:, 0], (1, 4)))  # labels need not be without gaps
+    present = [label for label in range(classes + 2) if label not in (1, 4)]
+    first, count = int(classes * start), int(classes * size)
+    test = [present[i % classes] for i in range(first, first + count)]
+    others = [label for label in present if label not in test]
+    parts = [part.tolist() for part in np.array_split(others, partitions)]
+
+    seen: list[str] = []
+    for fold in range(partitions):
+        splits = class_disjoint_splits(images, fold, size, start, partitions)
+        (val,), (of_test,) = splits.val, splits.test
+        assert (val.name, val.gallery, of_test.name, of_test.gallery) == ("val", None, "test", None)
+        sets = {"train": splits.train, "val": val.query, "test": of_test.query}
+        found = {name: sorted(set(chosen.labels[:, 0].tolist())) for name, chosen in sets.items()}
+        training = [label for i, part in enumerate(parts) if i != fold for label in part]
+        assert found == {"train": training, "val": parts[fold], "test": sorted(test)}
+        # no class and no image in two sets, and none lost
+        paths = [path for chosen in sets.values() for path in chosen.paths]
+        assert sorted(paths) == sorted(images.paths)
+        for chosen in sets.values():
+            assert chosen.class_names is images.class_names
+            order = list(zip(chosen.labels[:, 0].tolist(), chosen.paths))
+            assert order == sorted(order)
+        seen += val.query.paths
+    assert sorted(seen) == [path for path, label in zip(images.paths, images.labels[:, 0]) if label not in test]
+
+
+def test_test_classes_wrap_around_and_are_the_same_in_all_folds() -> None:
+    images = numbered_images([2] * 10)
+    for fold in range(3):
+        (test,) = class_disjoint_splits(images, fold, 0.4, 0.8, 3).test
+        assert np.unique(test.query.labels).tolist() == [0, 1, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("classes", "size", "partitions", "words"),
+    [
+        (10, 0.15, 4, "leaves 1 test class(es) of 10"),
+        (10, 0.05, 4, "leaves 0 test class(es) of 10"),
+        (10, 0.5, 4, "leaves 1 validation class(es) of 10"),  # partitions of 2, 1, 1 and 1
+        (10, 0.5, 5, "leaves 1 validation class(es) of 10"),
+        (10, 0.9, 2, "leaves 0 validation class(es) of 10"),
+        (2, 0.5, 2, "leaves 1 test class(es) of 2"),
+    ],
+)
+def test_splits_with_too_few_classes_are_refused_for_every_fold(
+    classes: int, size: float, partitions: int, words: str
+) -> None:
+    for fold in range(partitions):
+        with pytest.raises(UserError) as error:
+            class_disjoint_splits(numbered_images([2] * classes), fold, size, 0.5, partitions)
+        assert_one_sentence(str(error.value), words, "--test_size or --num_training_partitions")
+
+
+@pytest.mark.parametrize("dataset", ["in-shop", "vehicle_id", "online_products", "birds"])
+def test_a_pool_has_every_image_once_sorted_by_class(dataset: str, tmp_path: Path) -> None:
+    WRITE[dataset](tmp_path / dataset)
+    splits = read(dataset, tmp_path)
+    images = datasets.pool(splits)
+    expected = {entry for part in EXPECTED[dataset].values() for entry in part}
+    assert len(images) == len(set(images.paths)) == len(expected)
+    order = list(zip(images.labels[:, 0].tolist(), images.paths))
+    assert order == sorted(order)
+    assert images.labels.shape == (len(images), len(images.class_names))
+    label_of = {path: tuple(labels) for path, labels in zip(images.paths, images.labels.tolist())}
+    for chosen in (splits.train, *(part for test in splits.test for part in (test.query, test.gallery) if part)):
+        assert chosen.class_names == images.class_names
+        for path, labels in zip(chosen.paths, chosen.labels.tolist()):
+            assert label_of[path] == tuple(labels)
+
+
+def test_a_pool_holds_validation_images_too() -> None:
+    images = numbered_images([2, 3, 2])
+    parts = [images.subset(images.labels[:, 0] == label) for label in range(3)]
+    splits = Splits(parts[2], val=[RetrievalSet("val", parts[0])], test=[RetrievalSet("test", parts[1], parts[0])])
+    pooled = datasets.pool(splits)
+    assert list(pooled.paths) == list(images.paths)
+    np.testing.assert_array_equal(pooled.labels, images.labels)
+
+
+def test_cross_validation_of_a_data_set_with_queries_and_gallery(tmp_path: Path) -> None:
+    names = [
+        (f"img/{kind}/id_{i:08d}/0{j}.jpg", f"id_{i:08d}") for i in range(12) for j in range(4) for kind in ["A/B"]
+    ]
+    touch(tmp_path / "in-shop", *(name for name, _ in names))
+    parts = ["train" if i < 24 else ("query", "gallery")[i % 2] for i in range(48)]
+    rows = "".join(f"{name} {item} {part}\n" for (name, item), part in zip(names, parts))
+    write(tmp_path / "in-shop/Eval/list_eval_partition.txt", f"48\nimage_name item_id evaluation_status\n{rows}")
+    flags = ["--split_scheme", "cross_validation", "--num_training_partitions", "3", "--num_training_sets", "3"]
+    splits = given("in-shop", tmp_path, *flags, "--fold", "1")
+    (val,), (test,) = splits.val, splits.test
+    assert [np.unique(images.labels[:, 0]).tolist() for images in (splits.train, val.query, test.query)] == [
+        [0, 1, 4, 5],
+        [2, 3],
+        [6, 7, 8, 9, 10, 11],
+    ]
+    assert (val.gallery, test.gallery) == (None, None)
+    assert [len(images) for images in (splits.train, val.query, test.query)] == [16, 8, 24]
+
+
+def test_cross_validation_of_a_data_set_with_several_test_sets(tmp_path: Path) -> None:
+    root, rows = tmp_path / "vehicle_id", [f"{2 * c + i} {c}\n" for c in range(1, 13) for i in range(2)]
+    for name, lines in (("train_list", rows[:10]), *((f"test_list_{n}", rows[10:]) for n in (800, 1600, 2400))):
+        write(root / "train_test_split" / f"{name}.txt", "".join(lines))
+    touch(root / "image", *(f"{int(row.split()[0]):07d}.jpg" for row in rows))
+    flags = ["--split_scheme", "cross_validation", "--num_training_partitions", "2", "--num_training_sets", "2"]
+    folds = [given("vehicle_id", tmp_path, *flags, "--fold", fold) for fold in "01"]
+    for fold, splits in enumerate(folds):
+        assert [len(s.test) for s in folds] == [1, 1]
+        names = splits.train.class_names[0]
+        found = [{names[label] for label in images.labels[:, 0]} for images in (splits.train, splits.val[0].query)]
+        assert found[fold] == {"4", "5", "6"}
+        assert found[1 - fold] == {"1", "2", "3"}
+        assert splits.test[0].query.num_classes() == 6
+        assert len(splits.test[0].query) == 12  # though each image is in three lists
+
+
+def test_coarser_labels_take_the_place_of_the_finer(glyphs: tuple[Path, Splits]) -> None:
+    source, whole = glyphs
+    splits = given("glyphs", source, "--label_hierarchy_level", "1")
+    assert splits.train.paths == whole.train.paths
+    assert splits.train.labels.shape == (len(splits.train), 1)
+    names = splits.train.class_names[0]
+    assert {"LATIN", "GREEK", "CYRILLIC"} <= set(names)
+    for chosen, fine in ((splits.train, whole.train), (splits.test[0].query, whole.test[0].query)):
+        for path, (label,) in list(zip(chosen.paths, chosen.labels.tolist()))[::97]:
+            character = chr(int(Path(path).parent.name[2:], 16))
+            assert unicodedata.name(character).split()[0] == names[label]
+        np.testing.assert_array_equal(chosen.labels[:, 0], fine.labels[:, 1])
+    with pytest.raises(UserError) as error:
+        given("glyphs", source, "--label_hierarchy_level", "2")
+    assert_one_sentence(str(error.value), "--label_hierarchy_level 2 does not exist", "levels 0 to 1")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "names"),
+    [("online_products", SUPER_CLASSES), ("in-shop", ("MEN/Denim", "WOMEN/Dresses", "WOMEN/Shorts"))],
+)
+def test_coarser_labels_of_official_trees(dataset: str, names: Sequence[str], tmp_path: Path) -> None:
+    WRITE[dataset](tmp_path / dataset)
+    splits = read(dataset, tmp_path).at_level(1)
+    assert list(splits.train.class_names[0]) == list(names)
+    expected = {part: [(file, coarser) for file, _, coarser in entries] for part, entries in EXPECTED[dataset].items()}
+    assert content(splits) == expected
+    same = read(dataset, tmp_path)
+    assert content(same.at_level(0)) == content(same)
+
+
+def test_coarser_labels_of_folds_keep_fine_classes_apart(tmp_path: Path) -> None:
+    write_online_products(tmp_path / "online_products")
+    flags = ["--split_scheme", "cross_validation", "--fold", "0", "--num_training_partitions", "2"]
+    flags += ["--num_training_sets", "1"]
+    fine = given("online_products", tmp_path, *flags)
+    coarse = given("online_products", tmp_path, *flags, "--label_hierarchy_level", "1")
+    for one, other in ((fine.train, coarse.train), (fine.val[0].query, coarse.val[0].query)):
+        assert one.paths == other.paths
+        np.testing.assert_array_equal(one.labels[:, 1:], other.labels)
+    assert coarse.test[0].query.paths == fine.test[0].query.paths
+
+
+@pytest.mark.parametrize("dataset", ["birds", "vehicle_id"])
+def test_a_level_that_is_not_there_is_refused(dataset: str, tmp_path: Path) -> None:
+    WRITE[dataset](tmp_path / dataset)
+    with pytest.raises(UserError) as error:
+        given(dataset, tmp_path, "--label_hierarchy_level", "1")
+    assert_one_sentence(str(error.value), "--label_hierarchy_level 1 does not exist", "levels 0 to 0")
+
+
+def test_loaders_have_the_coarser_labels_as_parents(tmp_path: Path) -> None:
+    write_online_products(tmp_path / "online_products")
+    dataset = datasets.ImageDataset(read("online_products", tmp_path).train, RandomCropAndFlip(8))
+    assert dataset.parents is not None
+    np.testing.assert_array_equal(dataset.parents, np.repeat(np.arange(12), 2))
+    write_birds(tmp_path / "birds")
+    assert datasets.ImageDataset(read("birds", tmp_path).train, RandomCropAndFlip(8)).parents is None
+
+
+@pytest.mark.parametrize(("sampler", "samples_per_class"), [("class_balanced", "2"), ("shuffled", "1")])
+@pytest.mark.parametrize("iterations", [1, 2, 3, 4, 7])
+def test_an_epoch_may_have_any_number_of_batches(
+    iterations: int, sampler: str, samples_per_class: str, tiny_source: Path
+) -> None:
+    flags = ["--bs", "8", "--batch_sampler", sampler, "--samples_per_class", samples_per_class]
+    flags += ["--sampling", "random"] if sampler == "class_balanced" else ["--loss", "proxynca"]
+
+    def batches(epoch: int, *more: str) -> list[list[int]]:
+        loaders = prepare(tiny_source, *flags, *more)
+        loaders.train.set_epoch(1)
+        loaders.train.set_epoch(epoch)
+        assert len(loaders.train) == len(loaders.train.dataset.batches)
+        return [batch.tolist() for batch in loaders.train.dataset.batches]
+
+    wanted = ["--iterations_per_epoch", str(iterations)]
+    one = batches(2, *wanted)
+    assert len(one) == iterations
+    assert all(len(set(batch)) == 8 for batch in one)
+    assert one == batches(2, *wanted)
+    assert one != batches(3, *wanted)
+    assert one != batches(2, *wanted, "--seed", "2")
+    a_pass = batches(2)
+    assert len(a_pass) == 3
+    assert one[:3] == a_pass[:iterations]  # the same batches as without it, as far as they go
+    assert len({tuple(batch) for batch in one}) == iterations  # and no pass is like the one before
+    if sampler == "shuffled" and iterations >= 6:
+        assert sorted(np.concatenate(one[:3])) == sorted(np.concatenate(one[3:6])) == list(range(24))
+
+
+def test_iterations_per_epoch_are_what_the_loader_gives(tiny_source: Path) -> None:
+    loaders = prepare(tiny_source, "--bs", "8", "--samples_per_class", "2", "--iterations_per_epoch", "5")
+    first = one_epoch(loaders, 1)
+    assert len(first[0]) == 40
+    assert is_same(first, one_epoch(loaders, 1))
 
 
 def read_photos(root: Path) -> Splits:

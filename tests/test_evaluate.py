@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -155,7 +156,7 @@ def check_against_naive_loop(space: EmbeddingSpace, queries: np.ndarray) -> None
     clear = 0
     gallery = space.gallery.numpy()
     for i in queries:
-        own = int(i) if space.is_self else None
+        own = None if space.query_in_gallery is None else int(space.query_in_gallery[i])
         bounds = naive_ahead(space.query[i].numpy(), space.query_labels[i], own, gallery, space.gallery_labels)
         assert space.has_positive[i] == (bounds is not None)
         if bounds is not None:
@@ -315,9 +316,9 @@ def test_evaluation_repeats_and_leaves_the_generators_alone() -> None:
 
 def naive_neighbours(space: EmbeddingSpace, query: int, k: int) -> np.ndarray:
     distances = np.linalg.norm(space.gallery.double().numpy() - space.query[query].double().numpy(), axis=1)
-    if space.is_self:
-        distances[query] = np.inf
-    return np.argsort(distances)[: min(k, len(distances) - space.is_self)]
+    if space.query_in_gallery is not None:
+        distances[space.query_in_gallery[query]] = np.inf
+    return np.argsort(distances)[: min(k, len(distances) - (space.query_in_gallery is not None))]
 
 
 @pytest.mark.parametrize("backend", ["faiss", "scikit-learn"])
@@ -327,7 +328,12 @@ def test_neighbours(k: int, backend: str, monkeypatch: pytest.MonkeyPatch, capsy
         monkeypatch.setattr(evaluate, "faiss", None)
     points, labels = gaussian(np.random.default_rng(9), 80)
     chosen = np.array([3, 0, 29])
-    for space in (EmbeddingSpace(points, labels), EmbeddingSpace(points[:30], labels[:30], points[30:], labels[30:])):
+    some = np.random.default_rng(1).permutation(80)[:30]
+    for space in (
+        EmbeddingSpace(points, labels),
+        EmbeddingSpace(points[:30], labels[:30], points[30:], labels[30:]),
+        EmbeddingSpace(points[some], labels[some], points, labels, some),
+    ):
         expected = [naive_neighbours(space, query, k) for query in chosen]
         np.testing.assert_array_equal(space.neighbours(chosen, k), expected)
     assert ("notice" in capsys.readouterr().err) == (backend == "scikit-learn")
@@ -389,18 +395,22 @@ def test_a_metric_of_ones_own_needs_one_row(monkeypatch: pytest.MonkeyPatch) -> 
     assert list(metrics.values())[-4:] == pytest.approx([1, 1 / 8, 2 / 8, 4 / 8])
 
 
-def naive_precisions(points: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """R-precision, MAP@R and mAP by sorting each query's gallery, wrong items first where distances tie."""
-    results: dict[str, list[float]] = {"R-precision": [], "MAP@R": [], "mAP": []}
-    for query, label in enumerate(labels):
-        others = np.delete(np.arange(len(labels)), query)
-        right = labels[others] == label
+def naive_retrieval(space: EmbeddingSpace) -> dict[str, float]:
+    """Retrieval metrics by sorting each query's gallery, wrong items first where distances tie, without the query."""
+    query, gallery = space.query.double().numpy(), space.gallery.double().numpy()
+    results: dict[str, list[float]] = {name: [] for name in (*RETRIEVAL, "Recall @ 5")}
+    for i, label in enumerate(space.query_labels):
+        own = [] if space.query_in_gallery is None else [int(space.query_in_gallery[i])]
+        right = np.delete(space.gallery_labels == label, own)
         if not right.any():
             continue
-        distances = ((points[others].astype(np.float64) - points[query].astype(np.float64)) ** 2).sum(axis=1)
+        distances = np.delete(((gallery - query[i]) ** 2).sum(axis=1), own)
         hits = right[np.lexsort((right, distances))]
         precision = hits * np.cumsum(hits) / np.arange(1, len(hits) + 1)
         r = right.sum()
+        results["Recall @ 1"].append(hits[0])
+        results["Precision @ 1"].append(hits[0])
+        results["Recall @ 5"].append(float(hits[:5].any()))
         results["R-precision"].append(hits[:r].mean())
         results["MAP@R"].append(precision[:r].sum() / r)
         results["mAP"].append(precision.sum() / r)
@@ -422,9 +432,205 @@ def test_precisions_agree_with_sorting(
     points, _ = make(rng, 90)
     labels = rng.integers(0, classes, 90)
     labels[0] = classes  # a query without a positive
-    metrics = compute_metrics(EmbeddingSpace(points, labels), [1], RETRIEVAL)
-    for name, expected in naive_precisions(points, labels).items():
-        assert metrics[name] == pytest.approx(expected, abs=1e-12), name
+    space = EmbeddingSpace(points, labels)
+    metrics = compute_metrics(space, [5], ["Recall", *RETRIEVAL])
+    assert metrics == pytest.approx(naive_retrieval(space), abs=1e-12)
+
+
+@pytest.mark.parametrize("tiles", [(5, 7), (7, 5), (512, 4096)], ids=str)
+@pytest.mark.parametrize("chosen", ["some", "all, shuffled", "one twice", "a class of its own"])
+@pytest.mark.parametrize("make", [gaussian, integers, duplicates])
+def test_queries_may_be_a_part_of_the_gallery_in_any_order(
+    make: Callable[[np.random.Generator, int], Data],
+    chosen: str,
+    tiles: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(evaluate, "QUERY_TILE", tiles[0])
+    monkeypatch.setattr(evaluate, "GALLERY_TILE", tiles[1])
+    rng = np.random.default_rng(len(chosen))
+    points, labels = make(rng, 90)
+    labels[[0, 50]] = [1000, -3]  # without a positive, and sorted last and first
+    where = rng.permutation(90)
+    if chosen != "all, shuffled":
+        where = np.concatenate([where[:33], [50, 0]])
+    if chosen == "one twice":
+        where[3] = where[4]
+    if chosen == "a class of its own":
+        where = rng.permutation(np.flatnonzero(labels == labels[7]))
+    space = EmbeddingSpace(points[where], labels[where], points, labels, where)
+    assert space.has_positive.tolist() == [bool((labels == labels[i]).sum() > 1) for i in where]
+    assert space.positives.tolist() == [(labels == labels[i]).sum() - 1 for i in where]
+    metrics = compute_metrics(space, [5], ["Recall", *RETRIEVAL])
+    if make is not duplicates:  # of which equal distances may round differently in float64
+        assert metrics == pytest.approx(naive_retrieval(space), abs=1e-12)
+    whole = EmbeddingSpace(points, labels)
+    np.testing.assert_array_equal(space.negatives_ahead, whole.negatives_ahead[where])
+    for name in space.precisions:
+        np.testing.assert_allclose(space.precisions[name], whole.precisions[name][where], rtol=1e-12, err_msg=name)
+
+
+def test_a_part_of_the_gallery_as_queries_clusters_each_point_once() -> None:
+    points, labels = gaussian(np.random.default_rng(2), 90)
+    where = np.random.default_rng(3).permutation(90)[:20]
+    space, whole = EmbeddingSpace(points[where], labels[where], points, labels, where), EmbeddingSpace(points, labels)
+    names = ["NMI", "F1", "AMI", "Rho-spectrum", "Uniformity", "Alignment", "Intra / Inter"]
+    ours, theirs = compute_metrics(space, [1], names), compute_metrics(whole, [1], names)
+    assert {name: ours[name] for name in names} == pytest.approx({name: theirs[name] for name in names})
+
+
+def hierarchy(size: int, seed: int = 5) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Points, labels of 12 classes and their 3 parents, of which the last has one class of one point."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 12, size)
+    labels[-1] = 99
+    parents = np.where(labels == 99, 40, np.where(labels % 3 == 0, -7, 8))
+    points = (rng.normal(size=(12, 6))[labels % 12] + 0.9 * rng.normal(size=(size, 6))).astype(np.float32)
+    return points, labels, parents
+
+
+@pytest.mark.parametrize("kind", ["self", "gallery", "queries in the gallery"])
+def test_metrics_within_parents_are_those_of_retrieval_in_each(kind: str) -> None:
+    points, labels, parents = hierarchy(160)
+    names = ["NMI", "Recall", *RETRIEVAL]
+    rng = np.random.default_rng(6)
+    where = rng.permutation(160)[:60] if kind != "self" else np.arange(160)
+    items = np.setdiff1d(np.arange(160), where) if kind == "gallery" else np.arange(160)
+    if kind == "self":
+        space = EmbeddingSpace(points, labels)
+    else:
+        inside = where if kind != "gallery" else None
+        space = EmbeddingSpace(points[where], labels[where], points[items], labels[items], inside)
+    found = evaluate.metrics_within_parents(space, parents[where], parents[items], [5], names)
+
+    by_hand = []
+    for parent in (-7, 8):  # the third has nothing to find
+        own, there = where[parents[where] == parent], items[parents[items] == parent]
+        positions = None if kind == "gallery" else np.array([there.tolist().index(i) for i in own])
+        part = EmbeddingSpace(points[own], labels[own], points[there], labels[there], positions)
+        by_hand.append({"NMI": compute_metrics(part, [1], ["NMI"])["NMI"], **naive_retrieval(part)})
+    expected = {name: (by_hand[0][name] + by_hand[1][name]) / 2 for name in found}
+    assert set(found) == {"NMI", "Recall @ 1", "Recall @ 5", *RETRIEVAL}
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert found["Recall @ 1"] != pytest.approx(compute_metrics(space, [1])["Recall @ 1"])
+
+
+def embedded(name: str, chosen: np.ndarray, with_parents: bool = True) -> evaluate.EmbeddedSet:
+    points, labels, parents = hierarchy(160)
+    paths = [f"{i}.png" for i in chosen]
+    of_set = evaluate.Points(
+        torch.from_numpy(points[chosen]), labels[chosen], parents[chosen] if with_parents else None, paths
+    )
+    return evaluate.EmbeddedSet(name, of_set)
+
+
+def test_measures_of_several_sets_by_either_testing_method() -> None:
+    points, labels, parents = hierarchy(160)
+    parts = [np.arange(0, 90), np.arange(90, 160)]
+    sets = [embedded("a", parts[0]), embedded("b", parts[1])]
+    expected: dict[str, float] = {}
+    for position, part in enumerate(parts):
+        within = evaluate.metrics_within_parents(
+            EmbeddingSpace(points[part], labels[part]), parents[part], parents[part], [2], ["mAP"]
+        )
+        expected |= {f"Set {position} {name}": value for name, value in within.items()}
+    assert evaluate.measure(sets, [2], ["mAP"], "WithSameParentLabel") == pytest.approx(expected)
+    assert list(expected) == ["Set 0 Recall @ 1", "Set 0 mAP", "Set 1 Recall @ 1", "Set 1 mAP"]
+    one = evaluate.measure(sets[:1], [2])
+    assert one == pytest.approx(compute_metrics(EmbeddingSpace(points[:90], labels[:90]), [2]))
+
+
+def test_sets_that_cannot_be_measured_are_one_sentence() -> None:
+    with pytest.raises(UserError, match="--testing_method WithSameParentLabel needs labels of a coarser level") as no:
+        evaluate.measure([embedded("a", np.arange(90), with_parents=False)], [1], ["NMI"], "WithSameParentLabel")
+    _, labels, _ = hierarchy(160)
+    alone = np.unique(labels, return_index=True)[1]
+    with pytest.raises(UserError, match="lonely: no query's class is among the images") as nothing:
+        evaluate.measure([embedded("a", np.arange(90)), embedded("lonely", alone)], [1])
+    assert "\n" not in str(no.value) + str(nothing.value)
+
+
+def test_an_embedded_set_searches_its_gallery_or_itself() -> None:
+    query, gallery = embedded("a", np.arange(30)).query, embedded("a", np.arange(20, 100)).query
+    own = evaluate.EmbeddedSet("own", query).space
+    assert own.query_in_gallery is not None
+    np.testing.assert_array_equal(own.query_in_gallery, np.arange(30))
+    two = evaluate.EmbeddedSet("two", query, gallery).space
+    assert two.query_in_gallery is None
+    assert (len(two.query), len(two.gallery)) == (30, 80)
+    both = evaluate.EmbeddedSet("both", embedded("a", np.arange(20, 30)).query, gallery, np.arange(10)).space
+    np.testing.assert_array_equal(
+        both.positives, [(gallery.labels == label).sum() - 1 for label in gallery.labels[:10]]
+    )
+
+
+@pytest.mark.parametrize(
+    ("k_vals", "names", "expected"),
+    [
+        ([4, 2], ["NMI", "F1", "Recall"], ["NMI", "F1", "Recall @ 1", "Recall @ 2", "Recall @ 4"]),
+        ([4, 2], ["mAP"], ["Recall @ 1", "mAP"]),
+        ([10, 1, 10], ["MAP@R", "Recall", "NMI"], ["NMI", "Recall @ 1", "Recall @ 10", "MAP@R"]),
+        ([1], ["Alignment", "Precision @ 1"], ["Recall @ 1", "Precision @ 1", "Alignment"]),
+        ([], [], ["Recall @ 1"]),
+    ],
+)
+def test_chosen_metrics_are_named_in_the_tables_order(k_vals: list[int], names: list[str], expected: list[str]) -> None:
+    chosen = evaluate.chosen_metrics(k_vals, names)
+    assert list(chosen) == expected
+    space = perfect_space([3] * 6)
+    assert compute_metrics(space, k_vals, names) == {name: metric(space) for name, metric in chosen.items()}
+    if {"Recall @ 1", "Recall @ 10"} <= set(chosen):
+        ahead = clustered_space([0, 0], [0, 0])
+        vars(ahead)["negatives_ahead"] = np.array([5, 0])
+        assert [chosen[f"Recall @ {k}"](ahead) for k in (1, 10)] == [0.5, 1]
+
+
+def rows_with(name: str, values: dict[int, float]) -> list[dict[str, Any]]:
+    return [{"Epochs": epoch, "Time": 99.0, name: value} for epoch, value in values.items()]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "best"),
+    [
+        ("Recall @ 1", {}, 0),
+        ("Recall @ 1", {0: 0.9}, 0),
+        ("Recall @ 1", {1: 0.1, 2: 0.5, 3: 0.2}, 2),
+        ("Recall @ 1", {1: 0.1, 2: 0.5, 3: 0.5}, 2),  # the first of equals
+        ("Recall @ 1", {3: 0.5, 1: 0.25, 2: 0.5}, 3),  # the first in the rows' order
+        ("Recall @ 1", {0: 0.9, 2: 0.1, 4: 0.2}, 4),  # never the untrained network
+        ("Recall @ 1", {1: math.nan, 2: 0.0, 3: math.nan}, 2),
+        ("Alignment", {0: 0.0, 1: 0.5, 2: 0.25, 3: 0.25}, 2),
+        ("Alignment", {1: math.nan, 2: 7.0}, 2),
+        ("Uniformity", {1: -3.0, 2: -2.0}, 1),
+        ("Rho-spectrum", {1: 0.5, 2: 0.25}, 2),
+        ("Intra / Inter", {1: 0.5, 2: 0.25}, 2),
+        ("MAP@R", {1: 0.5, 2: 0.25}, 1),
+    ],
+)
+def test_the_best_epoch(name: str, values: dict[int, float], best: int) -> None:
+    assert evaluate.best_epoch(rows_with(name, values), name) == best
+
+
+def test_the_best_epoch_of_several_sets_is_by_their_mean() -> None:
+    values = {1: (0.5, 0.2, 0.9), 2: (0.1, 0.7, 0.0), 3: (0.3, 0.4, 0.0), 4: (1.0, math.nan, 1.0)}
+    rows: list[dict[str, Any]] = [
+        {"Epochs": epoch, "Set 0 Recall @ 1": a, "Set 1 Recall @ 1": b, "Set 1 Recall @ 10": c}
+        for epoch, (a, b, c) in values.items()
+    ]
+    assert evaluate.best_epoch(rows, "Recall @ 1") == 2
+    assert evaluate.best_epoch(rows, "Recall @ 10") == 4
+    lower = [{name.replace("Recall @ 1", "Alignment"): value for name, value in row.items()} for row in rows]
+    assert evaluate.best_epoch(lower, "Alignment") == 1  # 0.35, as in epoch 3
+
+
+def test_rows_without_the_metric_are_never_the_best() -> None:
+    """A run may have been resumed with other metrics."""
+    rows: list[dict[str, Any]] = [{"Epochs": 1, "NMI": 1.0}, {"Epochs": 2, "NMI": 0.5, "mAP": 0.25}]
+    assert evaluate.best_epoch(rows, "mAP") == 2
+
+
+def test_what_is_better_lower_is_a_metric() -> None:
+    assert set(evaluate.METRICS) > evaluate.LOWER_IS_BETTER
 
 
 @pytest.mark.parametrize("with_gallery", [False, True], ids=["self", "gallery"])
@@ -494,6 +700,7 @@ def test_geometry_metrics_agree_with_naive_loops() -> None:
 )
 def test_mean_over_sets(metrics: dict[str, float], expected: float) -> None:
     assert mean_over_sets(metrics, "Recall @ 1") == pytest.approx(expected)
+    assert math.isnan(mean_over_sets(metrics, "mAP"))
 
 
 class ColourNet(nn.Module):
@@ -540,6 +747,6 @@ def test_evaluate_one_set_several_sets_and_a_gallery(images: datasets.ImageSet) 
     expected = {f"Set 0 {name}": value for name, value in compute_metrics(own, [3]).items()}
     expected |= {f"Set 1 {name}": value for name, value in compute_metrics(two, [3]).items()}
     assert metrics == pytest.approx(expected)
-    assert [space.is_self for space in spaces] == [True, False]
+    assert [space.query_in_gallery is None for space in spaces] == [False, True]
     both = [metrics[f"Set {position} Recall @ 1"] for position in (0, 1)]
     assert mean_over_sets(metrics, "Recall @ 1") == pytest.approx(np.mean(both))

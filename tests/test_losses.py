@@ -261,12 +261,12 @@ class FixedSampler(Sampler):
         super().__init__(**params)
         self.methods["fixed"] = self.fixed_sampling
         self.method = "fixed"
-        self.tuples = list(tuples)
+        self.fixed = list(tuples)
         self.received: dict[str, Any] = {}
 
     def fixed_sampling(self, batch: torch.Tensor, labels: torch.Tensor, **params: Any) -> list[tuple[int, ...]]:
         self.received = params
-        return self.tuples
+        return self.fixed
 
 
 def test_own_method_gives_plain_lists_and_later_parameters_take_precedence() -> None:
@@ -609,6 +609,114 @@ def test_losses_do_not_wait(loss: str, keywords: dict[str, Any]) -> None:
         for leaf in (batch, *trainable(criterion)):
             assert walked[leaf].is_cuda
             assert walked[leaf].shape == leaf.shape
+
+
+def naive_statistics(criterion: Any, batch: torch.Tensor, labels: list[int]) -> dict[str, float]:
+    """What `Criterion.statistics` says, tuple by tuple."""
+    x = batch.tolist()
+    values = {"Embedding Norm": sum(math.hypot(*row) for row in x) / len(x)}
+    if hasattr(criterion, "sampler"):
+        tuples = criterion.sampler.fixed
+        hard_positives, hard_negatives, to_positive, to_negative = [], [], [], []
+        for a, p, *negatives in tuples:
+            distances = [math.dist(x[a], point) for point in x]
+            nearest_negative = min(d for d, label in zip(distances, labels) if label != labels[a])
+            farthest_positive = max(d for i, d in enumerate(distances) if labels[i] == labels[a] and i != a)
+            hard_positives.append(distances[p] > nearest_negative)
+            hard_negatives += [distances[n] < farthest_positive for n in negatives]
+            to_positive.append(distances[p])
+            to_negative += [distances[n] for n in negatives]
+        values |= {"Tuples": len(tuples)}
+        shares = {"Hard Positives": hard_positives, "Hard Negatives": hard_negatives}
+        lists: dict[str, list[Any]] = {**shares, "d(a, p)": to_positive, "d(a, n)": to_negative}
+        values |= {name: sum(of_tuples) / len(of_tuples) for name, of_tuples in lists.items()}
+    return values
+
+
+def naive_violation(loss: str, criterion: Any, x: list[list[float]], labels: list[int], one: Sequence[int]) -> bool:
+    a, p, *negatives = one
+    to_positive, to_negative = math.dist(x[a], x[p]), min(math.dist(x[a], x[n]) for n in negatives)
+    if loss == "triplet":
+        return to_positive**2 + criterion.margin > to_negative**2
+    if loss == "marginloss":
+        beta = criterion.beta.tolist()[0 if criterion.beta_constant else labels[a]]
+        return to_positive > beta - criterion.margin or to_negative < beta + criterion.margin
+    similarity = [sum(u * v for u, v in zip(x[a], point)) for point in x]
+    return any(similarity[n] > similarity[p] for n in negatives)
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.6, 2.0])
+@pytest.mark.parametrize(("loss", "keywords"), CASES)
+def test_statistics_are_those_of_a_naive_loop(loss: str, keywords: dict[str, Any], scale: float) -> None:
+    criterion: Any = fixed_criterion(loss, **keywords)
+    batch = scale * random_batch(dtype=torch.float64)
+    criterion(batch, LABELS)
+    expected = naive_statistics(criterion, batch, LABELS.tolist())
+    if hasattr(criterion, "sampler"):
+        tuples = criterion.sampler.fixed
+        found = [naive_violation(loss, criterion, batch.tolist(), LABELS.tolist(), one) for one in tuples]
+        expected["Violations"] = sum(found) / len(found)
+    if loss == "marginloss":
+        expected["Mean Beta"] = criterion.beta.tolist()[0] if len(criterion.beta) == 1 else criterion.beta.mean().item()
+    if loss == "proxynca":
+        expected["Proxy Norm"] = sum(math.hypot(*row) for row in criterion.proxies.tolist()) / NUM_CLASSES
+    statistics = criterion.statistics(batch, LABELS)
+    assert {name: value.item() for name, value in statistics.items()} == pytest.approx(expected, rel=1e-6)
+    assert all(value.shape == () and not value.requires_grad for value in statistics.values())
+
+
+def test_shares_of_hard_tuples_and_violations_are_neither_none_nor_all() -> None:
+    """Or the loops above would prove little."""
+    shares: dict[str, set[float]] = {"Hard Positives": set(), "Hard Negatives": set(), "Violations": set()}
+    for loss in ("triplet", "marginloss", "npair"):
+        criterion = fixed_criterion(loss)
+        batch = 0.6 * random_batch(dtype=torch.float64)
+        criterion(batch, LABELS)
+        for name, values in shares.items():
+            values.add(criterion.statistics(batch, LABELS)[name].item())
+    assert all(any(0 < value < 1 for value in values) for values in shares.values()), shares
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_statistics_are_of_the_last_tuples(method: str) -> None:
+    sampler = Sampler(method)
+    batch = unit_batch(4)
+    assert sampler.statistics(batch, LABELS) == {}  # none yet
+    for _ in range(2):
+        tuples = sampler.give(batch, LABELS)
+        values = sampler.statistics(batch, LABELS)
+        assert values["Tuples"].item() == len(tuples)
+        pairs = torch.linalg.norm(batch[tuples[:, 0]] - batch[tuples[:, 1]], dim=1)
+        torch.testing.assert_close(values["d(a, p)"], pairs.mean())
+
+
+def test_statistics_in_float32_of_a_large_batch_are_precise() -> None:
+    """torch.cdist takes another path from 26 rows on."""
+    batch, labels = unit_batch(64, 112), torch.arange(28).repeat_interleave(4)
+    criterion = build("triplet", Sampler("semihard"))
+    seed_everything(0)
+    criterion(batch, labels)
+    tuples = criterion.sampler.tuples
+    assert tuples is not None
+    fixed = FixedSampler([tuple(one) for one in tuples.tolist()])
+    expected = naive_statistics(build("triplet", fixed), batch.double(), labels.tolist())
+    values = {name: value.item() for name, value in criterion.statistics(batch, labels).items()}
+    del values["Violations"]
+    assert values == pytest.approx(expected, abs=0.005)
+
+
+@needs_fake_cuda
+@pytest.mark.parametrize(("loss", "keywords"), CASES)
+def test_statistics_do_not_wait(loss: str, keywords: dict[str, Any]) -> None:
+    labels = LABELS.clone()
+    with fake_cuda():
+        criterion = build(loss, Sampler(LOSSES[loss].sampling or "random"), **keywords)
+        batch = torch.randn(len(LABELS), DIM)
+        criterion(batch, labels)
+        statistics = criterion.statistics(batch, labels)
+        assert len(statistics) == {"marginloss": 8, "triplet": 7, "npair": 7, "proxynca": 2, "crossentropy": 1}[loss]
+        assert all(value.is_cuda and value.shape == () for value in statistics.values())
+        assert torch.stack(list(statistics.values())).is_cuda  # as the records do
 
 
 def select(loss: str, *flags: str) -> tuple[Any, list[dict[str, Any]]]:

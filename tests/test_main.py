@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, make_tree, save_image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import auxiliaries
 import config
@@ -27,6 +28,8 @@ import evaluate
 import losses
 import main
 import netlib
+import protocol
+import records
 from auxiliaries import UserError
 
 Flags = Callable[..., list[str]]
@@ -43,6 +46,10 @@ PAIRS = [
 ]
 
 
+# Two folds of two classes for training and two for validation; the fold's number is to follow.
+FOLD = ["--split_scheme", "cross_validation", "--num_training_partitions", "2", "--num_training_sets", "2", "--fold"]
+
+
 def run(flags: list[str]) -> dict[str, float]:
     return main.main(main.parse_args(flags))
 
@@ -50,6 +57,12 @@ def run(flags: list[str]) -> dict[str, float]:
 def rows_of(path: Path) -> list[dict[str, str]]:
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def names_in(folder: Path) -> set[str]:
+    """What a run folder shows: files, and folders with a slash behind their name."""
+    shown = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    return {f"{path.name}/" if path.is_dir() else path.name for path in shown}
 
 
 @pytest.fixture
@@ -73,8 +86,11 @@ def test_run_folder_holds_what_its_readme_lists(small_flags: Flags, results: Pat
     flags = small_flags("--n_epochs", "3", "--grad_measure", "--dist_measure", "--check_untrained_accuracy")
     metrics = run(flags)
     folder = results / "run"
-    listed = set(re.findall(r"^\| `([^`]+)`", (ROOT / "Training_Results/README.md").read_text(), re.MULTILINE))
-    assert {path.name for path in folder.iterdir()} == listed
+    rows = re.findall(r"^\|([^|]*`[^|]*)\|", (ROOT / "Training_Results/README.md").read_text(), re.MULTILINE)
+    listed = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    of_other_runs = {"log_test_Base.csv", "evaluation.json", *(name for name in listed if "<" in name)}
+    assert of_other_runs <= listed
+    assert names_in(folder) == listed - of_other_runs
 
     train_rows, val_rows = rows_of(folder / "log_train_Base.csv"), rows_of(folder / "log_val_Base.csv")
     assert [row["Epochs"] for row in train_rows] == ["1", "2", "3"]
@@ -162,13 +178,16 @@ def test_query_and_gallery_and_several_test_sets(
         assert list(metrics) == (expected if name == "one" else [f"Set {i} {key}" for i in (0, 1) for key in expected])
 
 
+OF_THE_MACHINE = ("Time", "Images/s", "Peak Memory")
+
+
 def trained(flags: list[str], results: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, str]]]:
     run(flags)
     folder = max(results.iterdir(), key=lambda path: path.stat().st_mtime_ns)
     rows = rows_of(folder / "log_train_Base.csv") + rows_of(folder / "log_val_Base.csv")
     state = auxiliaries.load_checkpoint(folder / "last.pth.tar")
     weights = {**state["state_dict"], **{f"criterion.{name}": value for name, value in state["criterion"].items()}}
-    return weights, [{name: value for name, value in row.items() if name != "Time"} for row in rows]
+    return weights, [{name: value for name, value in row.items() if name not in OF_THE_MACHINE} for row in rows]
 
 
 @pytest.mark.parametrize("loss", list(losses.LOSSES))
@@ -233,9 +252,234 @@ def test_learning_rates_drop_after_tau(small_flags: Flags, results: Path) -> Non
     assert len({row["Learning Rate"] for row in rows_of(results / "run_2" / "log_train_Base.csv")}) == 1
 
 
+Scripts = dict[str, list[dict[str, float]]]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[Scripts], dict[str, list[torch.Tensor]]]:
+    """A function that makes evaluations of a set (`val`, `test`) come out as they are told to, one after the other.
+
+    It returns a dict that takes, for each set, the embedding layers of the networks that were evaluated. Nothing is
+    drawn, which takes longer than all the rest.
+    """
+    monkeypatch.setattr(main, "draw_records", lambda *_: None)
+    monkeypatch.setattr(main, "show_retrievals", lambda *_: None)
+    monkeypatch.setattr(records.Records, "add_picture", lambda *_: None)
+
+    def told(scripts: Scripts) -> dict[str, list[torch.Tensor]]:
+        evaluate_sets, remaining = evaluate.evaluate, {name: iter(results) for name, results in scripts.items()}
+        networks: dict[str, list[torch.Tensor]] = {name: [] for name in scripts}
+
+        def scripted(net: Any, sets: Any, *args: Any) -> tuple[dict[str, float], list[evaluate.EmbeddingSpace]]:
+            _, spaces = evaluate_sets(net, sets, *args)
+            networks[sets[0].name].append(net.embedding.weight.detach().clone())
+            return dict(next(remaining[sets[0].name])), spaces
+
+        monkeypatch.setattr(evaluate, "evaluate", scripted)
+        return networks
+
+    return told
+
+
+def scores(name: str, *values: float) -> list[dict[str, float]]:
+    return [{name: value} for value in values]
+
+
+def epochs_of(path: Path) -> list[int]:
+    return [int(row["Epochs"]) for row in rows_of(path)]
+
+
+@pytest.mark.parametrize(("interval", "evaluated"), [("2", [2, 4, 5]), ("7", [5])])
+def test_evaluations_come_at_intervals_and_at_the_end(
+    small_flags: Flags, results: Path, script: Any, interval: str, evaluated: list[int]
+) -> None:
+    script({"test": scores("Recall @ 1", 0.2, 0.9, 0.4)})
+    metrics = run(small_flags("--n_epochs", "5", "--save_interval", interval, "--iterations_per_epoch", "1"))
+    folder = results / "run"
+    assert epochs_of(folder / "log_train_Base.csv") == [1, 2, 3, 4, 5]
+    assert epochs_of(folder / "log_val_Base.csv") == evaluated
+    last, best = (auxiliaries.load_checkpoint(folder / f"{name}.pth.tar") for name in ("last", "checkpoint"))
+    selected = 4 if interval == "2" else 5
+    assert (last["epoch"], last["best_epoch"], best["epoch"]) == (5, selected, selected)
+    assert best["metrics"] == metrics == {"Recall @ 1": 0.9 if interval == "2" else 0.2}
+
+
+@pytest.mark.parametrize(
+    ("values", "trained_epochs", "selected"),
+    [
+        ((0.5, 0.6, 0.6, 0.4, 0.9, 0.9), 4, 2),
+        ((0.5, 0.4, 0.6, 0.5, 0.7, 0.6), 6, 5),
+        ((0.5, 0.4, 0.3, 0.9, 0.9, 0.9), 3, 1),
+    ],
+)
+def test_patience_stops_a_run_that_does_not_improve(
+    small_flags: Flags,
+    results: Path,
+    script: Any,
+    capsys: pytest.CaptureFixture[str],
+    values: tuple[float, ...],
+    trained_epochs: int,
+    selected: int,
+) -> None:
+    script({"test": scores("Recall @ 1", *values)})
+    run(small_flags("--n_epochs", "6", "--patience", "2", "--iterations_per_epoch", "1"))
+    folder = results / "run"
+    for log in ("train", "val"):
+        assert epochs_of(folder / f"log_{log}_Base.csv") == list(range(1, trained_epochs + 1))
+    assert ("has not improved for 2 epochs: stopping" in capsys.readouterr().out) == (trained_epochs < 6)
+    summary = auxiliaries.load_json(folder / "summary.json")
+    assert (summary["selected"]["epoch"], summary["last"]["epoch"]) == (selected, trained_epochs)
+
+
+def test_patience_waits_for_evaluations(small_flags: Flags, results: Path, script: Any) -> None:
+    """Nothing can improve between them: here every evaluation is better than the one before."""
+    script({"test": scores("Recall @ 1", 0.1, 0.2)})
+    run(small_flags("--n_epochs", "6", "--save_interval", "3", "--patience", "2", "--iterations_per_epoch", "1"))
+    assert epochs_of(results / "run" / "log_val_Base.csv") == [3, 6]
+
+
+def test_what_is_logged_of_iterations_changes_no_training(small_flags: Flags, results: Path) -> None:
+    flags = small_flags("--n_epochs", "2", "--iterations_per_epoch", "4", "--lr", "1e-3", "--fc_lr_mul", "2")
+    states = []
+    for number, (log_every, logged) in enumerate([("1", [*range(1, 9)]), ("3", [3, 6]), ("0", [])]):
+        run([*flags, "--log_every", log_every, *(["--no-tensorboard"] if log_every == "0" else [])])
+        folder = results / (f"run_{number}" if number else "run")
+        states.append(auxiliaries.load_checkpoint(folder / "last.pth.tar")["state_dict"])
+        assert (folder / "log_iterations.csv").exists() == bool(logged)
+        assert (folder / "tensorboard").exists() == bool(logged)
+        if logged:
+            rows = rows_of(folder / "log_iterations.csv")
+            assert [int(row["Iteration"]) for row in rows] == logged
+            assert [int(row["Epochs"]) for row in rows] == [1 + (iteration - 1) // 4 for iteration in logged]
+            events = EventAccumulator(str(folder / "tensorboard" / "iterations")).Reload()
+            shown = [(event.step, event.value) for event in events.Scalars("iterations/Loss")]
+            assert shown == [(int(row["Iteration"]), pytest.approx(float(row["Loss"]))) for row in rows]
+        if log_every == "1":
+            of_epochs = rows_of(folder / "log_train_Base.csv")
+            means = [np.mean([float(row["Loss"]) for row in rows[i : i + 4]]) for i in (0, 4)]
+            assert [float(row["Train Loss"]) for row in of_epochs] == pytest.approx(means)
+            assert [row["Iterations"] for row in of_epochs] == ["4", "4"]
+            assert [float(rows[0][f"Learning Rate{name}"]) for name in ("", " embedding", " marginloss")] == [
+                *(1e-3, 2e-3, 5e-4)
+            ]
+            of_loss = {"Loss", "Embedding Norm", "Tuples", "Hard Positives", "Hard Negatives", "Violations"}
+            assert of_loss | {"d(a, p)", "d(a, n)", "Mean Beta"} <= set(rows[0])
+            assert float(rows[0]["Embedding Norm"]) == pytest.approx(1)
+    for state in states[1:]:
+        assert all(torch.equal(value, state[name]) for name, value in states[0].items())
+
+
+def test_the_metric_that_is_asked_for_selects(small_flags: Flags, results: Path, script: Any) -> None:
+    """Issue: also where Recall @ 1 and NMI are best in other epochs."""
+    told = [
+        {"NMI": 0.1, "Recall @ 1": 0.9, "MAP@R": 0.2},
+        {"NMI": 0.2, "Recall @ 1": 0.1, "MAP@R": 0.4},
+        {"NMI": 0.9, "Recall @ 1": 0.3, "MAP@R": 0.3},
+    ]
+    networks = script({"test": told})["test"]
+    flags = ["--n_epochs", "3", "--lr", "1e-2", "--iterations_per_epoch", "1"]
+    flags += ["--eval_metrics", "NMI", "Recall", "MAP@R", "--eval_metric_for_best_epoch", "MAP@R"]
+    assert run(small_flags(*flags)) == told[1]
+    folder = results / "run"
+    best, last = (auxiliaries.load_checkpoint(folder / f"{name}.pth.tar") for name in ("checkpoint", "last"))
+    assert (best["epoch"], best["metrics"], last["epoch"], last["best_epoch"]) == (2, told[1], 3, 2)
+    assert torch.equal(best["state_dict"]["embedding.weight"], networks[1])
+    assert not torch.equal(networks[1], networks[2])
+    summary = auxiliaries.load_json(folder / "summary.json")
+    # each is one model's: not the highest value of each metric
+    assert summary["selected"] == summary["best on test"] == {"epoch": 2, "test": told[1]}
+    assert summary["last"] == {"epoch": 3, "test": told[2]}
+    assert (summary["metric"], "untrained" in summary) == ("MAP@R", False)
+    assert "on the test classes, as in the literature: optimistic" in summary["selection"]
+
+
+def test_metrics_of_which_less_is_better_select_the_lowest(small_flags: Flags, results: Path, script: Any) -> None:
+    told = [
+        {"Recall @ 1": recall, "Alignment": alignment} for recall, alignment in ((0.9, 0.3), (0.1, 0.2), (0.5, 0.4))
+    ]
+    script({"test": told})
+    flags = ["--n_epochs", "3", "--iterations_per_epoch", "1", "--eval_metrics", "Alignment"]
+    assert run(small_flags(*flags, "--eval_metric_for_best_epoch", "Alignment")) == told[1]
+    assert auxiliaries.load_checkpoint(results / "run" / "checkpoint.pth.tar")["epoch"] == 2
+
+
+def test_summary_of_a_run_with_validation_classes_has_one_models_rows(
+    small_flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Any
+) -> None:
+    whole = datasets.read_splits("tiny", main.parse_args(small_flags()).source_path)
+    images = whole.test[0].query
+    is_val = images.labels[:, 0] < 6
+    val, test = (
+        datasets.RetrievalSet("val", images.subset(is_val)),
+        datasets.RetrievalSet("test", images.subset(~is_val)),
+    )
+    splits = datasets.Splits(whole.train, val=[val], test=[test])
+    monkeypatch.setitem(datasets.DATASETS, "watched", datasets.Source(partial(keep, splits), made_here=True))
+    told = {
+        name: [{"Recall @ 1": a, "NMI": b} for a, b in pairs]
+        for name, pairs in {
+            "val": [(0.9, 0.9), (0.2, 0.3), (0.6, 0.1), (0.5, 0.2)],
+            "test": [(0.95, 0.0), (0.1, 0.8), (0.3, 0.2), (0.4, 0.1)],
+        }.items()
+    }
+    script(told)
+    flags = ["--dataset", "watched", "--n_epochs", "3", "--check_untrained_accuracy", "--iterations_per_epoch", "1"]
+    assert run(small_flags(*flags)) == told["test"][2]
+    folder = tmp_path / "results" / "watched" / "run"
+    summary = auxiliaries.load_json(folder / "summary.json")
+    expected = {"selected": 2, "last": 3, "best on test": 3, "untrained": 0}
+    for name, epoch in expected.items():
+        assert summary[name] == {"epoch": epoch, "val": told["val"][epoch], "test": told["test"][epoch]}
+    assert summary["selection"] == "selected by Recall @ 1 on the validation classes"
+    assert epochs_of(folder / "log_test_Base.csv") == [0, 1, 2, 3]
+
+
+def test_a_fold_looks_at_its_test_classes_once_it_has_been_trained(
+    small_flags: Flags, results: Path, script: Any
+) -> None:
+    told = {"val": scores("Recall @ 1", 0.2, 0.9, 0.5), "test": scores("Recall @ 1", 0.8, 0.3)}
+    networks = script(told)
+    flags = small_flags(*FOLD, "1", "--n_epochs", "3", "--lr", "1e-2", "--iterations_per_epoch", "1")
+    assert run(flags) == {"Recall @ 1": 0.3}
+    of_val, of_test = networks["val"], networks["test"]
+    assert [torch.equal(of_test[0], of_val[2]), torch.equal(of_test[1], of_val[1])] == [True, True]
+    summary = auxiliaries.load_json(results / "run" / "summary.json")
+    assert summary["selected"] == {"epoch": 2, "val": {"Recall @ 1": 0.9}, "test": {"Recall @ 1": 0.3}}
+    assert summary["last"] == {"epoch": 3, "val": {"Recall @ 1": 0.5}, "test": {"Recall @ 1": 0.8}}
+    assert "best on test" not in summary
+    by_epoch = {row["Epochs"]: row["Recall @ 1"] for row in rows_of(results / "run" / "log_test_Base.csv")}
+    assert by_epoch == {"2": "0.3", "3": "0.8"}
+
+
+def test_a_run_folder_says_with_what_it_was_made(small_flags: Flags, results: Path) -> None:
+    flags = small_flags("--lr", "1e-3", "--iterations_per_epoch", "1")
+    run(flags)
+    folder = results / "run"
+    environment = auxiliaries.load_json(folder / "environment.json")
+    assert (environment["command"], environment["torch"]) == (sys.argv, torch.__version__)
+    values = config.configuration(main.resolve(main.parse_args(flags)))
+    assert pickle.loads((folder / "hypa.pkl").read_bytes()) == values
+    assert auxiliaries.load_checkpoint(folder / "last.pth.tar")["opt"] == values
+    assert records.read_configurations(folder) == [{"Epochs": 0, "Configuration": values}]
+    for flag, value in (("--embed_dim", "8"), ("--loss", "triplet")):
+        with pytest.raises(UserError, match=f"run was trained with another {flag}: leave it out"):
+            main.check_flags(folder, main.resolve(main.parse_args([*flags, flag, value])))
+    assert main.epoch_reached(folder) == 1
+    assert main.epoch_reached(results) == 0
+
+    state = auxiliaries.load_checkpoint(folder / "last.pth.tar")
+    opt = main.resolve(main.parse_args(flags))
+    (folder / "checkpoint.pth.tar").unlink()  # as after a crash between the two
+    assert main.load_state(folder, opt) is not None
+    assert auxiliaries.load_checkpoint(folder / "checkpoint.pth.tar")["epoch"] == 1
+    auxiliaries.save_checkpoint(folder / "last.pth.tar", {**state, "version": auxiliaries.RUN_VERSION + 1})
+    with pytest.raises(UserError, match="is of a later version of this repository"):
+        main.load_state(folder, opt)
+
+
 def test_every_flag_is_consumed() -> None:
     """No flag is declared that nothing reads (mistake 3): a loss reads its own through its constructor."""
-    modules = (main, config, datasets, netlib, losses)
+    modules = (main, protocol, config, datasets, netlib, losses)
     read = "".join(inspect.getsource(module) for module in modules)
     keywords = {name for loss in losses.LOSSES.values() for name in loss.__init__.__code__.co_varnames}
     for name in vars(main.parse_args([])):
@@ -249,6 +493,15 @@ def test_help_reads_as_a_manual(capsys: pytest.CaptureFixture[str]) -> None:
     for name in vars(main.parse_args([])):
         assert f"--{name} " in text or f"--{name}\n" in text
     assert "default: None" not in text
+
+
+def test_metrics_within_parents_need_coarser_labels(small_flags: Flags, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match="--testing_method WithSameParentLabel needs labels of a coarser level"
+    ) as error:
+        run(small_flags("--testing_method", "WithSameParentLabel"))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize(
@@ -276,6 +529,24 @@ def test_help_reads_as_a_manual(capsys: pytest.CaptureFixture[str]) -> None:
         (["--arch", "vit_b_16"], "can't take images of --crop_size 32"),
         (["--savename", "a/b"], "no folder name"),
         (["--dataset", "tinyy"], "no images were found in"),
+        (["--fold", "0"], "--fold needs --split_scheme cross_validation"),
+        (["--num_training_sets", "5"], "--num_training_sets 5 is more than --num_training_partitions 4"),
+        ([*FOLD, "2"], "--fold 2 does not exist: --num_training_sets 2 counts from 0"),
+        (FOLD[:-1], "one training run is one fold of cross_validation: give --fold"),
+        ([*FOLD, "0", "--test_size", "0.1"], "leaves 0 test class(es) of 8"),
+        ([*FOLD, "0", "--num_training_partitions", "3"], "leaves 1 validation class(es) of 8"),
+        (["--test_size", "1"], "--test_size: 1 is not below 1"),
+        (["--test_size", "0"], "--test_size: 0 is not above 0"),
+        (["--test_start_idx", "1"], "--test_start_idx: 1 is not below 1"),
+        (["--test_start_idx", "-0.1"], "--test_start_idx: -0.1 is not at least 0"),
+        (["--eval_metric_for_best_epoch", "MAP@R"], "--eval_metric_for_best_epoch MAP@R is not computed"),
+        (["--eval_metric_for_best_epoch", "Recall @ 3"], "did you mean Recall @ "),
+        (["--eval_metric_for_best_epoch", "NMI", "--eval_metrics", "mAP"], "choose one of Recall @ 1, mAP, or add it"),
+        (["--eval_metrics", "MAP"], "--eval_metrics MAP is unknown (did you mean MAP@R?)"),
+        (["--label_hierarchy_level", "3"], "--label_hierarchy_level 3 does not exist"),
+        (["--patience", "0"], "--patience: 0 is not at least 1"),
+        (["--save_interval", "0"], "--save_interval: 0 is not at least 1"),
+        (["--log_every", "-1"], "--log_every: -1 is not at least 0"),
     ],
 )
 def test_bad_flags_are_one_sentence(small_flags: Flags, tmp_path: Path, flags: list[str], words: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shlex
@@ -13,11 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image
+from matplotlib import get_data_path
+from PIL import Image, ImageDraw, ImageFont
 
+import auxiliaries
+import compare
 import datasets
 import main
 import netlib
+import protocol
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EDIT = re.compile(
@@ -169,3 +174,51 @@ def test_demo_needs_neither_data_nor_weights() -> None:
     opt = main.resolve(main.parse_args(RUNS["demo"]))
     assert (opt.dataset, opt.not_pretrained, opt.check_untrained_accuracy) == ("glyphs", True, True)
     assert datasets.DATASETS["glyphs"].made_here
+
+
+@pytest.fixture(scope="module")
+def some_glyphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the data set glyphs, of which there are 48 characters in eight fonts."""
+    folder = tmp_path_factory.mktemp("glyphs")
+    images = folder / "Datasets" / "glyphs" / "images"
+    for code in range(ord("A"), ord("A") + 24):
+        for character in (chr(code), chr(code + 0x3CF)):  # Latin and Cyrillic
+            (images / f"U+{ord(character):04X}").mkdir(parents=True)
+            for name in datasets.GLYPH_FONTS[:8]:
+                font = ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"), 44)
+                picture = Image.new("L", (64, 64), 255)
+                ImageDraw.Draw(picture).text((32, 32), character, fill=0, font=font, anchor="mm")
+                picture.save(images / f"U+{ord(character):04X}" / f"{name}.png")
+    return folder
+
+
+def test_readme_experiments_run_as_they_stand(
+    some_glyphs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All commands of the section, one after the other, with a small network where they say what to train."""
+    section = README[README.index("## Experiments one can trust") : README.index("### Names from powerful-benchmarker")]
+    commands = [shlex.split(line) for line in re.findall(r"^python (.*)$", section, re.MULTILINE)]
+    assert len(commands) == 12
+    monkeypatch.chdir(some_glyphs)
+    small = ["--arch", "shufflenet_v2_x0_5", "--crop_size", "32", "--gpu", "-1", "--kernels", "0", "--bs", "8"]
+    small += ["--iterations_per_epoch", "1", "--n_epochs", "2"]
+    for script, *flags in commands:
+        if script == "compare.py":
+            compare.main([path for flag in flags for path in sorted(glob.glob(flag)) or [flag]])
+        else:
+            protocol.run([*flags, *(small if "--dataset" in flags else [])])
+    printed = capsys.readouterr()
+
+    results = some_glyphs / "Training_Results" / "glyphs"
+    assert {path.name for path in results.iterdir()} == {"folds", "shared", "layered", "the_same", "layered_reproduced"}
+    assert "ConcatenateEmbeddings" in (results / "folds/meta/results.csv").read_text()
+    assert (results / "shared/meta/results.csv").is_file()
+    assert (results / "layered/tsne_test.png").is_file()
+    assert "layered is left out" not in printed.err
+    assert "split_scheme cross_validation" in printed.out  # compare's table
+    assert (some_glyphs / "comparison.svg").is_file()
+    rows = (
+        auxiliaries.load_json(results / "layered/summary.json"),
+        auxiliaries.load_json(results / "layered_reproduced/summary.json"),
+    )
+    assert rows[0]["selected"] == rows[1]["selected"]

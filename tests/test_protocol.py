@@ -1,0 +1,794 @@
+"""Several training runs, or none: cross-validation, resuming, crashes, reproducing and evaluating a finished run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import pickle
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, SMALL, make_tree
+from crash_child import ASIDE, quick_pictures, rows_of, same
+from PIL import Image
+from scipy import stats
+from sklearn.decomposition import PCA
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import auxiliaries
+import datasets
+import evaluate
+import main
+import netlib
+import protocol
+import records
+from auxiliaries import UserError
+
+CROSS = ("--dataset", "cv", "--split_scheme", "cross_validation", "--num_training_sets", "3", "--n_epochs", "2")
+Metrics = dict[str, float]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_pictures() -> Iterator[None]:
+    """What pictures look like is tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("save_info_plot", "save_curve", "save_recoveries"):
+            patch.setattr(records, name, getattr(records, name))
+        quick_pictures()
+        yield
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A --source_path with `tiny` (8 classes of 6 images) and `cv` (16 classes of 4)."""
+    source = tmp_path_factory.mktemp("source")
+    make_tree(source / "tiny" / "images")
+    make_tree(source / "cv" / "images", classes=16, per_class=4, seed=1)
+    return source
+
+
+def flags_of(source: Path, results: Path, *more: str) -> list[str]:
+    where = ["--source_path", str(source), "--save_path", str(results)]
+    return [*SMALL, *where, "--bs", "8", "--samples_per_class", "2", "--lr", "1e-3", "--embed_dim", "16", *more]
+
+
+Run = Callable[..., Metrics]
+
+
+@pytest.fixture
+def run(source: Path, tmp_path: Path) -> Run:
+    """A function that trains `tiny` into tmp_path/tiny/run for two epochs, with any more flags."""
+
+    def run(*more: str) -> Metrics:
+        start = ["--dataset", "tiny", "--savename", "run", "--n_epochs", "2"]
+        return protocol.run(flags_of(source, tmp_path, *start, *more))
+
+    return run
+
+
+@pytest.fixture
+def go_on(tmp_path: Path) -> Run:
+    """A function that gives tmp_path, a run's name and any more flags to `protocol.run`."""
+
+    def go_on(*more: str, savename: str = "run") -> Metrics:
+        return protocol.run(["--save_path", str(tmp_path), "--savename", savename, *more])
+
+    return go_on
+
+
+@pytest.fixture(scope="module")
+def finished(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of `tiny`."""
+    results = tmp_path_factory.mktemp("finished")
+    protocol.run(flags_of(source, results, "--dataset", "tiny", "--savename", "run", "--n_epochs", "2"))
+    return results / "tiny" / "run"
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, where `go_on` finds it."""
+    return shutil.copytree(finished, tmp_path / "tiny" / "run")
+
+
+class CrossValidated:
+    """A finished cross-validation of three folds, with what was embedded meanwhile: (fold, epochs so far, images)."""
+
+    def __init__(self, source: Path, results: Path):
+        self.folder = results / "cv" / "run"
+        self.embedded: list[tuple[str, int, list[str]]] = []
+        embed = evaluate.embed
+
+        def recording(net: Any, loader: datasets.ImageLoader, *args: Any) -> torch.Tensor:
+            folds = sorted(path.name for path in self.folder.glob("fold_*"))
+            log = self.folder / folds[-1] / "log_train_Base.csv"
+            self.embedded.append((folds[-1], len(csv_rows(log)), list(loader.dataset.images.paths)))
+            return embed(net, loader, *args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluate, "embed", recording)
+            more = ("--savename", "run", "--meta_testing_method", "ConcatenateEmbeddings")
+            self.metrics = protocol.run(flags_of(source, results, *CROSS, *more))
+        self.folds = sorted(self.folder.glob("fold_*"))
+        self.splits = [datasets.give_splits(stored_flags(fold)) for fold in self.folds]
+
+
+@pytest.fixture(scope="module")
+def crossed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> CrossValidated:
+    return CrossValidated(source, tmp_path_factory.mktemp("crossed"))
+
+
+def stored_flags(folder: Path) -> Any:
+    return main.resolve(main.parse_args([], folder / "config.yaml"))
+
+
+def csv_rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{k: v for k, v in row.items() if k not in ASIDE} for row in csv.DictReader(file)]
+
+
+def configurations(folder: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Epochs and changes of the rows of the table `configurations`."""
+    database = sqlite3.connect(folder / "records.db")
+    rows = database.execute("SELECT Epochs, Changes FROM configurations ORDER BY rowid").fetchall()
+    database.close()
+    return [(epoch, json.loads(changes)) for epoch, changes in rows]
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Weights, criterion, optimiser and all rows are equal, bit for bit."""
+    one, two = (auxiliaries.load_checkpoint(path / "last.pth.tar") for path in (folder, other))
+    for key in ("epoch", "best_epoch", "metrics", "state_dict", "criterion", "optimizer"):
+        assert same(one[key], two[key]), key
+    assert rows_of(folder) == rows_of(other)
+
+
+def scores(patch: pytest.MonkeyPatch, *values: float) -> None:
+    """Makes the next evaluations give these as Recall @ 1."""
+    measure, of_epochs = evaluate.measure, iter(values)
+    patch.setattr(evaluate, "measure", lambda *args: measure(*args) | {"Recall @ 1": next(of_epochs)})
+
+
+def embed_by_hand(
+    folder: Path, images: datasets.ImageSet, trunk: bool = False, normalize: bool | None = None
+) -> torch.Tensor:
+    """Embeddings by a run's best network, in the batches of its evaluation, on whose size their last bits depend."""
+    net = netlib.networkselect(pickle.loads((folder / "hypa.pkl").read_bytes()))
+    net.load_state_dict(torch.load(folder / "checkpoint.pth.tar", weights_only=True)["state_dict"])
+    net.eval()
+    opt = stored_flags(folder)
+    transform = datasets.eval_transform(opt.crop_size, opt.resize)
+    pixels = torch.stack([transform(datasets.load_image(path)) for path in images.paths])
+    with torch.inference_mode():
+        parts = [net.backbone((batch - net.mean) / net.std) for batch in pixels.split(opt.eval_bs)]
+        parts = parts if trunk else [net.embedding(part) for part in parts]
+        if net.normalize if normalize is None else normalize:
+            parts = [torch.nn.functional.normalize(part, dim=1) for part in parts]
+        return torch.cat(parts)
+
+
+def naive_recall(query: torch.Tensor, labels: np.ndarray, gallery: torch.Tensor, of_gallery: np.ndarray) -> float:
+    """Recall @ 1 in a gallery that holds the queries, too."""
+    distances = torch.cdist(query.double(), gallery.double())
+    distances[distances < 1e-6] = torch.inf  # itself
+    return float((of_gallery[distances.argmin(dim=1).numpy()] == labels).mean())
+
+
+# Cross-validation
+
+
+def test_folds_share_the_test_classes_and_nothing_else(crossed: CrossValidated) -> None:
+    assert [path.name for path in crossed.folds] == ["fold_0", "fold_1", "fold_2"]
+    validated: set[str] = set()
+    for splits in crossed.splits:
+        train, val, test = (
+            {Path(path).parent.name for path in images.paths}
+            for images in (splits.train, splits.val[0].query, splits.test[0].query)
+        )
+        assert len(train) + len(val) + len(test) == len(train | val | test) == 16
+        assert splits.test[0].query.paths == crossed.splits[0].test[0].query.paths
+        assert not val & validated
+        validated |= val
+    listed = {path.name for path in crossed.folds[0].iterdir()}
+    assert {"checkpoint.pth.tar", "last.pth.tar", "summary.json", "hypa.pkl", "config.yaml", "records.db"} <= listed
+    found = {path.name for path in crossed.folder.iterdir()}
+    assert found == {"fold_0", "fold_1", "fold_2", "meta", "config.yaml", "environment.json"}
+
+
+def test_folds_train_on_their_training_classes(
+    source: Path, tmp_path: Path, crossed: CrossValidated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the network is fed, not what the splits say."""
+    seen: set[str] = set()
+    train_one_epoch = main.train_one_epoch
+
+    def watching(training: Any, loader: datasets.TrainLoader, *args: Any, **kwargs: Any) -> records.Row:
+        for _, _, indices in loader:
+            seen.update(Path(loader.dataset.images.paths[i]).parent.name for i in indices.tolist())
+        return train_one_epoch(training, loader, *args, **kwargs)
+
+    monkeypatch.setattr(main, "train_one_epoch", watching)
+    protocol.run(flags_of(source, tmp_path, *CROSS, "--n_epochs", "1", "--savename", "x", "--fold", "1"))
+    assert seen == {Path(path).parent.name for path in crossed.splits[1].train.paths}
+
+
+def test_validation_chooses_the_epoch_and_test_classes_wait_for_the_end(crossed: CrossValidated) -> None:
+    kinds = {}
+    for fold, splits in zip(crossed.folds, crossed.splits):
+        kinds[fold.name] = [tuple(splits.val[0].query.paths), tuple(splits.test[0].query.paths)]
+    for fold in crossed.folds:
+        of_fold = [
+            (epoch, kinds[name].index(tuple(paths))) for name, epoch, paths in crossed.embedded if name == fold.name
+        ]
+        best = auxiliaries.load_checkpoint(fold / "checkpoint.pth.tar")["epoch"]
+        tests = 1 if best == 2 else 2
+        of_meta = 3 if fold == crossed.folds[-1] else 0
+        assert of_fold == [(1, 0), (2, 0), *[(2, 1)] * (tests + of_meta)]
+
+        val = csv_rows(fold / "log_val_Base.csv")
+        assert best == 1 + int(np.argmax([float(row["Recall @ 1"]) for row in val]))
+        summary = auxiliaries.load_json(fold / "summary.json")
+        assert "validation classes" in summary["selection"]
+        assert set(summary) == {"selection", "metric", "selected", "last", "seconds"}
+        assert (summary["selected"]["epoch"], summary["last"]["epoch"]) == (best, 2)
+        test = {int(row["Epochs"]): row for row in csv_rows(fold / "log_test_Base.csv")}
+        for model in ("selected", "last"):
+            epoch = summary[model]["epoch"]
+            for kind, row in (("val", val[epoch - 1]), ("test", test[epoch])):
+                assert summary[model][kind] == {name: float(row[name]) for name in row if name != "Epochs"}
+
+
+def test_meta_results_by_hand(crossed: CrossValidated) -> None:
+    summaries = [json.loads((fold / "summary.json").read_text()) for fold in crossed.folds]
+    with open(crossed.folder / "meta" / "results.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    of_folds = [row for row in rows if row["Network"] != "ConcatenateEmbeddings"]
+    assert {(row["Network"], row["Split"]) for row in of_folds} == {
+        (model, split) for model in ("selected", "last") for split in ("val", "test")
+    }
+    for row in of_folds:
+        values = np.array([summary[row["Network"]][row["Split"]][row["Metric"]] for summary in summaries])
+        deviation = np.sqrt(((values - values.mean()) ** 2).sum() / 2)
+        low, high = np.array(stats.t.interval(0.95, df=2)) * deviation / np.sqrt(3)
+        assert float(row["Mean"]) == pytest.approx(values.mean())
+        assert float(row["Std"]) == pytest.approx(deviation, abs=1e-12)
+        assert float(row["CI 95 %"]) == pytest.approx((high - low) / 2, abs=1e-12)
+        assert row["Folds"] == "3"
+        if (row["Network"], row["Split"]) == ("selected", "test"):
+            assert crossed.metrics[row["Metric"]] == float(row["Mean"])
+    events = EventAccumulator(str(crossed.folder / "meta" / "tensorboard")).Reload()
+    mean = events.Scalars("selected/test Recall @ 1/Mean")[0].value
+    assert mean == pytest.approx(crossed.metrics["Recall @ 1"])
+    assert "last/val NMI/CI 95 %" in events.Tags()["scalars"]
+
+
+def test_concatenated_embeddings_by_hand(crossed: CrossValidated) -> None:
+    images = crossed.splits[0].test[0].query
+    together = torch.cat([embed_by_hand(fold, images) for fold in crossed.folds], dim=1)
+    assert together.shape == (32, 48)
+    expected = evaluate.compute_metrics(evaluate.EmbeddingSpace(together, images.labels[:, 0]), [1, 2, 4, 8])
+    rows = auxiliaries.load_json(crossed.folder / "meta" / "results.json")
+    found = {row["Metric"]: row["Mean"] for row in rows if row["Network"] == "ConcatenateEmbeddings"}
+    assert found == pytest.approx(expected)
+
+
+def test_folds_may_run_one_by_one(source: Path, tmp_path: Path, crossed: CrossValidated) -> None:
+    """In any order; the last one writes the meta results, which are the same as in one go."""
+    flags = flags_of(source, tmp_path, *CROSS, "--savename", "run", "--meta_testing_method", "ConcatenateEmbeddings")
+    folder = tmp_path / "cv" / "run"
+    assert protocol.run([*flags, "--fold", "2"]) == {}
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == ["fold_2"]
+    with pytest.raises(UserError, match=r"fold_2 exists.*--resume_training"):
+        protocol.run([*flags, "--fold", "2"])
+    with pytest.raises(UserError, match="another --lr"):
+        protocol.run([*flags, "--fold", "1", "--lr", "0.5"])
+    with pytest.raises(UserError, match="does not exist"):
+        protocol.run([*flags, "--fold", "3"])
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == ["fold_2"]
+    protocol.run([*flags, "--fold", "0"])
+    assert not (folder / "meta").exists()
+    assert protocol.run([*flags, "--fold", "1"]) == crossed.metrics
+    for fold in crossed.folds:
+        assert_same_run(folder / fold.name, fold)
+    written = [(path / "meta" / "results.csv").read_bytes() for path in (folder, crossed.folder)]
+    assert written[0] == written[1]
+
+
+def test_one_fold_needs_a_name(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--fold needs --savename"):
+        protocol.run(flags_of(source, tmp_path, *CROSS, "--fold", "1"))
+    with pytest.raises(UserError, match="--fold needs --split_scheme cross_validation"):
+        protocol.run(flags_of(source, tmp_path, "--dataset", "cv", "--savename", "x", "--fold", "1"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_flags_that_cannot_train_leave_no_folder(source: Path, tmp_path: Path) -> None:
+    for more in ([], ["--fold", "1"]):
+        with pytest.raises(UserError, match="needs 40 classes a batch"):
+            protocol.run(flags_of(source, tmp_path, *CROSS, "--savename", "x", "--bs", "80", *more))
+        assert not (tmp_path / "cv" / "x").exists()
+
+
+def test_two_machines_may_have_one_process_id(source: Path, tmp_path: Path) -> None:
+    """As in containers: what another one is writing in a shared folder is left alone."""
+    theirs = tmp_path / "cv" / f".part-{os.getpid()}-run"
+    theirs.mkdir(parents=True)
+    (theirs / "config.yaml").write_text("x: 1")
+    protocol.run(flags_of(source, tmp_path, *CROSS, "--savename", "run", "--fold", "0"))
+    assert (theirs / "config.yaml").exists()
+
+
+# Resuming
+
+
+def test_resumed_run_is_the_uninterrupted_one(source: Path, tmp_path: Path) -> None:
+    """Learned beta, Adam's moments, BatchNorm, workers, a step of the learning rate before and one after the stop."""
+    more = ["--dataset", "tiny", "--embed_dim", "512", "--kernels", "2", "--tau", "1", "3", "--gamma", "0.5"]
+    flags = flags_of(source, tmp_path, *more, "--loss", "marginloss", "--grad_measure", "--dist_measure")
+    protocol.run([*flags, "--savename", "whole", "--n_epochs", "4"])
+    protocol.run([*flags, "--savename", "run", "--n_epochs", "2"])
+    whole, resumed = tmp_path / "tiny" / "whole", tmp_path / "tiny" / "run"
+    protocol.run(["--save_path", str(tmp_path), "--resume_training", "--savename", "run", "--n_epochs", "4"])
+    assert_same_run(resumed, whole)
+    rates = [float(row["Learning Rate"]) for row in csv_rows(resumed / "log_train_Base.csv")]
+    assert rates == pytest.approx([1e-3, 5e-4, 5e-4, 2.5e-4])
+    gradients = [pickle.loads((folder / "grad_measure.pkl").read_bytes()) for folder in (resumed, whole)]
+    assert all(gradients[0][name].tobytes() == gradients[1][name].tobytes() for name in gradients[1])
+    assert len(csv_rows(resumed / "distance_measures_Train.csv")) == 4
+    events = EventAccumulator(str(resumed / "tensorboard" / "epochs")).Reload()
+    assert [event.step for event in events.Scalars("train/Train Loss")] == [1, 2, 3, 4]
+
+
+def test_changed_flags_hold_and_are_kept(copied: Path, go_on: Run) -> None:
+    go_on("--resume_training", "--n_epochs", "3", "--lr", "0.25")
+    kept = yaml.safe_load((copied / "resume_training_config_diffs_2" / "config.yaml").read_text())
+    assert (kept["lr"], kept["n_epochs"]) == (0.25, 3)
+    assert set(kept) <= {"lr", "n_epochs", "save_path"}
+    stored = yaml.safe_load((copied / "config.yaml").read_text())
+    assert (stored["lr"], stored["n_epochs"], stored["embed_dim"]) == (0.25, 3, 16)
+    (first, nothing), (second, changes) = configurations(copied)
+    assert (first, nothing, second) == (0, {}, 2)
+    assert (changes["lr"], changes["n_epochs"]) == (0.25, 3)
+    rows = csv_rows(copied / "log_train_Base.csv")
+    assert [float(row["Learning Rate"]) for row in rows] == [1e-3, 1e-3, 0.25]
+
+
+def test_best_goes_back_and_keeps_what_came_after(
+    run: Run, go_on: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tiny" / "run"
+    scores(monkeypatch, 0.5, 0.9, 0.1, 0.2, 0.3)
+    run("--n_epochs", "4")
+    before = csv_rows(folder / "log_train_Base.csv")
+    last = (folder / "last.pth.tar").read_bytes()
+    go_on("--resume_training", "best", "--n_epochs", "3")
+    for kind in ("train", "val"):
+        assert [int(row["Epochs"]) for row in csv_rows(folder / f"log_{kind}_Base.csv")] == [1, 2, 3]
+        assert [row["Epochs"] for row in rows_of(folder)[kind]] == [1, 2, 3]
+    assert csv_rows(folder / "log_train_Base.csv") == before[:3]  # the same seeds, the same epoch
+    kept = folder / "dropped_after_epoch_2"
+    assert csv_rows(kept / "log_train_Base.csv") == before
+    assert [row["Epochs"] for row in rows_of(kept)["val"]] == [1, 2, 3, 4]
+    assert (kept / "last.pth.tar").read_bytes() == last
+    assert auxiliaries.load_json(folder / "summary.json")["selected"]["epoch"] == 2
+
+
+def test_best_is_what_last_says_where_its_copy_is_missing(
+    run: Run, go_on: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after last.pth.tar was written and before it was copied to checkpoint.pth.tar."""
+    folder = tmp_path / "tiny" / "run"
+    scores(monkeypatch, 0.5, 0.9, 0.1, 0.1)
+    copy_file = auxiliaries.copy_file
+
+    def stopped(source: Path, target: Path) -> None:
+        if target.name == "checkpoint.pth.tar" and target.exists():
+            raise KeyboardInterrupt
+        copy_file(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(auxiliaries, "copy_file", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    go_on("--resume_training", "best", "--n_epochs", "3")
+
+    assert not list(folder.glob("dropped_after_epoch_*"))
+    assert auxiliaries.load_json(folder / "summary.json")["selected"]["epoch"] == 2
+
+
+def test_resuming_a_finished_run_changes_nothing(finished: Path, crossed: CrossValidated) -> None:
+    for folder in (finished, crossed.folder):
+        before = {path: path.read_bytes() for path in folder.rglob("*.csv")}
+        states = {path: path.read_bytes() for path in folder.rglob("last.pth.tar")}
+        protocol.run(["--resume_training", "--savename", "run", "--save_path", str(folder.parents[1])])
+        assert {path: path.read_bytes() for path in states} == states
+        for path, content in before.items():
+            if path.name != "log_test_Base.csv":  # its times are new
+                assert path.read_bytes() == content, path
+        assert not list(folder.rglob("resume_training_config_diffs_*"))
+
+
+def test_numbered_run_goes_on_without_changes(run: Run, go_on: Run, tmp_path: Path) -> None:
+    run("--n_epochs", "1")
+    run("--n_epochs", "1")
+    go_on("--resume_training", savename="run_1")
+    assert not list((tmp_path / "tiny" / "run_1").glob("resume_training_config_diffs_*"))
+
+
+@pytest.mark.parametrize("savename", ["run[1]", "run*"])
+def test_name_with_brackets_is_found_again(run: Run, go_on: Run, tmp_path: Path, savename: str) -> None:
+    run("--savename", savename, "--n_epochs", "1")
+    (tmp_path / "tiny" / "run2").mkdir()
+    go_on("--resume_training", "--n_epochs", "1", savename=savename)
+
+
+def test_refused_flags_are_not_kept(crossed: CrossValidated, tmp_path: Path, go_on: Run) -> None:
+    folder = shutil.copytree(crossed.folder, tmp_path / "cv" / "run")
+    with pytest.raises(UserError, match="needs 40 classes a batch"):
+        go_on("--resume_training", "--bs", "80")
+
+    assert yaml.safe_load((folder / "config.yaml").read_text())["bs"] == 8
+    assert not list(folder.glob("resume_training_config_diffs_*"))
+
+
+def test_folds_go_on(
+    source: Path, tmp_path: Path, crossed: CrossValidated, go_on: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is finished, one half done, one not begun."""
+    train_one_epoch, calls = main.train_one_epoch, 0
+
+    def stopped(*args: Any, **kwargs: Any) -> records.Row:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return train_one_epoch(*args, **kwargs)
+
+    folder = tmp_path / "cv" / "run"
+    folder.mkdir(parents=True)
+    shutil.copyfile(crossed.folder / "config.yaml", folder / "config.yaml")
+    shutil.copytree(crossed.folds[0], folder / "fold_0")
+    flags = ["--save_path", str(tmp_path), "--savename", "run", "--resume_training"]
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "train_one_epoch", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            protocol.run([*flags, "--fold", "1"])
+    assert main.epoch_reached(folder / "fold_1") == 1
+    assert protocol.run(flags) == crossed.metrics
+    for fold in crossed.folds:
+        assert_same_run(folder / fold.name, fold)
+    assert (folder / "meta/results.csv").read_bytes() == (crossed.folder / "meta/results.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--savename", "runn"], "did you mean run?"),
+        (["--arch", "squeezenet1_1"], "another --arch"),
+        (["--loss", "triplet"], "another --loss"),
+        (["--embed_dim", "32"], "another --embed_dim"),
+        (["--dataset", "cv"], "there is no run"),
+        (["--reproduce_results", "x"], "--resume_training and --reproduce_results contradict"),
+        (["--evaluate"], "--resume_training and --evaluate contradict"),
+        (["--eval_pca", "2"], "--eval_pca says how to --evaluate"),
+    ],
+)
+def test_refused_to_go_on(copied: Path, go_on: Run, flags: list[str], words: str) -> None:
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    with pytest.raises(UserError) as error:
+        go_on("--resume_training", "--n_epochs", "3", *flags)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+
+
+def test_refused_for_what_the_folder_is(copied: Path, go_on: Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Name it with --savename"):
+        protocol.run(["--resume_training"])
+    (tmp_path / "other" / "run").mkdir(parents=True)
+    with pytest.raises(UserError, match="say which with --dataset"):
+        go_on("--resume_training")
+    with pytest.raises(UserError, match=r"no run folder: it has no config\.yaml"):
+        go_on("--resume_training", "--dataset", "other")
+    shutil.rmtree(tmp_path / "other")
+
+    environment = copied / "environment.json"
+    original = environment.read_text()
+    environment.write_text(json.dumps({**json.loads(original), "version": 99}))
+    with pytest.raises(UserError, match="later version"):
+        go_on("--resume_training")
+    environment.write_text(original)
+    last = copied / "last.pth.tar"
+    whole = last.read_bytes()
+    torch.save({**torch.load(last, weights_only=True), "version": 99}, last)
+    with pytest.raises(UserError, match="later version"):
+        go_on("--resume_training")
+    last.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"last\.pth\.tar is no whole checkpoint"):
+        go_on("--resume_training")
+
+
+LOCK = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+try:
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except OSError:
+    print("refused", flush=True)
+else:
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_second_process_is_kept_out(copied: Path, go_on: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    command = [sys.executable, "-c", LOCK, str(copied / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        for kind in ("latest", "best"):
+            with pytest.raises(UserError, match="another process is at work"):
+                go_on("--resume_training", kind, "--lr", "0.5", "--n_epochs", "3")
+        other.communicate("")
+    train_one_epoch, answers = main.train_one_epoch, []
+
+    def asking(*args: Any, **kwargs: Any) -> records.Row:
+        answers.append(subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout)
+        return train_one_epoch(*args, **kwargs)
+
+    after = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    monkeypatch.setattr(main, "train_one_epoch", asking)
+    go_on("--resume_training", "--n_epochs", "3", "--kernels", "1")
+    assert answers == ["refused\n"]
+    assert after == before
+
+
+# Crashes
+
+
+@pytest.fixture(scope="module")
+def crashes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The report of tests/crash_child.py."""
+    work = tmp_path_factory.mktemp("crashes")
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+    command = [sys.executable, str(ROOT / "tests" / "crash_child.py"), str(work)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return auxiliaries.load_json(work / "report.json")
+
+
+def test_killed_run_goes_on_as_if_nothing_had_happened(crashes: dict[str, Any]) -> None:
+    moments = crashes["moments"]
+    for moment in moments:
+        print(f"killed at event {moment['number']}, {moment['event']}" + " and again" * bool(moment["again"]))
+    assert len(moments) >= 20
+    assert all(moment["killed"] and moment.get("killed again", True) for moment in moments)
+    for moment in moments:
+        assert moment["resumed"], moment
+        assert moment["differences"] == [], moment
+        assert moment.get("integrity", "ok") == "ok", moment
+
+
+def test_moments_cover_every_rename_and_every_kind(crashes: dict[str, Any]) -> None:
+    covered = {moment["event"] for moment in crashes["moments"]}
+    renames = {name for name in crashes["events"] if re.match("before (replace|rename) ", name)}
+    assert renames <= covered
+    assert {"before replace last.pth.tar", "before replace checkpoint.pth.tar", "before rename run"} <= renames
+    for kind in (
+        *("optimizer.step", "in mid-row of ", "half of torch.save", "half of copyfile", "after SQLite insert"),
+        *("after Records.add", "before evaluate", "after evaluate", "before flush", "after replace last.pth.tar"),
+        *("after replace checkpoint.pth.tar", "half of write_", "after note_configuration"),
+    ):
+        assert any(event.startswith(kind) for event in covered), kind
+
+
+def test_nothing_half_written_is_left_in_a_resumed_run(crashes: dict[str, Any]) -> None:
+    left = {m["event"]: m["left over"] for m in crashes["moments"] if m["had a folder"] and m["left over"]}
+    assert left == {}
+
+
+# Reproducing
+
+
+def test_reproduced_run_is_equal(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = protocol.run(["--reproduce_results", str(finished), "--save_path", str(tmp_path)])
+    again = tmp_path / "tiny" / "run_reproduced"
+    assert_same_run(again, finished)
+    summaries = [auxiliaries.load_json(folder / "summary.json") for folder in (finished, again)]
+    assert metrics == summaries[0]["selected"]["test"]
+    assert summaries[0]["selected"] == summaries[1]["selected"]
+    printed = capsys.readouterr()
+    value = metrics["Recall @ 1"]
+    assert re.search(r"original +reproduced +difference", printed.out)
+    assert re.search(rf"selected, test, Recall @ 1 +{value:.4f} +{value:.4f} +\+0.0000", printed.out)
+    assert "other flags" not in printed.out
+    assert "figures may differ" not in printed.err
+
+
+def test_config_alone_is_enough_and_flags_beside_it_are_shown(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "only"
+    source.mkdir()
+    shutil.copyfile(finished / "config.yaml", source / "config.yaml")
+    flags = ["--reproduce_results", str(source), "--save_path", str(tmp_path / "results")]
+    protocol.run([*flags, "--n_epochs", "1"])
+    assert "other flags than the original's: --n_epochs 1" in capsys.readouterr().out
+    again = tmp_path / "results" / "tiny" / "only_reproduced"
+    assert csv_rows(again / "log_train_Base.csv") == csv_rows(finished / "log_train_Base.csv")[:1]
+
+
+def test_reproduced_cross_validation_is_equal(
+    crossed: CrossValidated, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = protocol.run(["--reproduce_results", str(crossed.folder), "--save_path", str(tmp_path)])
+    assert metrics == crossed.metrics
+    for fold in crossed.folds:
+        assert_same_run(tmp_path / "cv" / "run_reproduced" / fold.name, fold)
+    value = metrics["NMI"]
+    assert re.search(rf"selected, test, NMI +{value:.4f} +{value:.4f} +\+0.0000", capsys.readouterr().out)
+
+
+def test_change_on_resume_is_reproduced(copied: Path, go_on: Run, tmp_path: Path) -> None:
+    metrics = go_on("--resume_training", "--n_epochs", "3", "--lr", "0.05")
+    assert protocol.run(["--reproduce_results", str(copied), "--save_path", str(tmp_path / "new")]) == metrics
+    again = tmp_path / "new" / "tiny" / "run_reproduced"
+    assert_same_run(again, copied)
+    assert [float(row["Learning Rate"]) for row in csv_rows(again / "log_train_Base.csv")] == [1e-3, 1e-3, 0.05]
+
+
+def test_other_versions_are_noticed(
+    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = json.loads((copied / "environment.json").read_text())
+    (copied / "environment.json").write_text(json.dumps({**environment, "torch": "0.4.1", "git commit": "abc"}))
+    monkeypatch.setattr(protocol, "train", lambda *_, **__: {})
+    protocol.run(["--reproduce_results", str(copied), "--save_path", str(tmp_path / "new")])
+    notices = capsys.readouterr().err
+    assert f"torch is {torch.__version__}, and was 0.4.1 in the original" in notices
+    assert "git commit is" in notices
+    assert "numpy" not in notices
+
+
+# Evaluating
+
+
+def evaluated(folder: Path, *flags: str) -> Metrics:
+    return protocol.run(["--evaluate", str(folder), *flags])
+
+
+def metrics_by_hand(split: str, embeddings: torch.Tensor, images: datasets.ImageSet) -> Metrics:
+    space = evaluate.EmbeddingSpace(embeddings, images.labels[:, 0])
+    return {f"{split} {k}": v for k, v in evaluate.compute_metrics(space, [1, 2, 4, 8]).items()}
+
+
+def test_evaluation_equals_the_selected_epochs(copied: Path, go_on: Run, crossed: CrossValidated) -> None:
+    expected = auxiliaries.load_json(copied / "summary.json")["selected"]["test"]
+    expected = {f"test {name}": value for name, value in expected.items()}
+    assert go_on("--evaluate") == expected
+    assert evaluated(copied, "--eval_reference_set", "compared_to_self") == expected
+    images = datasets.give_splits(stored_flags(copied)).train
+    found = evaluated(copied, "--splits_to_eval", "train", "test")
+    assert found == pytest.approx({**metrics_by_hand("train", embed_by_hand(copied, images), images), **expected})
+    entries = auxiliaries.load_json(copied / "evaluation.json")
+    assert [entry["metrics"] for entry in entries] == [expected, expected, found]
+    assert entries[2]["settings"]["splits_to_eval"] == ["train", "test"]
+
+    means = evaluated(crossed.folder, "--splits_to_eval", "val", "test")
+    summaries = [auxiliaries.load_json(fold / "summary.json")["selected"] for fold in crossed.folds]
+    for split in ("val", "test"):
+        for name in crossed.metrics:
+            values = [summary[split][name] for summary in summaries]
+            assert means[f"{split} {name}"] == pytest.approx(np.mean(values))
+    assert all((fold / "evaluation.json").exists() for fold in crossed.folds)
+
+
+def test_evaluation_in_all_sets_together(copied: Path) -> None:
+    flags = ["--splits_to_eval", "train", "test", "--eval_reference_set", "compared_to_sets_combined"]
+    found = evaluated(copied, *flags)
+    splits = datasets.give_splits(stored_flags(copied))
+    sets = {"train": splits.train, "test": splits.test[0].query}
+    points = {split: embed_by_hand(copied, images) for split, images in sets.items()}
+    gallery = torch.cat(list(points.values()))
+    labels = np.concatenate([images.labels[:, 0] for images in sets.values()])
+    for split, images in sets.items():
+        expected = naive_recall(points[split], images.labels[:, 0], gallery, labels)
+        assert found[f"{split} Recall @ 1"] == pytest.approx(expected)
+
+
+def test_evaluation_in_the_training_images(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where test images are of training classes; otherwise there is nothing to find."""
+    against = ["--eval_reference_set", "compared_to_training_set"]
+    with pytest.raises(UserError, match="no query's class is among the images"):
+        evaluated(copied, *against)
+    whole = datasets.give_splits(stored_flags(copied)).train
+    is_test = np.arange(len(whole)) % 3 == 0
+    shared = datasets.Splits(whole.subset(~is_test), test=[datasets.RetrievalSet("test", whole.subset(is_test))])
+
+    def keep(splits: datasets.Splits, root: Path) -> datasets.Splits:
+        return splits
+
+    monkeypatch.setitem(datasets.DATASETS, "tiny", datasets.Source(partial(keep, shared), made_here=True))
+    found = evaluated(copied, *against, "--splits_to_eval", "test", "train")
+    query, gallery = (embed_by_hand(copied, images) for images in (shared.test[0].query, shared.train))
+    labels, of_gallery = shared.test[0].query.labels[:, 0], shared.train.labels[:, 0]
+    assert found["test Recall @ 1"] == pytest.approx(naive_recall(query, labels, gallery, of_gallery))
+    assert found["train Recall @ 1"] == pytest.approx(naive_recall(gallery, of_gallery, gallery, of_gallery))
+
+
+@pytest.mark.parametrize("trunk", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_evaluation_of_other_points(copied: Path, trunk: bool, normalize: bool) -> None:
+    images = datasets.give_splits(stored_flags(copied)).test[0].query
+    points = embed_by_hand(copied, images, trunk, normalize)
+    assert points.shape == (24, 1024 if trunk else 16)
+    flags = [f"--{'' if normalize else 'no-'}eval_normalize_embeddings", *["--eval_use_trunk_output"] * trunk]
+    assert evaluated(copied, *flags) == pytest.approx(metrics_by_hand("test", points, images))
+
+
+def test_evaluation_on_principal_components(copied: Path) -> None:
+    images = datasets.give_splits(stored_flags(copied)).test[0].query
+    points = embed_by_hand(copied, images).numpy()
+    projected = torch.from_numpy(PCA(3, svd_solver="full").fit(points).transform(points))
+    expected = metrics_by_hand("test", projected, images)
+    found = evaluated(copied, "--eval_pca", "3")
+    assert found != metrics_by_hand("test", torch.from_numpy(points), images)
+    assert found == pytest.approx(expected)
+    with pytest.raises(UserError, match="--eval_pca 17 is more than 24 embeddings of dimension 16"):
+        evaluated(copied, "--eval_pca", "17")
+
+
+def test_tsne_is_drawn(copied: Path) -> None:
+    evaluated(copied, "--eval_size_of_tsne", "12")
+    with Image.open(copied / "tsne_test.png") as picture:
+        width, height = picture.size
+    events = EventAccumulator(str(copied / "tensorboard" / "evaluation")).Reload()
+    (tag,) = events.Tags()["images"]
+    (image,) = events.Images(tag)
+    assert (tag, image.width, image.height) == ("t-SNE test", width, height)
+
+
+REFUSED: Sequence[tuple[list[str], str]] = [
+    (["--evaluate", "--splits_to_eval", "val"], "these splits have no val classes"),
+    (["--evaluate", "--reproduce_results", "x"], "contradict each other"),
+    (["--evaluate", "--arch", "squeezenet1_1"], "another --arch"),
+    (["--evaluate", "nowhere"], "nowhere is no run folder"),
+    (["--splits_to_eval", "test"], "--splits_to_eval says how to --evaluate"),
+    (["--eval_reference_set", "compared_to_self"], "--eval_reference_set says how to --evaluate"),
+    (["--no-eval_normalize_embeddings"], "--eval_normalize_embeddings says how to --evaluate"),
+    (["--eval_use_trunk_output"], "--eval_use_trunk_output says how to --evaluate"),
+    (["--eval_size_of_tsne", "10"], "--eval_size_of_tsne says how to --evaluate"),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), REFUSED)
+def test_evaluation_refused(copied: Path, go_on: Run, flags: list[str], words: str) -> None:
+    with pytest.raises(UserError) as error:
+        go_on(*flags)
+    assert words in str(error.value)
+    assert not (copied / "evaluation.json").exists()
+
+
+def test_evaluation_before_the_first_checkpoint(copied: Path) -> None:
+    for name in ("last.pth.tar", "checkpoint.pth.tar"):
+        (copied / name).unlink()
+    with pytest.raises(UserError, match="stopped before its first evaluation"):
+        evaluated(copied)
+
+
+def test_evaluation_of_one_fold(crossed: CrossValidated) -> None:
+    expected = auxiliaries.load_json(crossed.folds[1] / "summary.json")["selected"]["test"]
+    found = evaluated(crossed.folder, "--fold", "1")
+    assert found == {f"test {name}": value for name, value in expected.items()}
