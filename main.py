@@ -158,7 +158,8 @@ def resolve(opt: argparse.Namespace) -> argparse.Namespace:
     fill("embed_dim", arch.embed_dim)
     fill("resize", arch.resize if opt.crop_size is None else round(opt.crop_size * arch.resize / arch.crop_size))
     fill("crop_size", arch.crop_size)
-    fill("num_training_sets", min(4, opt.num_training_partitions))
+    if opt.split_scheme == "cross_validation":
+        fill("num_training_sets", min(4, opt.num_training_partitions))
     fill("freeze_batchnorm", not opt.not_pretrained)
     fill("savename", f"{opt.dataset}_{opt.arch}_{datetime.now():%Y-%m-%d_%H-%M-%S}")
     refuse_contradictions(opt)
@@ -189,13 +190,14 @@ def refuse_contradictions(opt: argparse.Namespace) -> None:
         raise UserError(f"--loss {opt.loss} needs two classes of {opt.samples_per_class} images in a batch: raise --bs")
     if opt.split_scheme == "predefined" and opt.fold is not None:
         raise UserError("--fold needs --split_scheme cross_validation: predefined splits have no folds")
-    if opt.num_training_sets > opt.num_training_partitions:
+    sets = opt.num_training_sets
+    if sets is not None and sets > opt.num_training_partitions:
         raise UserError(
-            f"--num_training_sets {opt.num_training_sets} is more than --num_training_partitions "
-            f"{opt.num_training_partitions}: each fold needs a partition to validate on"
+            f"--num_training_sets {sets} is more than --num_training_partitions {opt.num_training_partitions}: each "
+            "fold needs a partition to validate on"
         )
-    if opt.fold is not None and opt.fold >= opt.num_training_sets:
-        raise UserError(f"--fold {opt.fold} does not exist: --num_training_sets {opt.num_training_sets} counts from 0")
+    if opt.fold is not None and opt.fold >= sets:
+        raise UserError(f"--fold {opt.fold} does not exist: --num_training_sets {sets} counts from 0")
     computed = list(evaluate.chosen_metrics(opt.k_vals, opt.eval_metrics))
     if opt.evaluate is None and opt.eval_metric_for_best_epoch not in computed:
         near = auxiliaries.nearest_name(opt.eval_metric_for_best_epoch, computed)

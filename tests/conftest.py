@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+import records
+from auxiliaries import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,6 +49,31 @@ def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source")
     make_tree(source / "tiny" / "images")
     return source
+
+
+def quick_pictures() -> None:
+    """Pictures take most of a tiny run's time: files of a few bytes stand for them, written in the same way."""
+
+    def plot(path: Path, *_: Any, **__: Any) -> None:
+        with replacing(path) as beside:
+            beside.write_text("<svg/>")
+
+    def show(path: Path, *_: Any, **__: Any) -> None:
+        with replacing(path) as beside:
+            Image.new("RGB", (4, 4)).save(beside, format="png")
+
+    records.save_info_plot = records.save_curve = plot
+    records.save_recoveries = show
+
+
+@pytest.fixture(scope="module")
+def without_pictures() -> Iterator[None]:
+    """What pictures look like, and that whole runs draw them, is tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("save_info_plot", "save_curve", "save_recoveries"):
+            patch.setattr(records, name, getattr(records, name))
+        quick_pictures()
+        yield
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import torch  # noqa: E402
-from conftest import SMALL, make_tree  # noqa: E402
+from conftest import SMALL, make_tree, quick_pictures  # noqa: E402
 from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
 
 import auxiliaries  # noqa: E402
@@ -135,21 +135,6 @@ class Events:
 
         torch.save, shutil.copyfile = torn_save, torn_copy  # type: ignore[assignment]
         Path.write_bytes, Path.write_text = torn_write, torn_text  # type: ignore[assignment, method-assign]
-
-
-def quick_pictures() -> None:
-    """Pictures take most of a tiny run's time: files of a few bytes stand for them, written in the same way."""
-
-    def plot(path: Path, *_: Any, **__: Any) -> None:
-        with records.replacing(path) as beside:
-            beside.write_text("<svg/>")
-
-    def show(path: Path, *_: Any, **__: Any) -> None:
-        with records.replacing(path) as beside:
-            records.Image.new("RGB", (4, 4)).save(beside, format="png")
-
-    records.save_info_plot = records.save_curve = plot
-    records.save_recoveries = show
 
 
 def in_fork(action: Callable[[], Any], log: Path) -> tuple[int, Any]:

@@ -113,7 +113,7 @@ def fail_with(error: BaseException) -> Callable[[], None]:
     [
         (lambda: {"Recall @ 1": 0.5}, 0, ""),
         (fail_with(UserError("--bs 0 is wrong: raise it")), 2, "error: --bs 0 is wrong: raise it"),
-        (fail_with(KeyboardInterrupt()), 130, "stopped; --resume_training goes on from the last epoch that was saved"),
+        (fail_with(KeyboardInterrupt()), 130, "stopped; what was saved is kept"),
     ],
     ids=["success", "user's error", "Ctrl-C"],
 )

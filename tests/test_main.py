@@ -34,6 +34,8 @@ from auxiliaries import UserError
 
 Flags = Callable[..., list[str]]
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 PAIRS = [
     *[
         (loss, sampling)

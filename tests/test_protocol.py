@@ -11,7 +11,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, SMALL, make_tree
-from crash_child import ASIDE, quick_pictures, rows_of, same
+from crash_child import ASIDE, rows_of, same
 from PIL import Image
 from scipy import stats
 from sklearn.decomposition import PCA
@@ -39,15 +39,7 @@ from auxiliaries import UserError
 CROSS = ("--dataset", "cv", "--split_scheme", "cross_validation", "--num_training_sets", "3", "--n_epochs", "2")
 Metrics = dict[str, float]
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_pictures() -> Iterator[None]:
-    """What pictures look like is tested elsewhere."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("save_info_plot", "save_curve", "save_recoveries"):
-            patch.setattr(records, name, getattr(records, name))
-        quick_pictures()
-        yield
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
 @pytest.fixture(scope="module")

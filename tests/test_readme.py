@@ -54,14 +54,12 @@ def test_readme_extensions_work_together(tiny_source: Path, tmp_path: Path) -> N
     command = re.search(r"^python (main\.py --dataset odd_even .*)$", README, re.MULTILINE)
     assert command
     small = ["--crop_size", "32", "--gpu", "-1", "--kernels", "0", "--n_epochs", "1", "--bs", "8", "--savename", "run"]
-    for more in ([], ["--loss", "triplet"], ["--loss", "marginloss"], ["--batch_sampler", "in_order"]):
-        done = subprocess.run(
-            [sys.executable, *shlex.split(command[1]), *small, *more],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    flags = [*shlex.split(command[1]), *small]
+    others = [
+        [*flags[1:], *more] for more in (["--loss", "triplet"], ["--loss", "marginloss", "--batch_sampler", "in_order"])
+    ]
+    for arguments in (flags, ["-c", f"import protocol\nfor flags in {others}: protocol.run(flags)"]):
+        done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     header = (tmp_path / "Training_Results/odd_even/run/log_val_Base.csv").read_text().splitlines()[0]
     assert header == "Epochs,Time,NMI,Recall @ 1,Recall @ 2,Recall @ 4,Recall @ 8,Mean rank"
@@ -144,6 +142,7 @@ def stand_in(pretrained: bool, load: bool) -> tuple[torch.nn.Module, int]:
     return torch.nn.Sequential(pooled, torch.nn.Flatten()), 12
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "demo"])
 def test_published_settings_train_for_a_step(
     name: str, full_size_trees: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

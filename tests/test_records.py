@@ -293,7 +293,7 @@ from pathlib import Path
 from records import Records
 log = Records(Path(sys.argv[1]), tensorboard=False)
 log.add("train", {"Epochs": 1, "Train Loss": 0.5, "Iterations": 3})
-log.note_configuration(0, {"lr": 1}, {}, {})
+log.note_configuration(0, {"lr": 1}, {})
 log.database.execute("PRAGMA cache_size = 1")
 log.database.execute("BEGIN")
 log.database.execute('UPDATE train SET "Train Loss" = 99')
