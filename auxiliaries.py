@@ -245,6 +245,16 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
+def cure(error: Exception) -> str:
+    """What to do about an error of the disk."""
+    number = getattr(error, "errno", None)
+    if number in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
+        return "move away what stands in its place"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG):
+        return "choose another place or name"
+    return "make room, or choose another place"
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a path to write to, which takes the place of `path` once the block ends without an error.
@@ -259,9 +269,7 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        raise UserError(
-            f"{path} can't be written ({error.strerror or error}): make room, or choose another place"
-        ) from None
+        raise UserError(f"{path} can't be written ({error.strerror or error}): {cure(error)}") from None
     finally:
         beside.unlink(missing_ok=True)
 
@@ -272,8 +280,8 @@ def check_run_folder(parent: Path, name: str) -> None:
     Raises:
         UserError: the name is no folder name, or nothing can be written where the folder would be.
     """
-    if name in ("", "..") or Path(name).name != name:
-        raise UserError(f"--savename {name} is no folder name: leave out slashes")
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise UserError(f"--savename '{name}' is no folder name: give a plain name, without slashes")
     try:
         existing = next(folder for folder in (parent, *parent.absolute().parents) if folder.exists())
     except OSError as error:
@@ -312,9 +320,8 @@ def create_run_folder(parent: Path, name: str, fill: Callable[[Path], object], m
         else:
             raise UserError(f"{parent / name} exists: --resume_training goes on with it, or choose another --savename")
     except OSError as error:
-        raise UserError(
-            f"no run folder can be made in {parent} ({error.strerror}): make room, or choose another --save_path"
-        ) from None
+        why = f"({error.strerror}): {cure(error)} (--save_path, --savename)"
+        raise UserError(f"no run folder can be made in {parent} {why}") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return folder
@@ -413,7 +420,32 @@ def load_json(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}): restore it") from None
+        raise UserError(f"{path} is no JSON ({error}): move it away") from None
+
+
+def remove_file(path: Path) -> None:
+    """Removes a file, if it is there.
+
+    Raises:
+        UserError: it can't be removed.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} can't be removed ({error.strerror}): {cure(error)}") from None
+
+
+def check_version(file: Path, values: Any) -> None:
+    """Makes sure that a run folder's file, with these contents, isn't of a later version of this repository.
+
+    Raises:
+        UserError: it is, or it is damaged.
+    """
+    version = values.get("version") if isinstance(values, Mapping) else None
+    if not isinstance(version, int):
+        raise UserError(f"{file} is damaged: it doesn't say of which version it is")
+    if version > RUN_VERSION:
+        raise UserError(f"{file} is of a later version of this repository (run folders of version {version})")
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -69,22 +69,27 @@ def read_result(folder: Path, metric: str) -> Result:
         raise UserError("no run folder: it has no config.yaml")
     if not (folder / "summary.json").is_file():
         raise UserError("unfinished: it has no summary.json; --resume_training goes on with it")
+    summary = records.read_summary(folder)
+    models = {name: summary[name].get("test") or summary[name]["val"] for name in ("selected", "last")}
+    file = folder / "config.yaml"
     try:
-        flags = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        summary = auxiliaries.load_json(folder / "summary.json")
-        models = {name: summary[name].get("test") or summary[name]["val"] for name in ("selected", "last")}
-        values = {name: mean_over_sets(metrics, metric) for name, metrics in models.items()}
-        with open(folder / records.LOGS["val"], newline="", encoding="utf-8") as file:
-            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+        flags = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if not isinstance(flags, dict):
+            raise ValueError("it is no mapping of flags")
+        file = folder / "summary.json"
+        values = {name: float(mean_over_sets(metrics, metric)) for name, metrics in models.items()}
+        seconds = float(summary["seconds"])
+        file = folder / records.LOGS["val"]
+        with open(file, newline="", encoding="utf-8") as log:
+            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(log)]
         values_by_epoch = {int(row["Epochs"]): mean_over_sets(row, metric) for row in rows}
-        curve = {epoch: value for epoch, value in values_by_epoch.items() if math.isfinite(value)}
-        result = Result(folder, dict(flags), values["selected"], values["last"], summary["seconds"], curve)
     except (OSError, KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
-        raise UserError(f"damaged: {' '.join(str(error).split())}") from None
+        raise UserError(f"{file.name} is damaged: {' '.join(str(error).split())}") from None
+    curve = {epoch: value for epoch, value in values_by_epoch.items() if math.isfinite(value)}
     if math.isnan(values["selected"]):
         near = auxiliaries.nearest_name(metric, models["selected"])
         raise UserError(f"it has no {metric}{near}: --evaluate computes further metrics, one run at a time")
-    return result
+    return Result(folder, flags, values["selected"], values["last"], seconds, curve)
 
 
 def read_all(folders: Iterable[Path], metric: str) -> tuple[list[Result], dict[Path, str]]:

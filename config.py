@@ -128,7 +128,7 @@ def given_flags(parser: FlagParser, argv: Sequence[str]) -> dict[str, Any]:
 def _tokens_of_files(parser: FlagParser, argv: Sequence[str], stored: Path | None = None) -> list[str]:
     """What a user would have typed instead of a stored configuration and the files that --config names."""
     layers: list[tuple[str, list[str]]] = []
-    opt, _ = control_flags().parse_known_args(argv)
+    opt, _ = parser.parse_known_args(argv)
     for name in [*([str(stored)] if stored else []), *(opt.config or [])]:
         layers = _merge(layers, read_layer(name, parser))
     return [token for _, tokens in layers for token in tokens]
@@ -160,6 +160,8 @@ def read_layer(name: str, parser: FlagParser) -> list[tuple[str, list[str]]]:
     layer: list[tuple[str, list[str]]] = []
     for key_node, value_node in root.value:
         where = f"{path}, line {key_node.start_mark.line + 1}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise UserError(f"{where}: a flag's name is a plain word")
         try:
             flag, tokens = _as_tokens(str(key_node.value), value_node, parser)
             parser.parse_args(tokens)

@@ -555,7 +555,10 @@ def measure(
     metrics: dict[str, float] = {}
     for position, embedded in enumerate(sets):
         if not embedded.space.has_positive.any():
-            raise UserError(f"{embedded.name}: no query's class is among the images that it is compared to")
+            raise UserError(
+                f"{embedded.name}: no query's class is among the images that it is compared to: choose another "
+                "--eval_reference_set, or other --splits_to_eval"
+            )
         if testing_method == "WithSameParentLabel":
             query, gallery = embedded.query, embedded.gallery or embedded.query
             assert query.parents is not None, "the labels have no coarser level"

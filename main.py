@@ -533,7 +533,8 @@ def check_flags(folder: Path, opt: argparse.Namespace) -> None:
     stored = resolve(parse_args([], folder / "config.yaml"))
     fixed = [name for name in config.differences(stored, opt) if name in FIXED]
     if fixed:
-        raise UserError(f"{folder} was trained with another --{fixed[0]}: leave it out, or start a new run")
+        was = getattr(stored, fixed[0])
+        raise UserError(f"{folder} was trained with --{fixed[0]} {was}, and is of no use with another: leave it out")
 
 
 def read_state(file: Path) -> dict[str, Any]:
@@ -543,15 +544,26 @@ def read_state(file: Path) -> dict[str, Any]:
         UserError: it can't be read, or is of a later version of this repository.
     """
     state = auxiliaries.load_checkpoint(file)
-    if state.get("version", 0) > auxiliaries.RUN_VERSION:
-        raise UserError(f"{file} is of a later version of this repository (run folders of version {state['version']})")
+    auxiliaries.check_version(file, state)
     return state
 
 
 def epoch_reached(folder: Path) -> int:
     """The epoch of a run's `last.pth.tar`; 0 before there is one."""
-    last = folder / "last.pth.tar"
-    return read_state(last)["epoch"] if last.exists() else 0
+    return read_state(folder / "last.pth.tar")["epoch"] if has_state(folder) else 0
+
+
+def has_state(folder: Path) -> bool:
+    """Whether a run has saved anything to go on from.
+
+    Raises:
+        UserError: it has, but it is gone.
+    """
+    if (folder / "last.pth.tar").exists():
+        return True
+    if (folder / "checkpoint.pth.tar").exists():
+        raise UserError(f"{folder} has lost last.pth.tar: a copy of checkpoint.pth.tar goes on from the best epoch")
+    return False
 
 
 def best_state(folder: Path) -> dict[str, Any]:
@@ -561,7 +573,7 @@ def best_state(folder: Path) -> dict[str, Any]:
         UserError: there is none yet, or it can't be read.
     """
     best, last = folder / "checkpoint.pth.tar", folder / "last.pth.tar"
-    if not last.exists():
+    if not has_state(folder):
         raise UserError(f"{folder} has no network yet: it was stopped before its first evaluation; resume it first")
     state = read_state(last)
     # the run may have been stopped before its last state was copied
@@ -576,7 +588,7 @@ def load_state(folder: Path, opt: argparse.Namespace) -> dict[str, Any] | None:
     """
     check_flags(folder, opt)
     last = folder / "last.pth.tar"
-    if not last.exists():
+    if not has_state(folder):
         return None
     state = read_state(last)
     if state["best_epoch"] == state["epoch"]:  # see best_state
@@ -628,6 +640,8 @@ def train(
     if epoch == 0 and opt.check_untrained_accuracy:
         evaluate_epoch(opt, training.net, loaders, device, 0, log)
 
+    if epoch >= last_epoch:
+        auxiliaries.notice(f"{log.folder} is at epoch {epoch} of {last_epoch}: nothing is left to train")
     while epoch < last_epoch:
         best_epoch, evaluated = evaluate.best_epoch(log.rows["val"], metric), [row["Epochs"] for row in log.rows["val"]]
         if opt.patience and epoch > 0 and epoch in evaluated and epoch - best_epoch >= opt.patience:
@@ -701,7 +715,7 @@ def main(opt: argparse.Namespace, folder: Path | None = None, until: int | None 
         until_the_end.callback(log.close)
         epoch = state["epoch"] if state else 0
         log.note_configuration(epoch, config.configuration(opt), environment)
-        (folder / "summary.json").unlink(missing_ok=True)  # until this call is at its end
+        auxiliaries.remove_file(folder / "summary.json")  # until this call is at its end
         print(f"{opt.dataset}: {len(splits.train)} training images of {num_classes} classes; run folder {folder}")
 
         train(opt, training, splits, loaders, device, log, epoch, opt.n_epochs if until is None else until)

@@ -64,7 +64,7 @@ def run(argv: Sequence[str]) -> dict[str, float]:
         return evaluate_run(folder, argv)
     if opt.resume_training:
         return resume(find_run(opt, given), argv)
-    if opt.reproduce_results:
+    if opt.reproduce_results is not None:
         return reproduce(Path(opt.reproduce_results), argv, given)
     return train(opt)
 
@@ -97,9 +97,7 @@ def stored_configuration(folder: Path) -> Path:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is no run folder: it has no config.yaml")
     if (folder / "environment.json").exists():
-        version = auxiliaries.load_json(folder / "environment.json").get("version", 0)
-        if version > auxiliaries.RUN_VERSION:
-            raise UserError(f"{folder} is of a later version of this repository (run folders of version {version})")
+        auxiliaries.check_version(folder / "environment.json", auxiliaries.load_json(folder / "environment.json"))
     return folder / "config.yaml"
 
 
@@ -129,6 +127,7 @@ def train(opt: argparse.Namespace, folder: Path | None = None, source: Path | No
         auxiliaries.check_run_folder(Path(opt.save_path) / opt.dataset, opt.savename)
         check_data(with_flags(opt, fold=opt.fold or 0))  # before a folder is made
         folder = give_parent_folder(opt)
+    shutil.rmtree(folder / "meta", ignore_errors=True)  # until all folds are at their end
     try:
         for fold in range(opt.num_training_sets) if opt.fold is None else [opt.fold]:
             print(f"\nfold {fold} of {opt.num_training_sets}")
@@ -218,7 +217,7 @@ def give_meta_results(opt: argparse.Namespace, folder: Path) -> dict[str, float]
         counts = f"{len(finished)} of {len(folds)} folds are finished with these flags"
         print(f"{counts}: the last one writes {folder / 'meta'}")
         return {}
-    summaries = [auxiliaries.load_json(path / "summary.json") for path in finished]
+    summaries = [records.read_summary(path) for path in finished]
     rows = []
     for model in ("selected", "last"):
         for split in ("val", "test"):
@@ -300,6 +299,10 @@ def resume(folder: Path, argv: Sequence[str]) -> dict[str, float]:
     runs = records.training_runs(folder)
     if opt.fold is not None and None not in runs:
         runs = {fold: path for fold, path in runs.items() if fold == opt.fold}
+    count = main.resolve(with_flags(opt, fold=None)).num_training_sets
+    begun = [fold for fold in runs if fold is not None and fold >= count]
+    if begun:
+        raise UserError(f"{folder} has begun with fold {begun[0]} already: leave --num_training_sets {count} out")
     resolved = {path: main.resolve(with_flags(opt, fold=fold)) for fold, path in runs.items()}
     with contextlib.ExitStack() as locks:
         for path in {folder, *resolved}:  # nothing is changed in a run that another process is at work in
@@ -310,6 +313,8 @@ def resume(folder: Path, argv: Sequence[str]) -> dict[str, float]:
         some_fold = None if before.split_scheme == "predefined" else opt.fold or 0
         check_data(main.resolve(with_flags(opt, fold=some_fold)))
         changes = config.differences(before, main.resolve(with_flags(opt, fold=None)))
+        for path, flags in resolved.items():  # a fold may have gone on alone, with flags of its own
+            changes |= config.differences(main.resolve(main.parse_args([], path / "config.yaml")), flags)
         if changes:
             save_changes(folder, list(resolved), changes)
             for path, flags in resolved.items():
@@ -325,7 +330,8 @@ def resume(folder: Path, argv: Sequence[str]) -> dict[str, float]:
 
 def save_changes(folder: Path, runs: Sequence[Path], changes: Mapping[str, Any]) -> None:
     """Keeps flags that a resumed run changes, in a folder named after the epochs that its folds have reached."""
-    name = f"resume_training_config_diffs_{'_'.join(str(main.epoch_reached(path)) for path in runs)}"
+    epochs = [str(main.epoch_reached(path)) for path in runs]
+    name = f"resume_training_config_diffs_{'_'.join(epochs) or 0}"
 
     def save(into: Path) -> None:
         config.save_config(into / "config.yaml", changes, main.give_parser())
@@ -366,6 +372,9 @@ def reproduce(source: Path, argv: Sequence[str], given: Mapping[str, Any]) -> di
     if changes:
         print("other flags than the original's: " + ", ".join(f"--{name} {value}" for name, value in changes.items()))
     warn_of_environment(source, auxiliaries.pick_device(opt.gpu))
+    original = results_of(records.training_runs(source).get(opt.fold, source))
+    if not original:
+        notice(f"{source} isn't finished: there is nothing to compare with")
     parent = Path(opt.save_path) / opt.dataset
     opt.savename = next(name for name in auxiliaries.numbered(opt.savename) if not (parent / name).exists())
     follows = not set(changes) - {*ELSEWHERE}
@@ -373,9 +382,7 @@ def reproduce(source: Path, argv: Sequence[str], given: Mapping[str, Any]) -> di
         notice("with other flags, the original's changes of flags on resuming, if any, are not followed")
     single = opt.split_scheme == "predefined"
     results = train(opt, parent / opt.savename if single else None, source if follows else None)
-    original, reproduced = (
-        results_of(records.training_runs(path).get(opt.fold, path)) for path in (source, parent / opt.savename)
-    )
+    reproduced = results_of(records.training_runs(parent / opt.savename).get(opt.fold, parent / opt.savename))
     print(f"\n{'':34}{'original':>12}{'reproduced':>12}{'difference':>12}")
     for name, value in reproduced.items():
         was = original.get(name, float("nan"))
@@ -396,12 +403,17 @@ def warn_of_environment(source: Path, device: torch.device) -> None:
 
 def results_of(folder: Path) -> dict[str, float]:
     """A finished run's results, named by network and metric; empty where it isn't finished."""
-    if (folder / "meta/results.json").exists():
-        rows = auxiliaries.load_json(folder / "meta/results.json")
-        return {f"{row['Network']}, {row['Split']}, {row['Metric']}": row["Mean"] for row in rows}
+    meta = folder / "meta/results.json"
+    if meta.exists():
+        try:
+            return {
+                f"{row['Network']}, {row['Split']}, {row['Metric']}": row["Mean"] for row in auxiliaries.load_json(meta)
+            }
+        except (KeyError, TypeError):
+            raise UserError(f"{meta} is damaged: --resume_training writes it anew") from None
     if not (folder / "summary.json").exists():
         return {}
-    summary = auxiliaries.load_json(folder / "summary.json")
+    summary = records.read_summary(folder)
     return {
         f"{model}, {split}, {metric}": value
         for model in ("selected", "last")
@@ -428,6 +440,8 @@ def evaluate_run(folder: Path, argv: Sequence[str]) -> dict[str, float]:
     chosen = {fold: path for fold, path in runs.items() if opt.fold in (None, fold)}
     if not chosen:
         raise UserError(f"{folder} has no fold {opt.fold}")
+    if opt.fold is None and len(chosen) < main.resolve(opt).num_training_sets:
+        notice(f"{folder} has only {len(chosen)} of its folds: --resume_training begins the others")
     of_folds = []
     for fold, path in chosen.items():
         print(f"fold {fold}")
@@ -442,6 +456,8 @@ def evaluate_network(folder: Path, opt: argparse.Namespace) -> dict[str, float]:
     stored_configuration(folder)
     opt = main.resolve(opt)
     main.check_flags(folder, opt)
+    path = folder / "evaluation.json"
+    earlier = auxiliaries.load_json(path) if path.exists() else []
     embedded = embed_splits(folder, opt)
     metrics: dict[str, float] = {}
     for split, sets in embedded.items():
@@ -451,8 +467,6 @@ def evaluate_network(folder: Path, opt: argparse.Namespace) -> dict[str, float]:
         if opt.eval_size_of_tsne:
             draw_tsne(folder, split, sets[0].query, opt)
     settings = {name: getattr(opt, name) for name in ("k_vals", "testing_method", *NEEDS_EVALUATE)}
-    path = folder / "evaluation.json"
-    earlier = auxiliaries.load_json(path) if path.exists() else []
     auxiliaries.save_json(path, [*earlier, {"settings": settings, "metrics": metrics}])
     print(f"also in {path}")
     return metrics

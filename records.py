@@ -27,7 +27,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.tensorboard import SummaryWriter
 
-from auxiliaries import UserError, plain, replacing, save_json
+from auxiliaries import UserError, cure, load_json, plain, replacing, save_json
 
 Row = dict[str, Any]
 
@@ -81,10 +81,13 @@ class Records:
                 self._write_csv(kind)
         self.writers: dict[str, SummaryWriter] = {}
         if tensorboard:
+            is_late = bool(history) and not (folder / "tensorboard").exists()
             for unit, kind in (("epochs", "train"), ("iterations", "iterations")):
                 done = max((row[_step(kind)] for row in self.rows[kind]), default=-1)
                 with _writing(folder / "tensorboard"):
                     self.writers[unit] = SummaryWriter(str(folder / "tensorboard" / unit), purge_step=done + 1)
+            for kind, rows in self.rows.items() if is_late else ():
+                self._show(kind, rows)
 
     def add(self, kind: str, *rows: Row) -> None:
         """Appends rows; a row of an epoch that is there already takes its place."""
@@ -106,12 +109,17 @@ class Records:
                 csv.DictWriter(file, columns).writerows(rows)
         else:
             self._write_csv(kind)
+        self._show(kind, rows)
+
+    def _show(self, kind: str, rows: Sequence[Row]) -> None:
+        """Writes rows for TensorBoard."""
         writer = self.writers.get("iterations" if kind == "iterations" else "epochs")
-        if writer:
-            with _writing(self.folder / "tensorboard"):
-                for row in rows:
-                    for name in [name for name in row if name not in ("Epochs", "Iteration")]:
-                        writer.add_scalar(f"{kind}/{name}", row[name], row[step])
+        if writer is None:
+            return
+        with _writing(self.folder / "tensorboard"):
+            for row in rows:
+                for name in [name for name in row if name not in ("Epochs", "Iteration")]:
+                    writer.add_scalar(f"{kind}/{name}", row[name], row[_step(kind)])
 
     def iterations(self) -> int:
         """How many iterations the recorded epochs had."""
@@ -166,7 +174,8 @@ class Records:
     def _write_csv(self, kind: str) -> None:
         path = self.folder / LOGS[kind]
         if not self.rows[kind]:
-            path.unlink()
+            with _writing(path):
+                path.unlink()
             return
         with replacing(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns[kind])
@@ -181,7 +190,7 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, sqlite3.OperationalError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} can't be written ({reason}): make room, then --resume_training") from None
+        raise UserError(f"{path} can't be written ({reason}): {cure(error)}, then --resume_training") from None
     except sqlite3.DatabaseError as error:
         raise UserError(f"{path} is damaged ({error}): remove it, and --resume_training writes it anew") from None
 
@@ -193,9 +202,23 @@ def _quoted(name: str) -> str:
 
 def training_runs(folder: Path) -> dict[int | None, Path]:
     """A run's folds, by number, and their folders; or None and the folder itself, where it is one training run."""
-    folds = {path.name.removeprefix("fold_"): path for path in folder.glob("fold_*")}
-    numbered = sorted((int(number), path) for number, path in folds.items() if number.isdigit())
+    folds = {re.sub(r"^fold_([0-9]+)$", r"\1", path.name): path for path in folder.glob("fold_*") if path.is_dir()}
+    numbered = sorted((int(number), path) for number, path in folds.items() if not number.startswith("fold_"))
     return {**dict(numbered)} or {None: folder}
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """A finished training run's summary.json.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    path = folder / "summary.json"
+    summary = load_json(path)
+    models = [summary.get(name) for name in ("selected", "last")] if isinstance(summary, dict) else []
+    if not models or not all(isinstance(model, dict) and ("test" in model or "val" in model) for model in models):
+        raise UserError(f"{path} is damaged: --resume_training writes it anew")
+    return summary
 
 
 def save_meta(folder: Path, rows: Sequence[Row]) -> None:
@@ -240,22 +263,30 @@ class GradientRecord:
     """Statistics of the embedding layer's gradient at every iteration, for --grad_measure.
 
     Of the gradient `(D, features)` it keeps mean and standard deviation over the D outputs, of the values and of
-    their absolute values: four arrays `(iterations, features)`.
+    their absolute values: four arrays `(iterations, features)`, and the iterations' numbers `(iterations,)`.
 
     Args:
         path: a pickled dict of the arrays; where it exists, the record goes on.
-        iterations: how many of its iterations count.
+        iterations: how many iterations the run had before.
+
+    Raises:
+        UserError: what stands at the path is damaged.
     """
+
+    STATISTICS = ("mean", "std", "abs_mean", "abs_std")
 
     def __init__(self, path: Path, iterations: int = 0):
         self.path = path
-        self.arrays = {name: np.empty((0, 0), np.float32) for name in ("mean", "std", "abs_mean", "abs_std")}
+        self.arrays: dict[str, Any] = {name: np.empty((0, 0), np.float32) for name in self.STATISTICS}
+        self.arrays["iteration"] = np.empty(0, np.int64)
         if iterations and path.exists():
             try:
                 saved = pickle.loads(path.read_bytes())
+                kept = saved["iteration"] <= iterations
+                self.arrays = {name: saved[name][kept] for name in self.arrays}
             except Exception:  # pickle raises anything at all on a damaged file
-                raise UserError(f"{path} is damaged: remove it, and its record begins anew") from None
-            self.arrays = {name: saved[name][:iterations] for name in self.arrays}
+                raise UserError(f"{path} is damaged: move it away, and its record begins anew") from None
+        self._iteration = iterations
         self._pending: list[torch.Tensor] = []  # on the device, so that no iteration waits for it
 
     def add(self, weight: torch.Tensor) -> None:
@@ -270,8 +301,10 @@ class GradientRecord:
         if not self._pending:
             return
         recorded = torch.stack(self._pending, dim=1).cpu().numpy()  # (4, iterations, features)
+        numbers = self._iteration + 1 + np.arange(len(self._pending))
+        self._iteration += len(self._pending)
         self._pending.clear()
-        for name, rows in zip(self.arrays, recorded):
+        for name, rows in zip((*self.STATISTICS, "iteration"), (*recorded, numbers)):
             self.arrays[name] = np.concatenate([self.arrays[name], rows]) if self.arrays[name].size else rows
         with replacing(self.path) as beside:
             beside.write_bytes(pickle.dumps(self.arrays))

@@ -110,6 +110,7 @@ def test_run_folder_holds_what_its_readme_lists(small_flags: Flags, results: Pat
     assert "beta" in last["criterion"]
 
     gradients = pickle.loads((folder / "grad_measure.pkl").read_bytes())
+    assert gradients.pop("iteration").tolist() == list(range(1, 10))
     assert {array.shape for array in gradients.values()} == {(9, 1024)}
     assert "margin: 0.2\n" in (folder / "Parameter_Info.txt").read_text()
 
@@ -464,7 +465,7 @@ def test_a_run_folder_says_with_what_it_was_made(small_flags: Flags, results: Pa
     assert auxiliaries.load_checkpoint(folder / "last.pth.tar")["opt"] == values
     assert records.read_configurations(folder) == [{"Epochs": 0, "Configuration": values}]
     for flag, value in (("--embed_dim", "8"), ("--loss", "triplet")):
-        with pytest.raises(UserError, match=f"run was trained with another {flag}: leave it out"):
+        with pytest.raises(UserError, match=f"was trained with {flag} .*, and is of no use with another"):
             main.check_flags(folder, main.resolve(main.parse_args([*flags, flag, value])))
     assert main.epoch_reached(folder) == 1
     assert main.epoch_reached(results) == 0

@@ -467,9 +467,9 @@ def test_folds_go_on(
     ("flags", "words"),
     [
         (["--savename", "runn"], "did you mean run?"),
-        (["--arch", "squeezenet1_1"], "another --arch"),
-        (["--loss", "triplet"], "another --loss"),
-        (["--embed_dim", "32"], "another --embed_dim"),
+        (["--arch", "squeezenet1_1"], "was trained with --arch shufflenet_v2_x0_5, and is of no use with another"),
+        (["--loss", "triplet"], "was trained with --loss marginloss, and is of no use with another"),
+        (["--embed_dim", "32"], "was trained with --embed_dim 16, and is of no use with another"),
         (["--dataset", "cv"], "there is no run"),
         (["--reproduce_results", "x"], "--resume_training and --reproduce_results contradict"),
         (["--evaluate"], "--resume_training and --evaluate contradict"),
@@ -755,7 +755,10 @@ def test_tsne_is_drawn(copied: Path) -> None:
 REFUSED: Sequence[tuple[list[str], str]] = [
     (["--evaluate", "--splits_to_eval", "val"], "these splits have no val classes"),
     (["--evaluate", "--reproduce_results", "x"], "contradict each other"),
-    (["--evaluate", "--arch", "squeezenet1_1"], "another --arch"),
+    (
+        ["--evaluate", "--arch", "squeezenet1_1"],
+        "was trained with --arch shufflenet_v2_x0_5, and is of no use with another",
+    ),
     (["--evaluate", "nowhere"], "nowhere is no run folder"),
     (["--splits_to_eval", "test"], "--splits_to_eval says how to --evaluate"),
     (["--eval_reference_set", "compared_to_self"], "--eval_reference_set says how to --evaluate"),
@@ -784,3 +787,128 @@ def test_evaluation_of_one_fold(crossed: CrossValidated) -> None:
     expected = auxiliaries.load_json(crossed.folds[1] / "summary.json")["selected"]["test"]
     found = evaluated(crossed.folder, "--fold", "1")
     assert found == {f"test {name}": value for name, value in expected.items()}
+
+
+# What was found by trying
+
+
+def test_a_fold_that_went_on_alone_takes_the_others_with_it(
+    crossed: CrossValidated, tmp_path: Path, go_on: Run
+) -> None:
+    folder = shutil.copytree(crossed.folder, tmp_path / "cv" / "run")
+    assert go_on("--resume_training", "--fold", "0", "--n_epochs", "3") == {}
+    assert not (folder / "meta").exists()  # it was of other flags
+    assert go_on("--resume_training") != {}
+    rows = auxiliaries.load_json(folder / "meta" / "results.json")
+    assert {row["Folds"] for row in rows} == {3}
+    assert [stored_flags(fold).n_epochs for fold in sorted(folder.glob("fold_*"))] == [3, 3, 3]
+    kept = sorted(path.name for path in folder.glob("resume_training_config_diffs_*"))
+    assert kept == ["resume_training_config_diffs_2", "resume_training_config_diffs_3_2_2"]
+
+
+def test_fewer_folds_than_have_begun_are_refused(crossed: CrossValidated, tmp_path: Path, go_on: Run) -> None:
+    shutil.copytree(crossed.folder, tmp_path / "cv" / "run")
+    with pytest.raises(UserError, match="has begun with fold 2 already: leave --num_training_sets 2 out"):
+        go_on("--resume_training", "--num_training_sets", "2")
+
+
+def test_gradients_that_are_recorded_late_are_recorded_once(
+    copied: Path, go_on: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "save_state", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            go_on("--resume_training", "--grad_measure", "--n_epochs", "4")
+    go_on("--resume_training")
+    iterations = [int(row["Iteration"]) for row in csv_rows(copied / "log_iterations.csv") if row["Epochs"] in "34"]
+    gradients = pickle.loads((copied / "grad_measure.pkl").read_bytes())
+    assert gradients["iteration"].tolist() == iterations
+    assert len(gradients["mean"]) == len(iterations)
+
+
+def test_lost_last_checkpoint_starts_nothing_anew(copied: Path, go_on: Run) -> None:
+    (copied / "last.pth.tar").unlink()
+    best = (copied / "checkpoint.pth.tar").read_bytes()
+    for flags in (["--resume_training"], ["--resume_training", "best"], ["--evaluate"]):
+        with pytest.raises(UserError, match=r"has lost last\.pth\.tar: a copy of checkpoint\.pth\.tar goes on"):
+            go_on(*flags)
+    assert (copied / "checkpoint.pth.tar").read_bytes() == best
+
+
+def test_tensorboard_that_is_asked_for_late_shows_everything(run: Run, go_on: Run, tmp_path: Path) -> None:
+    run("--no-tensorboard")
+    folder = tmp_path / "tiny" / "run"
+    assert not (folder / "tensorboard").exists()
+    go_on("--resume_training", "--tensorboard", "--n_epochs", "3")
+    events = EventAccumulator(str(folder / "tensorboard" / "epochs")).Reload()
+    assert [event.step for event in events.Scalars("val/Recall @ 1")] == [1, 2, 3]
+
+
+def test_lower_n_epochs_says_that_nothing_is_left(copied: Path, go_on: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    go_on("--resume_training", "--n_epochs", "1")
+    assert "is at epoch 2 of 1: nothing is left to train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("summary.json", "{", "is no JSON"),
+        ("summary.json", "{}", "is damaged: --resume_training writes it anew"),
+        ("environment.json", "[1]", "is damaged: it doesn't say of which version it is"),
+        ("environment.json", '{"version": "x"}', "is damaged: it doesn't say of which version it is"),
+    ],
+)
+def test_damaged_original_is_noticed_before_anything_is_trained(
+    copied: Path, tmp_path: Path, file: str, content: str, words: str
+) -> None:
+    (copied / file).write_text(content)
+    with pytest.raises(UserError) as error:
+        protocol.run(["--reproduce_results", str(copied), "--save_path", str(tmp_path / "new")])
+    assert words in str(error.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_reproducing_nothing_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no run folder"):
+        protocol.run(flags_of(source, tmp_path, "--dataset", "tiny", "--reproduce_results", ""))
+
+
+@pytest.mark.parametrize("state", [[1], {"a": 1}])
+def test_checkpoint_of_another_kind_is_one_sentence(copied: Path, go_on: Run, state: Any) -> None:
+    torch.save(state, copied / "last.pth.tar")
+    for flags in (["--resume_training"], ["--evaluate"]):
+        with pytest.raises(UserError, match=r"last\.pth\.tar is damaged"):
+            go_on(*flags)
+
+
+def test_folders_in_place_of_files_are_one_sentence(copied: Path, go_on: Run) -> None:
+    for name in ("summary.json", "log_test_Base.csv"):
+        (copied / name).unlink(missing_ok=True)
+        (copied / name).mkdir()
+        with pytest.raises(UserError, match=f"{name} can't be"):
+            go_on("--resume_training")
+        (copied / name).rmdir()
+
+
+def test_damaged_evaluations_are_noticed_first(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copied / "evaluation.json").write_text("")
+    with pytest.raises(UserError, match=r"is no JSON.*move it away"):
+        evaluated(copied)
+    assert "test |" not in capsys.readouterr().out
+
+
+def test_only_numbered_folders_are_folds(crossed: CrossValidated, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for name in ("fold_1", "fold_0", "fold_²", "fold_", "fold_x"):
+        (folder / name).mkdir(parents=True)
+    (folder / "fold_5").write_text("")
+    assert records.training_runs(folder) == {0: folder / "fold_0", 1: folder / "fold_1"}
+
+
+def test_names_with_spaces_follow_other_flags(run: Run, tmp_path: Path) -> None:
+    run("--n_epochs", "1", "--savename=a b")
+    metrics = protocol.run(["--save_path", str(tmp_path), "--resume_training", "--savename=a b"])
+    assert metrics

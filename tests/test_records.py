@@ -445,6 +445,7 @@ def test_gradient_statistics_equal_numpys_over_several_saves_and_runs(tmp_path: 
             "std": done.std(axis=1),
             "abs_mean": size.mean(axis=1),
             "abs_std": size.std(axis=1),
+            "iteration": np.arange(1, iterations + 1),
         }
         saved = pickle.loads(path.read_bytes())
         assert saved.keys() == expected.keys()
@@ -467,7 +468,9 @@ def test_a_missing_gradient_counts_as_zero(tmp_path: Path) -> None:
     record = GradientRecord(tmp_path / "grad_measure.pkl", iterations=4)  # without a file to go on with
     record.add(nn.Parameter(torch.ones(7, 3)))
     record.save()
-    assert all(not array.any() for array in pickle.loads((tmp_path / "grad_measure.pkl").read_bytes()).values())
+    arrays = pickle.loads((tmp_path / "grad_measure.pkl").read_bytes())
+    assert arrays.pop("iteration").tolist() == [5]
+    assert all(not array.any() for array in arrays.values())
 
 
 def svg_texts(path: Path) -> list[str]:
