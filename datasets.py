@@ -717,9 +717,8 @@ def load_image(path: str) -> torch.Tensor:
         UserError: the file is no whole image.
     """
     try:
-        with open(path, "rb") as file:
-            data = file.read()
-        if data[:3] == b"\xff\xd8\xff" and (image := _decode_jpeg(data)) is not None:
+        data = np.fromfile(path, np.uint8)
+        if data[:3].tolist() == [0xFF, 0xD8, 0xFF] and (image := _decode_jpeg(data)) is not None:
             return image
         with Image.open(path) as opened:
             if opened.mode.startswith("I;16"):  # Pillow would clip, not scale
@@ -736,10 +735,10 @@ def load_image(path: str) -> torch.Tensor:
         ) from None
 
 
-def _decode_jpeg(data: bytes) -> torch.Tensor | None:
+def _decode_jpeg(data: np.ndarray) -> torch.Tensor | None:
     """Decodes grey and YCbCr JPEGs; None for what only Pillow reads or reports well (CMYK, cut-off files)."""
     try:
-        image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
+        image = decode_jpeg(torch.from_numpy(data), ImageReadMode.UNCHANGED)
     except RuntimeError:
         return None
     return image.expand(3, -1, -1) if len(image) == 1 else image if len(image) == 3 else None
