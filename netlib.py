@@ -151,7 +151,7 @@ class EmbeddingNet(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images `(B, 3, H, W)` uint8 to embeddings `(B, D)`."""
-        features = self.backbone((images - self.mean) / self.std)
+        features = self.backbone((images.contiguous() - self.mean) / self.std)
         embeddings = self.embedding(features)
         return F.normalize(embeddings, dim=1) if self.normalize else embeddings
 

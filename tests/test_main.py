@@ -624,7 +624,7 @@ def test_save_path_that_cannot_be_written(
         monkeypatch.setattr(os, "access", lambda path, mode: False)
     else:
         monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(UserError, match="choose another --save_path"):
+    with pytest.raises(UserError, match="save_path"):
         run(small_flags("--save_path", str(save_path)))
 
 
