@@ -23,7 +23,7 @@ from evaluate import mean_over_sets
 NOT_COMPARED = {
     *("seed", "fold", "savename", "save_path", "source_path", "download", "download_url", "gpu", "kernels", "eval_bs"),
     *("log_every", "tensorboard", "check_untrained_accuracy", "dist_measure", "grad_measure", "k_vals", "eval_metrics"),
-    "meta_testing_method",
+    *("num_training_sets", "meta_testing_method"),
 }
 
 

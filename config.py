@@ -98,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--eval_size_of_tsne",
         type=number(int, 10),
         metavar="N",
-        help="--evaluate: draw a t-SNE of N images of each set",
+        help="--evaluate: draw a t-SNE of N images of each set, class by class",
     )
 
 

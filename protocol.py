@@ -556,12 +556,17 @@ def project(
 
 
 def draw_tsne(folder: Path, split: str, points: Points, opt: argparse.Namespace) -> None:
-    """Draws a t-SNE of some of the points, chosen at random, always the same ones."""
-    count = min(opt.eval_size_of_tsne, len(points.labels))
-    chosen = np.sort(np.random.default_rng(opt.seed).permutation(len(points.labels))[:count])
+    """Draws a t-SNE of all images of a few classes, chosen at random, always the same ones."""
+    classes, labels = np.unique(points.labels, return_inverse=True)
+    count = min(opt.eval_size_of_tsne, len(labels))
+    rank = np.random.default_rng(opt.seed).permutation(len(classes))
+    chosen = np.argsort(rank[labels], kind="stable")[:count]
     values = points.embeddings[torch.from_numpy(chosen)].cpu().numpy()
     start = "pca" if values.shape[1] > 1 else "random"
     flat = TSNE(perplexity=min(30, (count - 1) / 3), init=start, random_state=0).fit_transform(values)
+    shown = len(np.unique(labels[chosen]))
     path = folder / f"tsne_{split}.png"
-    records.save_scatter(path, flat, points.labels[chosen], f"t-SNE of {count} {split} images, coloured by class")
+    records.save_scatter(
+        path, flat, labels[chosen], f"t-SNE of {count} {split} images of {shown} classes, a colour each"
+    )
     records.show_in_tensorboard(folder / "tensorboard/evaluation", f"t-SNE {split}", path)
