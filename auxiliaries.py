@@ -477,5 +477,5 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} can't be opened: {error.strerror or error}") from None
     except Exception:  # torch raises anything at all on a damaged file
         raise UserError(
-            f"{path} is no whole checkpoint of tensors (cut off, or of another kind): fetch it again"
+            f"{path} is no whole checkpoint of tensors (cut off, or of another kind): put a whole one in its place"
         ) from None
