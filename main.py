@@ -367,6 +367,22 @@ class IterationMeter:
 # =====================================================================================================================
 
 
+def evaluate_sets(
+    opt: argparse.Namespace,
+    net: netlib.EmbeddingNet,
+    sets: Sequence[datasets.RetrievalLoaders],
+    device: torch.device,
+    epoch: int,
+    kind: str,
+    log: records.Records,
+) -> list[evaluate.EmbeddingSpace]:
+    """Evaluates retrieval sets, records a row of that kind, and returns the embedding spaces."""
+    start = time.perf_counter()
+    metrics, spaces = evaluate.evaluate(net, sets, opt.k_vals, device, opt.eval_metrics, opt.testing_method)
+    log.add(kind, {"Epochs": epoch, "Time": time.perf_counter() - start, **metrics})
+    return spaces
+
+
 def evaluate_epoch(
     opt: argparse.Namespace,
     net: netlib.EmbeddingNet,
@@ -384,11 +400,7 @@ def evaluate_epoch(
     watched = {"val": loaders.val or loaders.test}
     if loaders.val and opt.split_scheme == "predefined":
         watched["test"] = loaders.test
-    spaces = {}
-    for kind, sets in watched.items():
-        start = time.perf_counter()
-        metrics, spaces[kind] = evaluate.evaluate(net, sets, opt.k_vals, device, opt.eval_metrics, opt.testing_method)
-        log.add(kind, {"Epochs": epoch, "Time": time.perf_counter() - start, **metrics})
+    spaces = {kind: evaluate_sets(opt, net, sets, device, epoch, kind, log) for kind, sets in watched.items()}
     if opt.dist_measure:
         points = evaluate.embed(net, loaders.train_eval, device, "training images")
         ratio = evaluate.intra_inter_ratio(evaluate.EmbeddingSpace(points, loaders.train_eval.labels))
@@ -455,11 +467,7 @@ def evaluate_tests(
     last, selected = (auxiliaries.load_checkpoint(log.folder / name) for name in ("last.pth.tar", "checkpoint.pth.tar"))
     for state in {state["epoch"]: state for state in (last, selected)}.values():
         training.net.load_state_dict(state["state_dict"])
-        start = time.perf_counter()
-        metrics, _ = evaluate.evaluate(
-            training.net, loaders.test, opt.k_vals, device, opt.eval_metrics, opt.testing_method
-        )
-        log.add("test", {"Epochs": state["epoch"], "Time": time.perf_counter() - start, **metrics})
+        evaluate_sets(opt, training.net, loaders.test, device, state["epoch"], "test", log)
 
 
 def summarise(opt: argparse.Namespace, splits: datasets.Splits, log: records.Records) -> dict[str, float]:
@@ -524,13 +532,22 @@ def describe_run(folder: Path, opt: argparse.Namespace, environment: Mapping[str
     auxiliaries.save_json(folder / "environment.json", environment)
 
 
+def stored_flags(folder: Path) -> argparse.Namespace:
+    """The resolved flags that a run folder's config.yaml holds.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    return resolve(parse_args([], folder / "config.yaml"))
+
+
 def check_flags(folder: Path, opt: argparse.Namespace) -> None:
     """Makes sure that a run can go on, or be evaluated, with these flags.
 
     Raises:
         UserError: it can't, or its configuration can't be read.
     """
-    stored = resolve(parse_args([], folder / "config.yaml"))
+    stored = stored_flags(folder)
     fixed = [name for name in config.differences(stored, opt) if name in FIXED]
     if fixed:
         was = getattr(stored, fixed[0])

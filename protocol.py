@@ -167,8 +167,12 @@ def give_parent_folder(opt: argparse.Namespace) -> Path:
         except UserError:
             if not folder.exists():  # by another machine
                 raise
-    stored = main.resolve(main.parse_args([], stored_configuration(folder)))
-    others = [name for name in config.differences(stored, with_flags(opt, fold=None)) if name not in ELSEWHERE]
+    stored_configuration(folder)
+    others = [
+        name
+        for name in config.differences(main.stored_flags(folder), with_flags(opt, fold=None))
+        if name not in ELSEWHERE
+    ]
     if others:
         raise UserError(f"{folder} has folds with another --{others[0]}: give the same flags, or another --savename")
     if (folder / f"fold_{opt.fold}").exists():
@@ -200,7 +204,8 @@ def is_finished(folder: Path, opt: argparse.Namespace) -> bool:
     """Whether a fold is at its end, by flags that make the same of it as these."""
     if not (folder / "summary.json").exists():
         return False
-    stored = main.resolve(main.parse_args([], stored_configuration(folder)))
+    stored_configuration(folder)
+    stored = main.stored_flags(folder)
     same = {name: getattr(stored, name) for name in ("fold", "meta_testing_method", *ELSEWHERE)}
     return not config.differences(stored, main.resolve(with_flags(opt, **same)))
 
@@ -294,7 +299,7 @@ def concatenate(sets: Sequence[EmbeddedSet]) -> EmbeddedSet:
 def resume(folder: Path, argv: Sequence[str]) -> dict[str, float]:
     """Goes on with a run, or with all folds of one, with its own flags and those of the command line on top."""
     stored = stored_configuration(folder)
-    before = main.resolve(main.parse_args([], stored))
+    before = main.stored_flags(folder)
     opt = main.parse_args(argv, stored)
     runs = records.training_runs(folder)
     if opt.fold is not None and None not in runs:
@@ -314,7 +319,7 @@ def resume(folder: Path, argv: Sequence[str]) -> dict[str, float]:
         check_data(main.resolve(with_flags(opt, fold=some_fold)))
         changes = config.differences(before, main.resolve(with_flags(opt, fold=None)))
         for path, flags in resolved.items():  # a fold may have gone on alone, with flags of its own
-            changes |= config.differences(main.resolve(main.parse_args([], path / "config.yaml")), flags)
+            changes |= config.differences(main.stored_flags(path), flags)
         if changes:
             save_changes(folder, list(resolved), changes)
             for path, flags in resolved.items():
@@ -367,7 +372,7 @@ def reproduce(source: Path, argv: Sequence[str], given: Mapping[str, Any]) -> di
     opt = main.parse_args(argv, stored_configuration(source))
     if "savename" not in given:
         opt.savename = f"{source.resolve().name}_reproduced"
-    before = main.resolve(main.parse_args([], source / "config.yaml"))
+    before = main.stored_flags(source)
     changes = config.differences(before, main.resolve(opt))
     if changes:
         print("other flags than the original's: " + ", ".join(f"--{name} {value}" for name, value in changes.items()))

@@ -97,7 +97,8 @@ class Records:
             replaced = {row[step] for row in rows}
             before[:] = [row for row in before if row[step] not in replaced]
         before += rows
-        before.sort(key=lambda row: row[step])
+        if not follows:
+            before.sort(key=lambda row: row[step])
         self.columns[kind] = _columns([dict.fromkeys(columns), *rows])
         with _writing(self.folder / "records.db"), self.database:
             self._insert(kind, rows)
