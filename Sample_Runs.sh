@@ -55,7 +55,7 @@ case $name in
 esac
 flags=$(runs | awk -v name="$name" '$1 == name { $1 = ""; print }')
 if [ -z "$flags" ]; then
-    echo "error: $name is none of the runs that bash Sample_Runs.sh --list shows" >&2
+    echo "error: there is no run named $name: bash Sample_Runs.sh --list shows all" >&2
     exit 2
 fi
 bash install.sh

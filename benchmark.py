@@ -25,13 +25,16 @@ from PIL import Image
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning import miners as pml_miners
 from sklearn.datasets import load_sample_images
-from torchvision import transforms
+from torchvision import transforms as v1
 
 import auxiliaries
+import config
 import datasets
 import losses
 import main as training_run
+import methods
 import records
+import transforms
 from evaluate import EmbeddingSpace, f1, nmi, recall_at_k
 
 Row = dict[str, Any]
@@ -50,7 +53,7 @@ def medians(contestants: Mapping[str, Callable[[], object]], rounds: int) -> dic
 
 
 def naive_distance_sampling(batch: torch.Tensor, labels: np.ndarray) -> list[tuple[int, int, int]]:
-    """One triplet an anchor, an anchor at a time, as repositories do it that came before."""
+    """One triplet per anchor, one anchor at a time, as earlier repositories do it."""
     points = batch.detach().numpy()
     distances = np.sqrt(np.maximum(((points[:, None] - points[None]) ** 2).sum(-1), 0))
     dim, triplets = batch.shape[1], []
@@ -66,7 +69,7 @@ def naive_distance_sampling(batch: torch.Tensor, labels: np.ndarray) -> list[tup
 
 
 def naive_semihard_sampling(batch: torch.Tensor, labels: np.ndarray) -> list[tuple[int, int, int]]:
-    """One triplet an anchor, an anchor at a time."""
+    """One triplet per anchor, one anchor at a time."""
     points = batch.detach().numpy()
     distances = ((points[:, None] - points[None]) ** 2).sum(-1)
     triplets = []
@@ -80,7 +83,7 @@ def naive_semihard_sampling(batch: torch.Tensor, labels: np.ndarray) -> list[tup
 
 
 def naive_margin_loss(batch: torch.Tensor, labels: np.ndarray, beta: torch.Tensor) -> torch.Tensor:
-    """The margin loss, a triplet at a time."""
+    """The margin loss, one triplet at a time."""
     terms = []
     for a, p, n in naive_distance_sampling(batch, labels):
         to_positive, to_negative = (batch[a] - batch[p]).norm(), (batch[a] - batch[n]).norm()
@@ -90,7 +93,7 @@ def naive_margin_loss(batch: torch.Tensor, labels: np.ndarray, beta: torch.Tenso
 
 
 def naive_triplet_loss(batch: torch.Tensor, labels: np.ndarray) -> torch.Tensor:
-    """The triplet loss, a triplet at a time."""
+    """The triplet loss, one triplet at a time."""
     triplets = naive_semihard_sampling(batch, labels)
     terms = [
         F.relu((batch[a] - batch[p]).pow(2).sum() - (batch[a] - batch[n]).pow(2).sum() + 0.2) for a, p, n in triplets
@@ -99,7 +102,7 @@ def naive_triplet_loss(batch: torch.Tensor, labels: np.ndarray) -> torch.Tensor:
 
 
 def naive_npair_loss(batch: torch.Tensor, labels: np.ndarray) -> torch.Tensor:
-    """The n-pair loss, a class at a time."""
+    """The n-pair loss, one class at a time."""
     pairs = [np.random.choice(np.flatnonzero(labels == label), 2, replace=False) for label in np.unique(labels)]
     terms = []
     for number, (a, p) in enumerate(pairs):
@@ -110,7 +113,7 @@ def naive_npair_loss(batch: torch.Tensor, labels: np.ndarray) -> torch.Tensor:
 
 
 def naive_proxynca(batch: torch.Tensor, labels: np.ndarray, proxies: torch.Tensor) -> torch.Tensor:
-    """The ProxyNCA loss, an image at a time."""
+    """The ProxyNCA loss, one image at a time."""
     batch, proxies = 3 * F.normalize(batch, dim=1), 3 * F.normalize(proxies, dim=1)
     terms = []
     for embedding, label in zip(batch, labels):
@@ -120,64 +123,58 @@ def naive_proxynca(batch: torch.Tensor, labels: np.ndarray, proxies: torch.Tenso
     return torch.stack(terms).mean()
 
 
-def loss_contests(points: torch.Tensor, labels: torch.Tensor) -> dict[str, tuple[int, dict[str, Callable[[], object]]]]:
-    """For each loss and sampler the number of rounds, and who takes part."""
-    numpy_labels = labels.numpy()
+Contestants = dict[str, Callable[[], object]]
+PML = "pytorch-metric-learning"
 
-    def step(loss: Callable[[torch.Tensor, Any], torch.Tensor], of: Any = labels) -> Callable[[], None]:
-        def run() -> None:
-            batch = points.clone().requires_grad_()
-            loss(batch, of).backward()
 
-        return run
+def learning_step(loss: Callable[[torch.Tensor, Any], torch.Tensor], points: torch.Tensor, labels: Any) -> Callable:
+    """A call of forward and backward on a copy of the points."""
 
-    def pml(loss: torch.nn.Module, miner: torch.nn.Module | None = None) -> Callable[[], None]:
-        return step(lambda batch, of: loss(batch, of, miner(batch, of) if miner else None))
+    def run() -> None:
+        batch = points.clone().requires_grad_()
+        loss(batch, labels).backward()
 
+    return run
+
+
+def library_step(points: torch.Tensor, labels: torch.Tensor, loss: torch.nn.Module, miner: Any = None) -> Callable:
+    """The same of a loss of pytorch-metric-learning, with the tuples of a miner."""
+    return learning_step(lambda batch, of: loss(batch, of, miner(batch, of) if miner else None), points, labels)
+
+
+def loss_contests(points: torch.Tensor, labels: torch.Tensor) -> dict[str, Contestants]:
+    """For each loss, who takes part."""
+    ours, theirs = partial(learning_step, points=points, labels=labels), partial(library_step, points, labels)
+    naive = partial(learning_step, points=points, labels=labels.numpy())
     beta = torch.full((100,), 1.2, requires_grad=True)
-    contests: dict[str, tuple[int, dict[str, Callable[[], object]]]] = {
-        "margin + distance": (
-            50,
-            {
-                "ours": step(losses.MarginLoss(losses.Sampler("distance"), 100)),
-                "pytorch-metric-learning": pml(
-                    pml_losses.MarginLoss(learn_beta=True, num_classes=100), pml_miners.DistanceWeightedMiner()
-                ),
-                "naive loop": step(partial(naive_margin_loss, beta=beta), numpy_labels),
-            },
-        ),
-        "triplet + semihard": (
-            50,
-            {
-                "ours": step(losses.TripletLoss(losses.Sampler("semihard"))),
-                "pytorch-metric-learning": pml(
-                    pml_losses.TripletMarginLoss(0.2), pml_miners.TripletMarginMiner(0.2, type_of_triplets="semihard")
-                ),
-                "naive loop": step(naive_triplet_loss, numpy_labels),
-            },
-        ),
-        "npair": (
-            50,
-            {
-                "ours": step(losses.NPairLoss(losses.Sampler("npair"))),
-                "pytorch-metric-learning": pml(pml_losses.NPairsLoss()),
-                "naive loop": step(naive_npair_loss, numpy_labels),
-            },
-        ),
+    library_margin = pml_losses.MarginLoss(learn_beta=True, num_classes=100)
+    library_semihard = pml_miners.TripletMarginMiner(0.2, type_of_triplets="semihard")
+    contests: dict[str, Contestants] = {
+        "margin + distance": {
+            "ours": ours(losses.MarginLoss(losses.Sampler("distance"), 100)),
+            PML: theirs(library_margin, pml_miners.DistanceWeightedMiner()),
+            "naive loop": naive(partial(naive_margin_loss, beta=beta)),
+        },
+        "triplet + semihard": {
+            "ours": ours(losses.TripletLoss(losses.Sampler("semihard"))),
+            PML: theirs(pml_losses.TripletMarginLoss(0.2), library_semihard),
+            "naive loop": naive(naive_triplet_loss),
+        },
+        "npair": {
+            "ours": ours(losses.NPairLoss(losses.Sampler("npair"))),
+            PML: theirs(pml_losses.NPairsLoss()),
+            "naive loop": naive(naive_npair_loss),
+        },
     }
     for classes in (100, 11318):
         proxies = torch.randn(classes, 128, requires_grad=True)
-        contests[f"proxynca, {classes} classes"] = (
-            50 if classes == 100 else 15,
-            {
-                "ours": step(losses.ProxyNCA(classes, 128)),
-                "pytorch-metric-learning": pml(pml_losses.ProxyNCALoss(classes, 128)),
-                "naive loop": step(partial(naive_proxynca, proxies=proxies), numpy_labels),
-            },
-        )
+        contests[f"proxynca, {classes} classes"] = {
+            "ours": ours(losses.ProxyNCA(classes, 128)),
+            PML: theirs(pml_losses.ProxyNCALoss(classes, 128)),
+            "naive loop": naive(partial(naive_proxynca, proxies=proxies)),
+        }
     for method in losses.Sampler().methods:
-        sampler = losses.Sampler(method)
-        contests[f"{method} sampling alone"] = (200, {"ours": partial(sampler.give, points, labels)})
+        contests[f"{method} sampling alone"] = {"ours": partial(losses.Sampler(method).give, points, labels)}
     return contests
 
 
@@ -187,8 +184,8 @@ def benchmark_losses() -> list[Row]:
     labels = torch.arange(28).repeat_interleave(4)
     points = F.normalize(torch.randn(112, 128), dim=1)
     rows = []
-    for what, (rounds, contestants) in loss_contests(points, labels).items():
-        seconds = medians(contestants, rounds)
+    for what, contestants in loss_contests(points, labels).items():
+        seconds = medians(contestants, rounds=15 if "11318" in what else 50)
         rows += [_row(what, name, value * 1e3, "ms", seconds["ours"] * 1e3) for name, value in seconds.items()]
     distance = pml_miners.DistanceWeightedMiner()(points, labels)
     print(
@@ -207,8 +204,8 @@ def online_products_embeddings() -> tuple[torch.Tensor, np.ndarray]:
     """Embeddings of the size of Online Products' test set: 60,502 × 128 in 11,316 classes of 5 or 6."""
     rng = np.random.default_rng(0)
     labels = np.arange(60502) % 11316
-    centres = rng.standard_normal((11316, 128), dtype=np.float32)
-    points = centres[labels] + 1.2 * rng.standard_normal((60502, 128), dtype=np.float32)
+    centers = rng.standard_normal((11316, 128), dtype=np.float32)
+    points = centers[labels] + 1.2 * rng.standard_normal((60502, 128), dtype=np.float32)
     return F.normalize(torch.from_numpy(points), dim=1), labels
 
 
@@ -222,7 +219,7 @@ def memory(reset: bool = False) -> tuple[float, float]:
 
 
 def pair_counting_f1(labels: np.ndarray, clusters: np.ndarray) -> float:
-    """F1 with a pass over all points for every cluster, as repositories do it that came before."""
+    """F1 with a pass over all points for every cluster, as earlier repositories do it."""
     together = sum(
         int((counts * (counts - 1) // 2).sum())
         for cluster in np.unique(clusters)
@@ -277,7 +274,7 @@ def benchmark_evaluation() -> list[Row]:
 
 
 def benchmark_data() -> list[Row]:
-    """Training images a second in one worker's thread: a batch of 64 crops of 224 px, from JPEGs of 500 × 375."""
+    """Training images per second in one worker's thread: a batch of 64 crops of 224 px, from JPEGs of 500 × 375."""
     rng = np.random.default_rng(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a data-loading worker
@@ -291,16 +288,14 @@ def benchmark_data() -> list[Row]:
             paths.append(str(Path(folder) / f"{number}.jpg"))
             cut.save(paths[-1])
 
-        normalise = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        plain = transforms.Compose(
-            [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalise]
-        )
+        normalize = v1.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        plain = v1.Compose([v1.RandomResizedCrop(224), v1.RandomHorizontalFlip(), v1.ToTensor(), normalize])
         labels = np.zeros((64, 1), np.int64)
         images = datasets.ImageSet(paths, labels, [["image"]])
-        ours = datasets.BaseTripletDataset(images, datasets.RandomCropAndFlip(224), 64, 1, "shuffled")
+        ours = datasets.BaseTripletDataset(images, transforms.RandomCropAndFlip(224), 64, 1, "shuffled")
         seconds = medians(
             {
-                "ours": lambda: datasets.collate([ours[(idx, idx)] for idx in range(64)]),
+                "ours": lambda: datasets.collate([ours[(idx, 1, idx)] for idx in range(64)]),
                 "Pillow and torchvision v1": lambda: torch.stack(
                     [plain(Image.open(path).convert("RGB")) for path in paths]
                 ),
@@ -322,36 +317,28 @@ def benchmark_data() -> list[Row]:
 
 def benchmark_records() -> list[Row]:
     """What it costs to record an iteration, beside the demo's training step: ResNet18, 56 images of 48 px."""
-    opt = training_run.resolve(
-        training_run.parse_args(["--arch", "resnet18", "--not_pretrained", "--crop_size", "48", "--gpu", "-1"])
-    )
-    device = torch.device("cpu")
-    training = training_run.give_training(opt, 314, device)
+    flags = ["--arch", "resnet18", "--not_pretrained", "--crop_size", "48", "--gpu", "-1"]
+    method = methods.build_training(config.resolve(config.parse(flags)), 314, torch.device("cpu"))
     images = torch.randint(0, 256, (56, 3, 48, 48), dtype=torch.uint8)
     labels = torch.arange(14).repeat_interleave(4)
-    training.net.train()
-
-    def step() -> tuple[torch.Tensor, torch.Tensor]:
-        embeddings = training.net(images)
-        loss = training.criterion(embeddings, labels)
-        training.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        training.optimizer.step()
-        return loss.detach(), embeddings.detach()
-
-    loss, embeddings = step()
+    method.start_epoch()
+    loss = method.step(images, labels, epoch=1)["loss"]
     every = training_run.READ_LOSSES_EVERY
     with tempfile.TemporaryDirectory() as folder:
         log = records.Records(Path(folder))
 
         def collect() -> None:
-            meter = training_run.IterationMeter(training, 1, log, log_every=1)
-            meter.before = len(log.rows["iterations"])
+            iterations = records.IterationLog(method, 1, log, log_every=1)
+            iterations.iterations_before = len(log.rows["iterations"])
             for iteration in range(1, every + 1):
-                meter.add(iteration, loss, embeddings, labels)
-            meter.read()
+                iterations.add(iteration, loss)
+            iterations.read()
 
-        seconds = medians({"training step": step, "collecting and writing its records": collect}, rounds=15)
+        contestants: Contestants = {
+            "training step": partial(method.step, images, labels, 1),
+            "collecting and writing its records": collect,
+        }
+        seconds = medians(contestants, rounds=15)
         log.close()
     seconds["collecting and writing its records"] /= every
     of_step = seconds["training step"]
@@ -384,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in opt.what:
         if name not in BENCHMARKS:
             near = auxiliaries.nearest_name(name, BENCHMARKS)
-            raise auxiliaries.UserError(f"{name} is no benchmark{near}: it is one of {', '.join(BENCHMARKS)}")
+            raise auxiliaries.UserError(f"{name} is not a benchmark{near}: it is one of {', '.join(BENCHMARKS)}")
     results = {name: BENCHMARKS[name]() for name in opt.what or BENCHMARKS}
     for rows in results.values():
         width = max(len(row["what"]) for row in rows)
@@ -396,7 +383,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "cores": os.cpu_count(),
         "torch": torch.__version__,
     }
-    with auxiliaries.replacing(Path(opt.json)) as path:
+    with auxiliaries.atomic_write(Path(opt.json)) as path:
         path.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
 
 

@@ -1,193 +1,182 @@
-"""One table, and one plot, of several runs: grouped by configuration without the seed, over seeds and folds."""
+"""One table and one plot of several runs: grouped by configuration, without the seed, over seeds and folds."""
 
 from __future__ import annotations
 
-import argparse
 import csv
-import io
+import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import TYPE_CHECKING, Any
 
 import auxiliaries
+import plots
 import records
+import runs
 from auxiliaries import UserError
-from evaluate import mean_over_sets
 
-# What doesn't make a configuration another one: the seed, the fold, where it ran, and what it recorded.
-NOT_COMPARED = {
-    *("seed", "fold", "savename", "save_path", "source_path", "download", "download_url", "gpu", "kernels", "eval_bs"),
-    *("log_every", "tensorboard", "check_untrained_accuracy", "dist_measure", "grad_measure", "k_vals", "eval_metrics"),
-    *("num_training_sets", "meta_testing_method"),
-}
+if TYPE_CHECKING:
+    import pandas as pd
+
+MODELS = ("selected", "last")
 
 
-@dataclass(frozen=True)
-class Result:
-    """A finished training run: its flags, one metric's test values, how long it took, and its curve by epoch."""
-
-    folder: Path
-    flags: Mapping[str, Any]
-    selected: float
-    last: float
-    seconds: float
-    curve: Mapping[int, float]
-
-
-@dataclass
-class Group:
-    """Runs of one configuration."""
-
-    flags: Mapping[str, Any]
-    results: list[Result] = field(default_factory=list)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: auxiliaries.FlagParser) -> None:
     """Declares the flags."""
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="run folders, such as Training_Results/cub200/*")
-    parser.add_argument("--metric", default="Recall @ 1", help="what is compared, as log_val_Base.csv names it")
-    parser.add_argument("--svg", default="comparison.svg", metavar="FILE", help="where the curves are drawn")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--csv", action="store_true", help="print CSV instead of Markdown")
-    form.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
+    # fmt: off
+    add = parser.add_argument
+    add("folders", nargs="+", metavar="FOLDER", help="run folders, such as Training_Results/cub200/*")
+    add("--metric", default="Recall @ 1", help="the metric to compare, as log_val_Base.csv names it")
+    add("--svg", default="comparison.svg", metavar="FILE", help="where to draw the curves")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--csv", action="store_true", help="print CSV instead of Markdown")
+    add("--json", action="store_true", help="print JSON instead of Markdown")
+    # fmt: on
 
 
-def read_result(folder: Path, metric: str) -> Result:
-    """Reads a training run's folder.
+# Reading runs
+
+
+def read_run(folder: Path, metric: str) -> dict[str, Any]:
+    """Reads the folder of one training run.
+
+    Returns:
+        `folder`, `seed`, `fold`, `flags` (those that are compared, as text), the metric's value of each of `MODELS`,
+        `seconds`, and `curve` (the metric by epoch).
 
     Raises:
-        UserError: it is no run folder, the run isn't finished, something is damaged, or it has no such metric.
+        UserError: it is not a run folder, the run isn't finished, something is damaged, or it has no such metric.
     """
     if not folder.exists():
         raise UserError("not begun")
-    if not (folder / "config.yaml").is_file():
-        raise UserError("no run folder: it has no config.yaml")
+    flags = runs.read_configuration(folder)
     if not (folder / "summary.json").is_file():
-        raise UserError("unfinished: it has no summary.json; --resume_training goes on with it")
-    summary = records.read_summary(folder)
-    models = {name: summary[name].get("test") or summary[name]["val"] for name in ("selected", "last")}
-    file = folder / "config.yaml"
+        raise UserError("unfinished: it has no summary.json; continue it with --resume_training")
+    summary = runs.read_summary(folder)
+    file = folder / "summary.json"
     try:
-        flags = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if not isinstance(flags, dict):
-            raise ValueError("it is no mapping of flags")
-        file = folder / "summary.json"
-        values = {name: float(mean_over_sets(metrics, metric)) for name, metrics in models.items()}
+        metrics = {model: summary[model].get("test") or summary[model]["val"] for model in MODELS}
+        values = {model: float(records.mean_over_sets(metrics[model], metric)) for model in MODELS}
         seconds = float(summary["seconds"])
         file = folder / records.LOGS["val"]
         with open(file, newline="", encoding="utf-8") as log:
             rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(log)]
-        values_by_epoch = {int(row["Epochs"]): mean_over_sets(row, metric) for row in rows}
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
+        by_epoch = {int(row["Epochs"]): records.mean_over_sets(row, metric) for row in rows}
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{file.name} is damaged: {' '.join(str(error).split())}") from None
-    curve = {epoch: value for epoch, value in values_by_epoch.items() if math.isfinite(value)}
     if math.isnan(values["selected"]):
-        near = auxiliaries.nearest_name(metric, models["selected"])
+        near = auxiliaries.nearest_name(metric, metrics["selected"])
         raise UserError(f"it has no {metric}{near}: --evaluate computes further metrics, one run at a time")
-    return Result(folder, flags, values["selected"], values["last"], seconds, curve)
+    return {
+        "folder": folder,
+        "seed": flags.get("seed"),
+        "fold": flags.get("fold"),
+        "flags": {name: str(value) for name, value in runs.compared_flags(flags).items()},
+        **values,
+        "seconds": seconds,
+        "curve": {epoch: value for epoch, value in by_epoch.items() if math.isfinite(value)},
+    }
 
 
-def read_all(folders: Iterable[Path], metric: str) -> tuple[list[Result], dict[Path, str]]:
-    """All training runs in the folders, and what is wrong with those that can't be read."""
-    results: list[Result] = []
-    broken: dict[Path, str] = {}
-    for folder in folders:
-        for run in expected_runs(folder):
-            try:
-                results.append(read_result(run, metric))
-            except UserError as error:
-                broken[run] = str(error)
-    return results, broken
-
-
-def expected_runs(folder: Path) -> list[Path]:
-    """The folders of a run's folds, those that are still to come included; or the folder itself."""
-    present = records.training_runs(folder)
+def expected_folders(folder: Path) -> list[Path]:
+    """The folders of a run's folds, including those that are still to come; or the folder of a single training run."""
+    present = runs.fold_folders(folder)
     if None in present:
         return [folder]
     try:
-        count = int(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["num_training_sets"])
-    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError):
+        count = int(runs.read_configuration(folder)["num_training_sets"])
+    except (UserError, KeyError, TypeError, ValueError):
         count = 0
-    return sorted({*present.values(), *(folder / f"fold_{i}" for i in range(count))})
+    return sorted({*present.values(), *(folder / f"fold_{fold}" for fold in range(count))})
 
 
-def group(results: Sequence[Result]) -> list[Group]:
-    """The runs by configuration, in order of appearance; of several with one seed and fold, the first."""
-    groups: dict[str, Group] = {}
-    for result in results:
-        flags = {name: value for name, value in sorted(result.flags.items()) if name not in NOT_COMPARED}
-        one = groups.setdefault(json.dumps(flags, default=str), Group(flags))
-        draw = (result.flags.get("seed"), result.flags.get("fold"))
-        same = [other for other in one.results if (other.flags.get("seed"), other.flags.get("fold")) == draw]
-        if same:
-            auxiliaries.notice(f"{result.folder} is left out: it repeats {same[0].folder}, seed included")
-        else:
-            one.results.append(result)
-    return list(groups.values())
+def read_table(folders: Iterable[Path], metric: str) -> pd.DataFrame:
+    """A table of the finished training runs in the folders, one per row; a notice names what is left out, and why.
 
+    Its columns are what `read_run` returns, with the label of the configuration in place of the flags.
 
-def give_labels(groups: Sequence[Group]) -> list[str]:
-    """What tells the groups apart: the flags that differ; for one group, what it trained."""
-    names = sorted({name for one in groups for name in one.flags})
-    apart = [name for name in names if len({str(one.flags.get(name)) for one in groups}) > 1]
-    return [
-        ", ".join(f"{name} {one.flags.get(name)}" for name in apart or ("dataset", "arch", "loss")) for one in groups
-    ]
+    Raises:
+        UserError: there is nothing to compare.
+    """
+    import pandas as pd
 
-
-def give_rows(groups: Sequence[Group], metric: str) -> list[records.Row]:
-    """The table's rows: means with half of their 95 % confidence intervals."""
     rows = []
-    for label, one in zip(give_labels(groups), groups):
-        row: records.Row = {"Configuration": label, "Runs": len(one.results)}
-        for model in ("selected", "last"):
-            mean, _, half = auxiliaries.mean_and_interval([getattr(result, model) for result in one.results])
+    for training_folder in itertools.chain.from_iterable(map(expected_folders, folders)):
+        try:
+            rows.append(read_run(training_folder, metric))
+        except UserError as error:
+            auxiliaries.notice(f"{training_folder} is left out: {error}")
+    if not rows:
+        raise UserError("none of the folders holds a finished run to compare")
+    table = pd.DataFrame(rows)
+    flags = pd.DataFrame([row["flags"] for row in rows]).fillna("None")
+    table["Configuration"] = label_configurations(flags)
+    return drop_repeated(table)
+
+
+def label_configurations(flags: pd.DataFrame) -> list[str]:
+    """A label for each row: the flags that differ between rows, or, where none does, what was trained."""
+    names = sorted(str(name) for name in flags if flags[name].nunique() > 1)
+    names = names or [name for name in ("dataset", "arch", "loss") if name in flags]
+    return [", ".join(f"{name} {row[name]}" for name in names) for row in flags.to_dict("records")]
+
+
+def drop_repeated(table: pd.DataFrame) -> pd.DataFrame:
+    """Keeps the first of several runs with one configuration, seed and fold; a notice names the others."""
+    draw = ["Configuration", "seed", "fold"]
+    first = table.groupby(draw, dropna=False)["folder"].transform("first")
+    is_repeated = table.duplicated(draw)
+    for folder, kept in zip(table["folder"][is_repeated], first[is_repeated]):
+        auxiliaries.notice(f"{folder} is left out: it repeats {kept}, including the seed")
+    return table[~is_repeated]
+
+
+# Comparing them
+
+
+def summarize(table: pd.DataFrame, metric: str) -> list[records.Row]:
+    """One row per configuration: means over its runs, with half the width of their 95 % confidence intervals."""
+    rows = []
+    for label, group in table.groupby("Configuration", sort=False):
+        row: records.Row = {"Configuration": label, "Runs": len(group)}
+        for model in MODELS:
+            mean, _, half = auxiliaries.mean_and_interval(group[model].tolist())
             row |= {f"{metric}, {model}": mean, f"CI 95 %, {model}": half}
-        row["Seconds"] = sum(result.seconds for result in one.results) / len(one.results)
+        row["Seconds"], _, _ = auxiliaries.mean_and_interval(group["seconds"].tolist())
         rows.append(row)
     return rows
 
 
-def as_markdown(rows: Sequence[records.Row], metric: str) -> str:
+def compute_bands(table: pd.DataFrame) -> dict[str, list[tuple[int, float, float]]]:
+    """For each configuration its points (epoch, mean, half the width of the confidence interval).
+
+    They are of the epochs in which all its runs were evaluated.
+    """
+    import pandas as pd
+
+    bands = {}
+    for label, group in table.groupby("Configuration", sort=False):
+        curves = pd.DataFrame(group["curve"].tolist()).dropna(axis="columns").sort_index(axis="columns")
+        points = {epoch: auxiliaries.mean_and_interval(curves[epoch].tolist()) for epoch in curves}
+        bands[str(label)] = [(int(epoch), mean, half) for epoch, (mean, _, half) in points.items()]
+    return bands
+
+
+def format_markdown(rows: Sequence[records.Row], metric: str) -> str:
     """The rows as a Markdown table."""
     lines = [f"| Configuration | Runs | {metric}, selected | {metric}, last | Seconds |", "|---|---|---|---|---|"]
     for row in rows:
         cells = [row["Configuration"], str(row["Runs"])]
-        for model in ("selected", "last"):
+        for model in MODELS:
             half = row[f"CI 95 %, {model}"]
             cells.append(f"{row[f'{metric}, {model}']:.4f}" + ("" if math.isnan(half) else f" ± {half:.4f}"))
         lines.append(f"| {' | '.join([*cells, format(row['Seconds'], '.1f')])} |")
     return "\n".join(lines)
 
 
-def as_csv(rows: Sequence[records.Row]) -> str:
-    """The rows as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().rstrip()
-
-
-def give_bands(groups: Sequence[Group]) -> dict[str, list[tuple[int, float, float]]]:
-    """For each group its curve: (epoch, mean, half of the confidence interval), where all its runs were evaluated."""
-    bands = {}
-    for label, one in zip(give_labels(groups), groups):
-        shared = sorted(set.intersection(*(set(result.curve) for result in one.results)))
-        points = [(epoch, [result.curve[epoch] for result in one.results]) for epoch in shared]
-        of_epochs = [(epoch, *auxiliaries.mean_and_interval(values)) for epoch, values in points]
-        bands[label] = [(epoch, mean, half) for epoch, mean, _, half in of_epochs]
-    return bands
-
-
 def main(argv: Sequence[str] | None = None) -> list[records.Row]:
-    """Prints the table, draws the curves, and lists folders that are not in it.
+    """Prints the table, draws the curves, and names the folders that are left out.
 
     Raises:
         UserError: there is nothing to compare.
@@ -195,18 +184,17 @@ def main(argv: Sequence[str] | None = None) -> list[records.Row]:
     parser = auxiliaries.FlagParser(prog="compare.py", description=__doc__)
     add_arguments(parser)
     opt = parser.parse_args(argv)
-    results, broken = read_all(map(Path, opt.folders), opt.metric)
-    for folder, reason in broken.items():
-        auxiliaries.notice(f"{folder} is left out: {reason}")
-    if not results:
-        raise UserError("none of the folders holds a finished run to compare")
-    groups = group(results)
-    rows = give_rows(groups, opt.metric)
+    table = read_table(map(Path, opt.folders), opt.metric)
+    rows = summarize(table, opt.metric)
     if opt.json:
-        print(json.dumps(auxiliaries.plain(rows), indent=1, ensure_ascii=False))
+        print(json.dumps(auxiliaries.to_builtin(rows), indent=1, ensure_ascii=False))
+    elif opt.csv:
+        import pandas as pd
+
+        print(pd.DataFrame(rows).to_csv(index=False, na_rep="nan", lineterminator="\n").rstrip())
     else:
-        print(as_csv(rows) if opt.csv else as_markdown(rows, opt.metric))
-    records.save_bands(Path(opt.svg), give_bands(groups), opt.metric)
+        print(format_markdown(rows, opt.metric))
+    plots.save_bands(Path(opt.svg), compute_bands(table), opt.metric)
     auxiliaries.notice(f"curves in {opt.svg}")
     return rows
 

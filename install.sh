@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the environment (.venv, or the folder that DML_VENV names) from requirements.txt, once.
+# Creates the environment (.venv, or the folder that DML_VENV names) from requirements.txt, once.
 # An environment whose stamp matches requirements.txt and the Python version is used as it is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -8,7 +8,7 @@ python=${PYTHON:-python3}
 venv=${DML_VENV:-.venv}
 
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-    echo "error: $python is older than Python 3.10; name a newer one with PYTHON=/path/to/python3 bash install.sh" >&2
+    echo "error: $python is older than Python 3.10; give a newer one as PYTHON=/path/to/python3 bash install.sh" >&2
     exit 2
 fi
 
@@ -22,7 +22,7 @@ if [ "$(cat "$venv/stamp" 2>/dev/null)" = "$stamp" ]; then
 fi
 
 if [ -e "$venv" ] && [ ! -e "$venv/stamp" ]; then
-    echo "error: $venv was not made by install.sh: move it away, or name another place with DML_VENV" >&2
+    echo "error: $venv was not created by install.sh: move it away, or give another place as DML_VENV" >&2
     exit 2
 fi
 

@@ -1,4 +1,4 @@
-"""Backbones (`ARCHS`) and the embedding network on top of them (`EmbeddingNet`, `networkselect`)."""
+"""Backbones by name (`ARCHS`, `find_arch`) and the embedding network on top (`EmbeddingNet`, `networkselect`)."""
 
 from __future__ import annotations
 
@@ -6,44 +6,55 @@ import argparse
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
+from functools import partial
 from http.client import HTTPException
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.models import get_model, get_model_weights, list_models
 
 import googlenet
-from auxiliaries import UserError, load_checkpoint, number
+from auxiliaries import FlagParser, UserError, load_checkpoint, nearest_name, number
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: FlagParser) -> None:
     """Declares the flags of the network."""
     group = parser.add_argument_group("network")
-    group.add_argument(
-        "--arch",
-        default="resnet50",
-        choices=ARCHS,
-        metavar="NAME",
-        help="resnet50, googlenet, or another classification network of torchvision (resnet18, vit_b_16, …)",
-    )
-    group.add_argument("--embed_dim", type=number(int, 1), help="embedding dimension (default: 128; googlenet 512)")
-    group.add_argument(
-        "--not_pretrained", action=argparse.BooleanOptionalAction, default=False, help="start from random weights"
-    )
-    group.add_argument("--weights", metavar="FILE", help="start from the state dict in FILE instead of downloading one")
-    group.add_argument(
-        "--freeze_batchnorm",
-        action=argparse.BooleanOptionalAction,
-        help="keep BatchNorm's running statistics as they are; its affine parameters learn on (default: if pretrained)",
-    )
+    add = group.add_argument
+    # fmt: off
+    add("--arch", default="resnet50", metavar="NAME", fixed=True,
+        help="resnet50, googlenet, or another classification network of torchvision (resnet18, vit_b_16, …)")
+    add("--embed_dim", type=number(int, 1), fixed=True, help="embedding dimension (default: 128; googlenet: 512)")
+    add("--not_pretrained", action="switch", help="start from random weights instead of pretrained ones")
+    add("--weights", metavar="FILE", help="start from the state dict in FILE instead of downloading one")
+    add("--freeze_batchnorm", action="switch", default=None,
+        help="keep BatchNorm's running statistics fixed; its affine parameters still learn (default: if pretrained)")
+    # fmt: on
+
+
+class Weights(Enum):
+    """Where a backbone's weights come from."""
+
+    RANDOM = "random"
+    LOADED_LATER = "loaded later"  # built for pretrained weights, which the caller then loads from a file or checkpoint
+    DOWNLOADED = "downloaded"
+
+    @property
+    def are_pretrained(self) -> bool:
+        """Whether they are, or will be, pretrained ones."""
+        return self is not Weights.RANDOM
+
+    @property
+    def are_downloaded(self) -> bool:
+        """Whether the builder itself loads them."""
+        return self is Weights.DOWNLOADED
 
 
 @dataclass(frozen=True)
@@ -51,15 +62,14 @@ class Arch:
     """An architecture's row.
 
     Attributes:
-        build: `(pretrained, load)` to a backbone and its number of output features. `pretrained` tells whether the
-            weights are or will be pretrained ones, `load` whether to load them at once.
+        build: from `Weights` to a backbone and its number of output features.
         crop_size: side of its input, px.
-        resize: shorter side of a test image before its centre crop, px.
+        resize: shorter side of a test image before its center crop, px.
         embed_dim: default embedding dimension.
-        mean, std: of its input, by channel, for images in 0 … 1.
+        mean, std: of its input, per channel, for images in 0 … 1.
     """
 
-    build: Callable[[bool, bool], tuple[nn.Module, int]]
+    build: Callable[[Weights], tuple[nn.Module, int]]
     crop_size: int = 224
     resize: int = 256
     embed_dim: int = 128
@@ -67,35 +77,28 @@ class Arch:
     std: Sequence[float] = IMAGENET_STD
 
 
-def torchvision_arch(name: str, weights_name: str = "DEFAULT") -> Arch:
-    """The row of a classification network of torchvision, with the input that its weights want."""
-    weights = get_model_weights(name)[weights_name]
-    wanted = weights.transforms()
+def build_torchvision(name: str, weights: Weights, weights_name: str = "DEFAULT") -> tuple[nn.Module, int]:
+    """A classification network of torchvision without its last layer, and its number of features."""
+    from torchvision.models import get_model, get_model_weights
 
-    def build(pretrained: bool, load: bool) -> tuple[nn.Module, int]:
-        if load:
-            network = get_model(name, weights=weights)
-        elif name == "inception_v3":
-            network = get_model(name, aux_logits=False, transform_input=pretrained, init_weights=not pretrained)
-        elif name == "vit_h_14":  # its weights are for another size than its constructor's default
-            network = get_model(name, image_size=wanted.crop_size[0])
-        else:
-            network = get_model(name)
-        if name == "inception_v3":
-            network.aux_logits, network.AuxLogits = False, None
-        return network, remove_classifier(network, name)
-
-    return Arch(
-        build,
-        crop_size=wanted.crop_size[0],
-        resize=wanted.resize_size[0],
-        mean=tuple(wanted.mean),
-        std=tuple(wanted.std),
-    )
+    published = get_model_weights(name)[weights_name]
+    if weights.are_downloaded:
+        network = get_model(name, weights=published)
+    elif name == "inception_v3":
+        network = get_model(
+            name, aux_logits=False, transform_input=weights.are_pretrained, init_weights=not weights.are_pretrained
+        )
+    elif name == "vit_h_14":  # its weights are for another image size than its constructor's default
+        network = get_model(name, image_size=published.transforms().crop_size[0])
+    else:
+        network = get_model(name)
+    if name == "inception_v3":
+        network.aux_logits, network.AuxLogits = False, None
+    return network, remove_classifier(network, name)
 
 
 def remove_classifier(network: nn.Module, name: str) -> int:
-    """Replaces the last layer by the identity and returns how many features it got.
+    """Replaces the last layer by the identity and returns its number of input features.
 
     Raises:
         UserError: the last layer isn't a Linear.
@@ -109,23 +112,49 @@ def remove_classifier(network: nn.Module, name: str) -> int:
     return last.in_features
 
 
-ARCHS: dict[str, Arch] = {
-    "resnet50": torchvision_arch("resnet50", "IMAGENET1K_V1"),
+ARCHS: dict[str, Arch] = {  # find_arch also knows torchvision's other classification networks
+    "resnet50": Arch(partial(build_torchvision, "resnet50", weights_name="IMAGENET1K_V1")),
     "googlenet": Arch(googlenet.build, googlenet.CROP_SIZE, googlenet.RESIZE, googlenet.EMBED_DIM),
 }
-ARCHS |= {name: torchvision_arch(name) for name in list_models(module=torchvision.models) if name not in ARCHS}
+
+
+def find_arch(name: str) -> Arch:
+    """The row of an architecture: the one in `ARCHS`, or one for a network of torchvision with the input that it wants.
+
+    Raises:
+        UserError: there is no architecture of that name.
+    """
+    if name in ARCHS:
+        return ARCHS[name]
+
+    import torchvision
+
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        near = nearest_name(name, [*ARCHS, *names])
+        raise UserError(
+            f"--arch {name} is unknown{near}: give resnet50, googlenet or a classifier of torchvision.models"
+        )
+    wanted = torchvision.models.get_model_weights(name)["DEFAULT"].transforms()
+    return Arch(
+        partial(build_torchvision, name),
+        crop_size=wanted.crop_size[0],
+        resize=wanted.resize_size[0],
+        mean=tuple(wanted.mean),
+        std=tuple(wanted.std),
+    )
 
 
 class EmbeddingNet(nn.Module):
     """A backbone and a linear embedding layer.
 
     Args:
-        backbone: normalised images `(B, 3, H, W)` to features `(B, features)`.
+        backbone: normalized images `(B, 3, H, W)` to features `(B, features)`.
         features: number of features.
         embed_dim: dimension D of the embedding.
-        normalize: whether embeddings are scaled to length 1.
+        normalize: whether embeddings are scaled to unit length.
         freeze_batchnorm: whether BatchNorm layers keep their running statistics in training.
-        mean, std: by channel, for images in 0 … 1.
+        mean, std: of the backbone's input, per channel, for images in 0 … 1.
     """
 
     mean: torch.Tensor
@@ -168,7 +197,7 @@ class EmbeddingNet(nn.Module):
         return f"normalize={self.normalize}, freeze_batchnorm={self.freeze_batchnorm}"
 
     def parameter_groups(self, lr: float, decay: float, fc_lr_mul: float = 0) -> list[dict[str, Any]]:
-        """The optimiser's groups; the embedding layer's learning rate is `lr * fc_lr_mul`, or `lr` when that is 0."""
+        """The optimizer's parameter groups; the embedding layer's rate is `lr * fc_lr_mul`, or `lr` when that is 0."""
         if not fc_lr_mul:
             return [{"name": "network", "params": list(self.parameters()), "lr": lr, "weight_decay": decay}]
         embedding = {"params": list(self.embedding.parameters()), "lr": lr * fc_lr_mul, "weight_decay": decay}
@@ -187,38 +216,40 @@ def networkselect(opt: argparse.Namespace | Mapping[str, Any], load_pretrained: 
             are in its checkpoint, no). The network, its input transform included, is the same either way.
 
     Raises:
-        UserError: the architecture can't be used, or its weights can't be had or don't fit.
+        UserError: the architecture is unknown or can't be used, or its weights can't be downloaded, read, or don't fit.
     """
     if load_pretrained is None:
         load_pretrained = not isinstance(opt, Mapping)
     if isinstance(opt, Mapping):
         opt = argparse.Namespace(**opt)
-    arch = ARCHS[opt.arch]
-    pretrained = not opt.not_pretrained
-    from_file = opt.weights if load_pretrained else None
-    load = load_pretrained and pretrained and from_file is None
+    arch = find_arch(opt.arch)
+    file = opt.weights if load_pretrained else None
+    if opt.not_pretrained:
+        weights = Weights.RANDOM
+    else:
+        weights = Weights.DOWNLOADED if load_pretrained and file is None else Weights.LOADED_LATER
     try:
-        backbone, features = arch.build(pretrained, load)
+        backbone, features = arch.build(weights)
     except (OSError, RuntimeError, EOFError, HTTPException, UnpicklingError) as error:
-        if not load:
+        if not weights.are_downloaded:
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"pretrained weights of {opt.arch} can't be downloaded ({reason}): give them as --weights FILE, or train "
             "from scratch with --not_pretrained"
         ) from None
-    if from_file is not None:
-        load_weights(backbone, from_file)
+    if file is not None:
+        load_weights(backbone, file)
     net = EmbeddingNet(backbone, features, opt.embed_dim, opt.normalize, opt.freeze_batchnorm, arch.mean, arch.std)
     check_input(net, opt.arch, opt.crop_size)
     return net
 
 
 def load_weights(backbone: nn.Module, file: str) -> None:
-    """Loads a backbone's state dict: torchvision's, whose classifier is left out, or that of a run's checkpoint.
+    """Loads a backbone's state dict: torchvision's, whose classifier is ignored, or that of a run's checkpoint.
 
     Raises:
-        UserError: the file can't be read, or its entries are not the backbone's.
+        UserError: the file can't be read, or its entries don't match the backbone's.
     """
     state: Any = load_checkpoint(file)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
@@ -226,28 +257,28 @@ def load_weights(backbone: nn.Module, file: str) -> None:
         if any(name.startswith("backbone.") for name in state):  # a run's checkpoint
             state = {name.removeprefix("backbone."): state[name] for name in state if name.startswith("backbone.")}
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"--weights {file} holds no state dict: it must map names to tensors")
+        raise UserError(f"--weights {file} is not a state dict: it must map names to tensors")
     # torchvision renames the entries of its DenseNets' files when it loads them
     state = {re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2", name): state[name] for name in state}
     own = backbone.state_dict()
     removed = {path for path, module in backbone.named_modules() if isinstance(module, nn.Identity)}
     removed |= {"aux1", "aux2", "AuxLogits"}  # auxiliary classifiers of GoogLeNet and Inception
-    beyond = [name for name in state if name not in own and not any(name.startswith(f"{path}.") for path in removed)]
+    surplus = [name for name in state if name not in own and not any(name.startswith(f"{path}.") for path in removed)]
     for name in own:  # state dicts from before PyTorch 0.4.1 lack them
         if name.endswith(".num_batches_tracked"):
             state.setdefault(name, own[name])
     missing = [name for name in own if name not in state]
     misshapen = [name for name in own if name in state and state[name].shape != own[name].shape]
-    problems = ((missing, "lacks"), (misshapen, "has another shape of"), (beyond, "has, beyond the architecture's,"))
+    problems = ((missing, "lacks"), (misshapen, "has another shape for"), (surplus, "has the surplus entry"))
     for names, problem in problems:
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"--weights {file} {problem} {names[0]}{more}: it is of another --arch")
+            raise UserError(f"--weights {file} {problem} {names[0]}{more}: it belongs to another --arch")
     backbone.load_state_dict({name: state[name] for name in own})
 
 
 def check_input(net: EmbeddingNet, arch: str, crop_size: int) -> None:
-    """Makes sure that the network takes images of that size.
+    """Checks that the network takes images of that size.
 
     Raises:
         UserError: it doesn't.
@@ -258,7 +289,7 @@ def check_input(net: EmbeddingNet, arch: str, crop_size: int) -> None:
         with torch.inference_mode():
             net(torch.zeros(1, 3, crop_size, crop_size, dtype=torch.uint8, device=device))
     except (AssertionError, RuntimeError, ValueError) as error:
-        fitting = ARCHS[arch].crop_size
+        fitting = find_arch(arch).crop_size
         raise UserError(
             f"--arch {arch} can't take images of --crop_size {crop_size} ({error}): try {fitting}"
         ) from None

@@ -1,33 +1,27 @@
-"""What a run records: rows in CSV, SQLite and TensorBoard, plots, and sample retrievals."""
+"""What a run records: rows in CSV, SQLite and TensorBoard, the log of iterations, and the summary."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
-import os
 import pickle
 import re
 import shutil
 import sqlite3
-import textwrap
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from matplotlib import get_data_path
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch.utils.tensorboard import SummaryWriter
 
-from auxiliaries import UserError, cure, load_json, plain, replacing, save_json
+from auxiliaries import FlagParser, UserError, atomic_write, disk_advice, number, save_json, to_builtin
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 Row = dict[str, Any]
 
@@ -41,7 +35,24 @@ LOGS = {
 NOT_METRICS = ("Epochs", "Iteration", "Time")
 
 
-def _step(kind: str) -> str:
+def add_arguments(parser: FlagParser) -> None:
+    """Declares the flags of what is recorded."""
+    # fmt: off
+    add = parser.add_argument_group("records", compared=False).add_argument
+    add("--log_every", type=number(int, 0), default=1,
+        help="record loss, learning rates and statistics every so many iterations; 0: never")
+    add("--tensorboard", action="switch", default=True, help="write TensorBoard event files")
+    add("--dist_measure", action="switch",
+        help="record the ratio of intra- to inter-class distances at every evaluation; embeds all training images")
+    add("--grad_measure", action="switch",
+        help="record statistics of the embedding layer's gradient at every iteration: 32 kB each for resnet50")
+    # fmt: on
+
+
+# Rows
+
+
+def _step_column(kind: str) -> str:
     """The column that numbers the rows of a kind."""
     return "Iteration" if kind == "iterations" else "Epochs"
 
@@ -56,9 +67,12 @@ class Records:
 
     Args:
         folder: the run folder.
-        history: the rows so far, as `self.rows` had them when they were saved. The CSV files and the database are made
-            to hold these and no others, and TensorBoard to forget what comes after them.
+        history: the rows so far, as a checkpoint holds them. The CSV files and the database are rewritten to hold
+            these and no others, and TensorBoard drops what comes after them.
         tensorboard: whether to write event files.
+
+    Attributes:
+        rows: the rows of each kind, in order of their epoch or iteration.
 
     Raises:
         UserError: something can't be written.
@@ -68,78 +82,58 @@ class Records:
         self.folder = folder
         self.rows: dict[str, list[Row]] = {kind: list((history or {}).get(kind, [])) for kind in LOGS}
         self.columns = {kind: _columns(rows) for kind, rows in self.rows.items()}
-        with _writing(self.folder / "records.db"):
-            # Neither a write-ahead log nor shared memory, so that a network disk will do; the rollback journal that
-            # a killed process leaves is undone by the next one that opens the database.
-            self.database = sqlite3.connect(folder / "records.db", timeout=60)
-            with self.database:
-                for kind, rows in self.rows.items():
-                    self.database.execute(f"DROP TABLE IF EXISTS {kind}")
-                    self._insert(kind, rows)
+        self._open_database()
         for kind, name in LOGS.items():
             if self.rows[kind] or (folder / name).exists():
                 self._write_csv(kind)
         self.writers: dict[str, SummaryWriter] = {}
         if tensorboard:
-            is_late = bool(history) and not (folder / "tensorboard").exists()
-            for unit, kind in (("epochs", "train"), ("iterations", "iterations")):
-                done = max((row[_step(kind)] for row in self.rows[kind]), default=-1)
-                with _writing(folder / "tensorboard"):
-                    self.writers[unit] = SummaryWriter(str(folder / "tensorboard" / unit), purge_step=done + 1)
-            for kind, rows in self.rows.items() if is_late else ():
-                self._show(kind, rows)
+            self._open_tensorboard()
 
     def add(self, kind: str, *rows: Row) -> None:
-        """Appends rows; a row of an epoch that is there already takes its place."""
-        step, before, columns = _step(kind), self.rows[kind], self.columns[kind]
-        follows = not before or before[-1][step] < rows[0][step]
+        """Appends rows; the row of an epoch (or iteration) that is already there is replaced."""
+        step, earlier, columns = _step_column(kind), self.rows[kind], self.columns[kind]
+        follows = not earlier or earlier[-1][step] < rows[0][step]
         if not follows:
             replaced = {row[step] for row in rows}
-            before[:] = [row for row in before if row[step] not in replaced]
-        before += rows
+            earlier[:] = [row for row in earlier if row[step] not in replaced]
+        earlier += rows
         if not follows:
-            before.sort(key=lambda row: row[step])
+            earlier.sort(key=lambda row: row[step])
         self.columns[kind] = _columns([dict.fromkeys(columns), *rows])
         with _writing(self.folder / "records.db"), self.database:
             self._insert(kind, rows)
         if follows and self.columns[kind] == columns:
-            with (
-                _writing(self.folder / LOGS[kind]),
-                open(self.folder / LOGS[kind], "a", newline="", encoding="utf-8") as file,
-            ):
+            path = self.folder / LOGS[kind]
+            with _writing(path), open(path, "a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, columns).writerows(rows)
         else:
             self._write_csv(kind)
-        self._show(kind, rows)
-
-    def _show(self, kind: str, rows: Sequence[Row]) -> None:
-        """Writes rows for TensorBoard."""
-        writer = self.writers.get("iterations" if kind == "iterations" else "epochs")
-        if writer is None:
-            return
-        with _writing(self.folder / "tensorboard"):
-            for row in rows:
-                for name in [name for name in row if name not in ("Epochs", "Iteration")]:
-                    writer.add_scalar(f"{kind}/{name}", row[name], row[_step(kind)])
+        self._add_scalars(kind, rows)
 
     def iterations(self) -> int:
-        """How many iterations the recorded epochs had."""
+        """The number of iterations of the recorded epochs."""
         return sum(row["Iterations"] for row in self.rows["train"])
 
     def add_picture(self, name: str, path: Path, epoch: int) -> None:
         """Shows a PNG in TensorBoard."""
         if "epochs" in self.writers:
-            pixels = np.asarray(Image.open(path).convert("RGB"))
             with _writing(self.folder / "tensorboard"):
-                self.writers["epochs"].add_image(name, pixels, epoch, dataformats="HWC")
+                self.writers["epochs"].add_image(name, _read_pixels(path), epoch, dataformats="HWC")
 
-    def note_configuration(self, epoch: int, flags: Mapping[str, Any], about: Any) -> None:
-        """Adds to the table `configurations` which flags hold after an epoch, which of them have changed since the last
-        start, and the machine's particulars."""
-        flags = plain(flags)
+    def note_configuration(self, epoch: int, flags: Mapping[str, Any], environment: Any) -> None:
+        """Adds a row to the table `configurations`.
+
+        Args:
+            epoch: the epoch after which these flags hold.
+            flags: all flags; those that differ from the row before are listed as changes.
+            environment: versions and hardware.
+        """
+        flags = to_builtin(flags)
         *_, before = [flags, *(row["Configuration"] for row in read_configurations(self.folder))]
         changes = {name: value for name, value in flags.items() if value != before.get(name)}
-        values = (epoch, f"{datetime.now():%Y-%m-%d %H:%M:%S}", *map(json.dumps, (flags, changes, plain(about))))
+        now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+        values = (epoch, now, *map(json.dumps, (flags, changes, to_builtin(environment))))
         with _writing(self.folder / "records.db"), self.database:
             self.database.execute(
                 "CREATE TABLE IF NOT EXISTS configurations"
@@ -148,7 +142,7 @@ class Records:
             self.database.execute("INSERT INTO configurations VALUES (?, ?, ?, ?, ?)", values)
 
     def flush(self) -> None:
-        """Hands everything to the operating system; rows are there already, all but TensorBoard's."""
+        """Writes TensorBoard's pending events; CSV and SQLite are written as rows are added."""
         with _writing(self.folder / "tensorboard"):
             for writer in self.writers.values():
                 writer.flush()
@@ -160,28 +154,60 @@ class Records:
                 writer.close()
         self.database.close()
 
+    def _open_database(self) -> None:
+        """Opens records.db and makes its tables hold the rows of now."""
+        with _writing(self.folder / "records.db"):
+            # Neither a write-ahead log nor shared memory, which network disks lack; the rollback journal that a killed
+            # process leaves is undone by the next one that opens the database.
+            self.database = sqlite3.connect(self.folder / "records.db", timeout=60)
+            with self.database:
+                for kind, rows in self.rows.items():
+                    self.database.execute(f"DROP TABLE IF EXISTS {kind}")
+                    self._insert(kind, rows)
+
     def _insert(self, kind: str, rows: Sequence[Row]) -> None:
+        """Inserts rows into a kind's table, which gets the columns that it lacks."""
         if rows:
-            self.database.execute(f'CREATE TABLE IF NOT EXISTS {kind} ("{_step(kind)}" INTEGER PRIMARY KEY)')
+            self.database.execute(f'CREATE TABLE IF NOT EXISTS {kind} ("{_step_column(kind)}" INTEGER PRIMARY KEY)')
         known = {column[1] for column in self.database.execute(f"PRAGMA table_info({kind})")}
         for row in rows:
             for name in [name for name in row if name not in known]:
-                kept_as = "INTEGER" if isinstance(row[name], int) else "REAL"
-                self.database.execute(f"ALTER TABLE {kind} ADD COLUMN {_quoted(name)} {kept_as}")
+                column_type = "INTEGER" if isinstance(row[name], int) else "REAL"
+                self.database.execute(f"ALTER TABLE {kind} ADD COLUMN {_quote(name)} {column_type}")
                 known.add(name)
-            names, marks = ", ".join(map(_quoted, row)), ", ".join("?" * len(row))
+            names, marks = ", ".join(map(_quote, row)), ", ".join("?" * len(row))
             self.database.execute(f"INSERT OR REPLACE INTO {kind} ({names}) VALUES ({marks})", list(row.values()))
 
     def _write_csv(self, kind: str) -> None:
+        """Rewrites a kind's CSV file, or removes it where there are no rows."""
         path = self.folder / LOGS[kind]
-        if not self.rows[kind]:
-            with _writing(path):
-                path.unlink()
+        if self.rows[kind]:
+            _save_csv(path, self.columns[kind], self.rows[kind])
             return
-        with replacing(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns[kind])
-            writer.writeheader()
-            writer.writerows(self.rows[kind])
+        with _writing(path):
+            path.unlink()
+
+    def _open_tensorboard(self) -> None:
+        """Starts event files that drop what earlier ones have after the last row."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        was_off = not (self.folder / "tensorboard").exists()
+        for unit, kind in (("epochs", "train"), ("iterations", "iterations")):
+            last_step = max((row[_step_column(kind)] for row in self.rows[kind]), default=-1)
+            with _writing(self.folder / "tensorboard"):
+                self.writers[unit] = SummaryWriter(str(self.folder / "tensorboard" / unit), purge_step=last_step + 1)
+        for kind, rows in self.rows.items() if was_off else ():
+            self._add_scalars(kind, rows)
+
+    def _add_scalars(self, kind: str, rows: Sequence[Row]) -> None:
+        """Writes rows as TensorBoard scalars."""
+        writer = self.writers.get("iterations" if kind == "iterations" else "epochs")
+        if writer is None:
+            return
+        with _writing(self.folder / "tensorboard"):
+            for row in rows:
+                for name in [name for name in row if name not in ("Epochs", "Iteration")]:
+                    writer.add_scalar(f"{kind}/{name}", row[name], row[_step_column(kind)])
 
 
 @contextmanager
@@ -191,58 +217,29 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, sqlite3.OperationalError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} can't be written ({reason}): {cure(error)}, then --resume_training") from None
+        raise UserError(f"{path} can't be written ({reason}): {disk_advice(error)}, then --resume_training") from None
     except sqlite3.DatabaseError as error:
-        raise UserError(f"{path} is damaged ({error}): remove it, and --resume_training writes it anew") from None
+        raise UserError(f"{path} is damaged ({error}): remove it, and --resume_training rebuilds it") from None
 
 
-def _quoted(name: str) -> str:
-    """A column's name, as SQL writes it."""
+def _quote(name: str) -> str:
+    """A column's name as SQL writes it."""
     return '"' + name.replace('"', '""') + '"'
 
 
-def training_runs(folder: Path) -> dict[int | None, Path]:
-    """A run's folds, by number, and their folders; or None and the folder itself, where it is one training run."""
-    folds = {re.sub(r"^fold_([0-9]+)$", r"\1", path.name): path for path in folder.glob("fold_*") if path.is_dir()}
-    numbered = sorted((int(number), path) for number, path in folds.items() if not number.startswith("fold_"))
-    return {**dict(numbered)} or {None: folder}
+def _save_csv(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
+    with atomic_write(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
-    """A finished training run's summary.json.
+def _read_pixels(path: Path) -> np.ndarray:
+    """A picture as `(H, W, 3)` uint8."""
+    from PIL import Image
 
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    path = folder / "summary.json"
-    summary = load_json(path)
-    models = [summary.get(name) for name in ("selected", "last")] if isinstance(summary, dict) else []
-    if not models or not all(isinstance(model, dict) and ("test" in model or "val" in model) for model in models):
-        raise UserError(f"{path} is damaged: --resume_training writes it anew")
-    return summary
-
-
-def save_meta(folder: Path, rows: Sequence[Row]) -> None:
-    """Writes results over folds, in place of earlier ones: results.csv, results.json and TensorBoard."""
-    with _writing(folder):
-        folder.mkdir(exist_ok=True)
-        with replacing(folder / "results.csv") as beside, open(beside, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, _columns(rows))
-            writer.writeheader()
-            writer.writerows(rows)
-        save_json(folder / "results.json", rows)
-        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-        with SummaryWriter(str(folder / "tensorboard")) as tensorboard:
-            for row in rows:
-                for name in ("Mean", "Std", "CI 95 %"):
-                    if name in row:
-                        tensorboard.add_scalar(f"{row['Network']}/{row['Split']} {row['Metric']}/{name}", row[name])
-
-
-def show_in_tensorboard(folder: Path, name: str, picture: Path) -> None:
-    """Adds a PNG to a folder of event files."""
-    with _writing(folder), SummaryWriter(str(folder)) as tensorboard:
-        tensorboard.add_image(name, np.asarray(Image.open(picture).convert("RGB")), dataformats="HWC")
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def read_configurations(folder: Path) -> list[dict[str, Any]]:
@@ -260,6 +257,144 @@ def read_configurations(folder: Path) -> list[dict[str, Any]]:
     return [{"Epochs": epoch, "Configuration": json.loads(flags)} for epoch, flags in rows]
 
 
+def save_meta_rows(folder: Path, rows: Sequence[Row]) -> None:
+    """Writes results over folds, in place of earlier ones: results.csv, results.json and TensorBoard.
+
+    Args:
+        folder: the folder to write them into; its parent exists.
+        rows: `Network`, `Split`, `Metric`, `Mean` and, of several folds, `Std` and `CI 95 %`.
+
+    Raises:
+        UserError: something can't be written.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    with _writing(folder):
+        folder.mkdir(exist_ok=True)
+        _save_csv(folder / "results.csv", _columns(rows), rows)
+        save_json(folder / "results.json", rows)
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        with SummaryWriter(str(folder / "tensorboard")) as tensorboard:
+            for row in rows:
+                for name in ("Mean", "Std", "CI 95 %"):
+                    if name in row:
+                        tensorboard.add_scalar(f"{row['Network']}/{row['Split']} {row['Metric']}/{name}", row[name])
+
+
+def show_in_tensorboard(folder: Path, name: str, picture: Path) -> None:
+    """Adds a PNG to a folder of event files."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with _writing(folder), SummaryWriter(str(folder)) as tensorboard:
+        tensorboard.add_image(name, _read_pixels(picture), dataformats="HWC")
+
+
+# Metrics of a row
+
+
+def metrics_of(row: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a row, without epoch and time."""
+    return {name: value for name, value in row.items() if name not in NOT_METRICS}
+
+
+def format_metrics(row: Mapping[str, Any]) -> str:
+    """The metrics of a row in one line."""
+    return " | ".join(f"{name} {value:.4f}" for name, value in metrics_of(row).items())
+
+
+def mean_over_sets(metrics: Mapping[str, float], name: str) -> float:
+    """A metric, or its mean over the test sets where there are several; NaN where no metric has that name."""
+    if name in metrics:
+        return metrics[name]
+    values = [value for key, value in metrics.items() if re.sub(r"^Set \d+ ", "", key) == name]
+    return float(np.mean(values)) if values else math.nan
+
+
+def best_epoch(rows: Sequence[Row], metric: str, lower_is_better: bool) -> int:
+    """The first trained epoch with the best value of a metric (its mean over sets); 0 where there is none yet."""
+    sign = -1 if lower_is_better else 1
+    scores = {row["Epochs"]: sign * mean_over_sets(row, metric) for row in rows if row["Epochs"] > 0}
+    return max(scores, key=lambda epoch: -math.inf if math.isnan(scores[epoch]) else scores[epoch], default=0)
+
+
+# Iterations
+
+
+class StepReporter(Protocol):
+    """What `IterationLog` asks a training method about its last step."""
+
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rates by column: `Learning Rate`, and `Learning Rate <group>` for each further group."""
+        ...
+
+    def statistics(self) -> dict[str, torch.Tensor]:
+        """Statistics by column: scalars on the device."""
+        ...
+
+
+class IterationLog:
+    """Losses of an epoch's iterations and, of every few, learning rates and statistics.
+
+    All of it stays on the device until `read`, so that no iteration waits for it.
+
+    Args:
+        method: the training method.
+        epoch: the epoch, counted from 1.
+        log: where the rows go.
+        log_every: iterations between two rows, counted from the first of the run; 0: no rows.
+    """
+
+    def __init__(self, method: StepReporter, epoch: int, log: Records, log_every: int):
+        self.method = method
+        self.epoch = epoch
+        self.log = log
+        self.log_every = log_every
+        self.iterations_before = log.iterations()
+        self.losses: list[float] = []
+        self._pending_losses: list[torch.Tensor] = []
+        self._pending_rows: list[tuple[Row, dict[str, torch.Tensor]]] = []
+
+    def add(self, iteration: int, loss: torch.Tensor) -> None:
+        """Takes the loss of the method's last step.
+
+        Args:
+            iteration: counted from 1 in every epoch.
+            loss: a detached scalar, on the device.
+        """
+        self._pending_losses.append(loss)
+        position = self.iterations_before + iteration  # in the run
+        if self.log_every and position % self.log_every == 0:
+            row = {"Iteration": position, "Epochs": self.epoch, **self.method.learning_rates()}
+            self._pending_rows.append((row, {"Loss": loss, **self.method.statistics()}))
+
+    def read(self) -> float:
+        """Fetches and records everything since the last call; returns the mean loss of the epoch so far.
+
+        Raises:
+            UserError: a loss is not finite.
+        """
+        self.losses += torch.stack(self._pending_losses).tolist()
+        self._pending_losses.clear()
+        if self._pending_rows:
+            scalars = [scalar for _, statistics in self._pending_rows for scalar in statistics.values()]
+            values = iter(torch.stack(scalars).tolist())  # one copy from the device for all of them
+            rows = [row | {name: next(values) for name in statistics} for row, statistics in self._pending_rows]
+            self.log.add("iterations", *rows)
+            self._pending_rows.clear()
+        not_finite = np.flatnonzero(~np.isfinite(self.losses))
+        if len(not_finite):
+            first = not_finite[0]
+            raise UserError(
+                f"the loss is {self.losses[first]} in epoch {self.epoch}, iteration {first + 1}: lower --lr"
+                + ("; the checkpoints of earlier epochs are kept" if self.epoch > 1 else "")
+            )
+        return self.mean_loss()
+
+    def mean_loss(self) -> float:
+        """The mean loss of the iterations that were read."""
+        return float(np.mean(self.losses))
+
+
 class GradientRecord:
     """Statistics of the embedding layer's gradient at every iteration, for --grad_measure.
 
@@ -267,11 +402,11 @@ class GradientRecord:
     their absolute values: four arrays `(iterations, features)`, and the iterations' numbers `(iterations,)`.
 
     Args:
-        path: a pickled dict of the arrays; where it exists, the record goes on.
-        iterations: how many iterations the run had before.
+        path: a pickled dict of the arrays; an existing one is continued.
+        iterations: the number of iterations that the run had before; what comes after them is dropped.
 
     Raises:
-        UserError: what stands at the path is damaged.
+        UserError: the file is damaged.
     """
 
     STATISTICS = ("mean", "std", "abs_mean", "abs_std")
@@ -286,7 +421,7 @@ class GradientRecord:
                 kept = saved["iteration"] <= iterations
                 self.arrays = {name: saved[name][kept] for name in self.arrays}
             except Exception:  # pickle raises anything at all on a damaged file
-                raise UserError(f"{path} is damaged: move it away, and its record begins anew") from None
+                raise UserError(f"{path} is damaged: move it away, and a new record begins") from None
         self._iteration = iterations
         self._pending: list[torch.Tensor] = []  # on the device, so that no iteration waits for it
 
@@ -294,180 +429,80 @@ class GradientRecord:
         """Takes the gradient that the layer's weight `(D, features)` has after an iteration's backward pass."""
         gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
         values = torch.stack([gradient, gradient.abs()])  # (2, D, features)
-        mean, std = values.mean(dim=1), values.std(dim=1, correction=0)
-        self._pending.append(torch.stack([mean[0], std[0], mean[1], std[1]]))
+        mean, std = values.mean(dim=1), values.std(dim=1, correction=0)  # (2, features) each
+        self._pending.append(torch.stack([mean[0], std[0], mean[1], std[1]]))  # (4, features)
 
     def save(self) -> None:
-        """Writes all iterations so far."""
+        """Writes the statistics of all iterations so far."""
         if not self._pending:
             return
         recorded = torch.stack(self._pending, dim=1).cpu().numpy()  # (4, iterations, features)
-        numbers = self._iteration + 1 + np.arange(len(self._pending))
+        numbers = self._iteration + 1 + np.arange(len(self._pending))  # (iterations,)
         self._iteration += len(self._pending)
         self._pending.clear()
         for name, rows in zip((*self.STATISTICS, "iteration"), (*recorded, numbers)):
             self.arrays[name] = np.concatenate([self.arrays[name], rows]) if self.arrays[name].size else rows
-        with replacing(self.path) as beside:
+        with atomic_write(self.path) as beside:
             beside.write_bytes(pickle.dumps(self.arrays))
 
 
-def _family(name: str) -> str:
-    """The metric without its set and its k: `Set 0 Recall @ 4` -> `Recall`."""
-    return re.sub(r"^Set \d+ | @ \d+$", "", name)
+# The summary
 
 
-def _wrapped(parts: Iterable[str], width: int) -> str:
-    """The parts joined by wide gaps, broken into lines only between parts."""
-    joined = "    ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)
-    return textwrap.fill(joined, width, break_long_words=False, break_on_hyphens=False)
+def describe_selection(metric: str, has_val_classes: bool) -> str:
+    """What selects the best epoch, and what that means for the results."""
+    if has_val_classes:
+        return f"selected by {metric} on the validation classes"
+    return f"selected by {metric} on the test classes, as in the literature: optimistic, since these choose the epoch"
 
 
-def save_info_plot(
-    path: Path,
-    train_rows: Sequence[Row],
-    val_rows: Sequence[Row],
-    selected_epoch: int,
-    title: str,
-    lower_is_better: Collection[str] = (),
-) -> None:
-    """Draws training loss and metrics over epochs, a panel for each kind of metric.
+def build_summary(
+    log_rows: Mapping[str, Sequence[Row]],
+    metric: str,
+    lower_is_better: bool,
+    has_val_classes: bool,
+    is_predefined: bool,
+) -> dict[str, Any]:
+    """How a run ended: summary.json.
 
     Args:
-        path: where to write the SVG.
-        train_rows: rows with `Epochs` and `Train Loss`.
-        val_rows: rows with `Epochs` and any number of metrics; `Time` is not drawn.
-        selected_epoch: the epoch whose metrics, as one model's, stand in the header.
-        title: the first lines of the header.
-        lower_is_better: metrics, without their set, whose lowest value is their best.
+        log_rows: all rows, by kind.
+        metric: the metric that selects the epoch.
+        lower_is_better: whether its best value is the lowest.
+        has_val_classes: whether validation classes select it; otherwise `log_rows["val"]` is of the test classes.
+        is_predefined: whether the splits are predefined, so that the test classes are evaluated while training.
+
+    Returns:
+        `selection`, `metric`, `seconds`, and networks by name (`selected`, `last`, where known `best on test` and
+        `untrained`), each with its `epoch` and one network's metrics on `val` and `test`, as far as evaluated.
     """
-    metrics = [name for name in val_rows[-1] if name not in NOT_METRICS]
-    families = list(dict.fromkeys(map(_family, metrics)))
-    curves = {"Train Loss": [("Train Loss", train_rows)]} if train_rows else {}
-    curves |= {family: [(name, val_rows) for name in metrics if _family(name) == family] for family in families}
-    columns = min(len(curves), 2 if len(curves) in (2, 4) else 3)
-    rows = math.ceil(len(curves) / columns)
-    width = 5.5 * columns
-
-    selected = next(row for row in val_rows if row["Epochs"] == selected_epoch)
-    best = {name: _best_row(name, val_rows, _family(name) in lower_is_better) for name in metrics}
-    header = _wrapped([f"{name} {selected.get(name, math.nan):.4f}" for name in metrics], int(13 * width))
-    footer = _wrapped([f"{name} {best[name][name]:.4f} ({best[name]['Epochs']})" for name in metrics], int(15 * width))
-    header = f"{title}\nselected epoch {selected_epoch}:\n{header}"
-    footer = f"each metric's best value (its epoch), not one model's:\n{footer}"
-    margin = 0.2 * (header.count("\n") + footer.count("\n") + 2)
-
-    figure = Figure(figsize=(width, 3.5 * rows + margin), layout="constrained")
-    for number, (family, lines) in enumerate(curves.items(), start=1):
-        axes = figure.add_subplot(rows, columns, number)
-        for name, source in lines:
-            with_value = [row for row in source if name in row]
-            epochs = [row["Epochs"] for row in with_value]
-            marker = "o" if len(epochs) < 30 else ""
-            axes.plot(epochs, [row[name] for row in with_value], marker=marker, ms=3, label=name)
-        axes.axvline(selected_epoch, color="0.6", linestyle=":", zorder=0)
-        axes.set(title=family, xlabel="epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        if len(lines) > 1:
-            axes.legend(fontsize="small", ncols=math.ceil(len(lines) / 8))
-    figure.suptitle(header, fontsize="medium", parse_math=False)
-    figure.supxlabel(footer, fontsize="small", parse_math=False)
-    with replacing(path) as beside:
-        figure.savefig(beside, format="svg")
+    metrics = {kind: {row["Epochs"]: metrics_of(row) for row in log_rows[kind]} for kind in ("val", "test")}
+    if not has_val_classes:
+        metrics = {"test": metrics["val"]}
+    val_rows = log_rows["val"]
+    epochs = {"selected": best_epoch(val_rows, metric, lower_is_better), "last": val_rows[-1]["Epochs"]}
+    if is_predefined:
+        test_rows = log_rows["test"] if has_val_classes else val_rows
+        epochs["best on test"] = best_epoch(test_rows, metric, lower_is_better)
+    if val_rows[0]["Epochs"] == 0:
+        epochs["untrained"] = 0
+    networks = {
+        name: {"epoch": epoch, **{kind: by_epoch[epoch] for kind, by_epoch in metrics.items() if epoch in by_epoch}}
+        for name, epoch in epochs.items()
+    }
+    seconds = sum(row["Time"] for kind in ("train", "val", "test") for row in log_rows[kind])
+    selection = describe_selection(metric, has_val_classes)
+    return {"selection": selection, "metric": metric, **networks, "seconds": seconds}
 
 
-def _best_row(name: str, rows: Sequence[Row], lowest: bool) -> Row:
-    """The first row with the best value of a metric; NaN is none."""
-    sign = -1 if lowest else 1
-    with_value = [row for row in rows if name in row]
-    return max(with_value, key=lambda row: -math.inf if math.isnan(row[name]) else sign * row[name])
-
-
-def save_curve(path: Path, rows: Sequence[Mapping[str, float]], name: str) -> None:
-    """Draws one column of the rows over `Epochs` into an SVG."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot([row["Epochs"] for row in rows], [row[name] for row in rows], marker="o", ms=3)
-    axes.set(xlabel="epoch", title=name)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    with replacing(path) as beside:
-        figure.savefig(beside, format="svg")
-
-
-def save_bands(path: Path, curves: Mapping[str, Sequence[tuple[int, float, float]]], name: str) -> None:
-    """Draws curves of (epoch, mean, half of its confidence interval), by label, into an SVG."""
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axes = figure.add_subplot()
-    for label, points in curves.items():
-        epochs, mean, half = np.array(points, dtype=float).reshape(-1, 3).T
-        (line,) = axes.plot(epochs, mean, marker="o" if len(epochs) < 30 else "", ms=3, label=label)
-        axes.fill_between(epochs, mean - half, mean + half, color=line.get_color(), alpha=0.2, linewidth=0)
-    means = [mean for points in curves.values() for _, mean, _ in points]
-    if means:  # of two runs the interval is so wide that curves would look flat
-        room = 0.6 * np.ptp(means) or 0.1
-        axes.set_ylim(min(means) - room, max(means) + room)
-    axes.set(xlabel="epoch", ylabel=f"{name} of the classes that select the epoch")
-    axes.set_title("mean and 95 % confidence interval over seeds and folds")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    legend = axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12))
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-    with replacing(path) as beside:
-        figure.savefig(beside, format="svg")
-
-
-def save_scatter(path: Path, points: np.ndarray, labels: np.ndarray, title: str) -> None:
-    """Draws points `(N, 2)`, coloured by label, into a PNG."""
-    _, ranks = np.unique(labels, return_inverse=True)
-    figure = Figure(figsize=(8, 8), layout="constrained")
-    axes = figure.add_subplot()
-    axes.scatter(points[:, 0], points[:, 1], c=ranks, cmap="gist_rainbow", s=12, linewidths=0)
-    axes.set(title=title, xticks=[], yticks=[])
-    with replacing(path) as beside:
-        figure.savefig(beside, format="png", dpi=120)
-
-
-@dataclass(frozen=True)
-class Retrieval:
-    """A query and its nearest neighbours, ready to draw: images are `(H, W, 3)` uint8 arrays."""
-
-    query: np.ndarray
-    query_class: str
-    neighbours: Sequence[np.ndarray]
-    neighbour_classes: Sequence[str]
-    correct: Sequence[bool]
-
-
-def save_recoveries(path: Path, retrievals: Sequence[Retrieval]) -> None:
-    """Draws each query (framed red) beside its nearest neighbours (green: right class; grey: wrong) into a PNG."""
-    side, frame, caption, gap = 128, 5, 18, 6  # px
-    cell = side + 2 * frame
-    columns = 1 + max(len(retrieval.neighbours) for retrieval in retrievals)
-    canvas = Image.new("RGB", (columns * (cell + gap) + gap, len(retrievals) * (cell + caption + gap) + 28), "white")
-    draw = ImageDraw.Draw(canvas)
-    draw.text((gap, 8), "query (red) and its nearest neighbours (green: right class, grey: wrong)", "black", _font(13))
-    for row, retrieval in enumerate(retrievals):
-        images = [retrieval.query, *retrieval.neighbours]
-        names = [retrieval.query_class, *retrieval.neighbour_classes]
-        colours = ["#d62728", *("#2ca02c" if right else "#b0b0b0" for right in retrieval.correct)]
-        for column, (image, name, colour) in enumerate(zip(images, names, colours)):
-            x, y = gap + column * (cell + gap), 28 + row * (cell + caption + gap)
-            draw.text((x + cell // 2, y), _fitting(name.replace("_", " "), cell), "black", _font(11), anchor="ma")
-            thumbnail = ImageOps.pad(Image.fromarray(image), (side, side), color="white")
-            canvas.paste(ImageOps.expand(thumbnail, frame, colour), (x, y + caption))
-    with replacing(path) as beside:
-        canvas.save(beside, format="png")
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(os.path.join(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
-
-
-def _fitting(text: str, width: int) -> str:
-    """The text, or as much of its beginning as fits into `width` px of a caption."""
-    if _font(11).getlength(text) <= width:
-        return text
-    return next(cut for end in range(len(text), -1, -1) if _font(11).getlength(cut := text[:end] + "…") <= width)
+def print_summary(summary: Mapping[str, Any]) -> None:
+    """Prints a summary, one line per network and kind of classes."""
+    print(f"\n{summary['selection']}")
+    networks = {name: network for name, network in summary.items() if isinstance(network, Mapping)}
+    for name, network in networks.items():
+        for kind in [kind for kind in ("val", "test") if kind in network]:
+            print(f"{name:>12}, epoch {network['epoch']:3d}, {kind} | {format_metrics(network[kind])}")
+    if "untrained" in networks:
+        metric, kind = summary["metric"], "test" if "test" in networks["untrained"] else "val"
+        before, after = (mean_over_sets(networks[name][kind], metric) for name in ("untrained", "selected"))
+        print(f"{metric} on unseen classes: {before:.4f} untrained, {after:.4f} trained ({after - before:+.4f})")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import pickle
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
-import records
-from auxiliaries import replacing
+import datasets
+import evaluate
+import main
+import netlib
+import plots
+import runs
+import transforms
+from auxiliaries import atomic_write
 
+MACHINE_COLUMNS = ("Time", "Images/s", "Peak Memory")
 ROOT = Path(__file__).resolve().parents[1]
 
 # A run of these takes about a second: small images, a small network, no download.
@@ -26,16 +36,16 @@ def _two_threads() -> None:
 
 
 def save_image(path: Path, rng: np.random.Generator, size: tuple[int, int] = (40, 36), tint: int = 0) -> Path:
-    """Writes noise of the size (width, height) around a colour that depends on `tint`."""
+    """Writes noise of the size (width, height) around a color that depends on `tint`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    colour = np.random.default_rng(tint).integers(60, 196, 3)
-    pixels = np.clip(colour + rng.integers(-60, 60, (size[1], size[0], 3)), 0, 255).astype(np.uint8)
+    color = np.random.default_rng(tint).integers(60, 196, 3)
+    pixels = np.clip(color + rng.integers(-60, 60, (size[1], size[0], 3)), 0, 255).astype(np.uint8)
     Image.fromarray(pixels).save(path)
     return path
 
 
 def make_tree(images: Path, classes: int = 8, per_class: int = 6, seed: int = 0) -> Path:
-    """Writes `images/class_<i>/<j>.jpg`, each class in a colour of its own."""
+    """Writes `images/class_<i>/<j>.jpg`, each class in a color of its own."""
     rng = np.random.default_rng(seed)
     for label in range(classes):
         for number in range(per_class):
@@ -55,23 +65,23 @@ def quick_pictures() -> None:
     """Pictures take most of a tiny run's time: files of a few bytes stand for them, written in the same way."""
 
     def plot(path: Path, *_: Any, **__: Any) -> None:
-        with replacing(path) as beside:
+        with atomic_write(path) as beside:
             beside.write_text("<svg/>")
 
     def show(path: Path, *_: Any, **__: Any) -> None:
-        with replacing(path) as beside:
+        with atomic_write(path) as beside:
             Image.new("RGB", (4, 4)).save(beside, format="png")
 
-    records.save_info_plot = records.save_curve = plot
-    records.save_recoveries = show
+    plots.save_info_plot = plots.save_curve = plot
+    plots.draw_retrievals = show
 
 
 @pytest.fixture(scope="module")
 def without_pictures() -> Iterator[None]:
     """What pictures look like, and that whole runs draw them, is tested elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("save_info_plot", "save_curve", "save_recoveries"):
-            patch.setattr(records, name, getattr(records, name))
+        for name in ("save_info_plot", "save_curve", "draw_retrievals"):
+            patch.setattr(plots, name, getattr(plots, name))
         quick_pictures()
         yield
 
@@ -85,3 +95,110 @@ def small_flags(tiny_source: Path, tmp_path: Path) -> Callable[..., list[str]]:
         return [*SMALL, *where, "--savename", "run", "--n_epochs", "1", "--bs", "8", *more]
 
     return flags
+
+
+def csv_rows(path: Path) -> list[dict[str, str]]:
+    """A CSV file's rows without the columns that depend on the machine."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{k: v for k, v in row.items() if k not in MACHINE_COLUMNS} for row in csv.DictReader(file)]
+
+
+Metrics = dict[str, float]
+CROSS = ("--dataset", "cv", "--split_scheme", "cross_validation", "--num_training_sets", "3", "--n_epochs", "2")
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A --source_path with `tiny` (8 classes of 6 images) and `cv` (16 classes of 4)."""
+    source = tmp_path_factory.mktemp("source")
+    make_tree(source / "tiny" / "images")
+    make_tree(source / "cv" / "images", classes=16, per_class=4, seed=1)
+    return source
+
+
+def training_flags(source: Path, results: Path, *more: str) -> list[str]:
+    where = ["--source_path", str(source), "--save_path", str(results)]
+    return [*SMALL, *where, "--bs", "8", "--samples_per_class", "2", "--lr", "1e-3", "--embed_dim", "16", *more]
+
+
+Run = Callable[..., Metrics]
+
+
+@pytest.fixture
+def run(source: Path, tmp_path: Path) -> Run:
+    """A function that trains `tiny` into tmp_path/tiny/run for two epochs, with any more flags."""
+
+    def run(*more: str) -> Metrics:
+        start = ["--dataset", "tiny", "--savename", "run", "--n_epochs", "2"]
+        return main.command(training_flags(source, tmp_path, *start, *more))
+
+    return run
+
+
+@pytest.fixture
+def go_on(tmp_path: Path) -> Run:
+    """A function that gives tmp_path, a run's name and any more flags to `main.command`."""
+
+    def go_on(*more: str, savename: str = "run") -> Metrics:
+        return main.command(["--save_path", str(tmp_path), "--savename", savename, *more])
+
+    return go_on
+
+
+@pytest.fixture(scope="session")
+def finished(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of `tiny`."""
+    results = tmp_path_factory.mktemp("finished")
+    main.command(training_flags(source, results, "--dataset", "tiny", "--savename", "run", "--n_epochs", "2"))
+    return results / "tiny" / "run"
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, where `go_on` finds it."""
+    return shutil.copytree(finished, tmp_path / "tiny" / "run")
+
+
+class CrossValidated:
+    """A finished cross-validation of three folds, with what was embedded meanwhile: (fold, epochs so far, images)."""
+
+    def __init__(self, source: Path, results: Path):
+        self.folder = results / "cv" / "run"
+        self.embedded: list[tuple[str, int, list[str]]] = []
+        embed = evaluate.embed
+
+        def recording(net: Any, loader: datasets.ImageLoader, *args: Any) -> torch.Tensor:
+            folds = sorted(path.name for path in self.folder.glob("fold_*"))
+            log = self.folder / folds[-1] / "log_train_Base.csv"
+            self.embedded.append((folds[-1], len(csv_rows(log)), list(loader.dataset.images.paths)))
+            return embed(net, loader, *args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluate, "embed", recording)
+            more = ("--savename", "run", "--meta_testing_method", "ConcatenateEmbeddings")
+            self.metrics = main.command(training_flags(source, results, *CROSS, *more))
+        self.folds = sorted(self.folder.glob("fold_*"))
+        self.splits = [datasets.give_splits(runs.load_flags(fold)) for fold in self.folds]
+
+
+@pytest.fixture(scope="session")
+def crossed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> CrossValidated:
+    return CrossValidated(source, tmp_path_factory.mktemp("crossed"))
+
+
+def embed_by_hand(
+    folder: Path, images: datasets.ImageSet, trunk: bool = False, normalize: bool | None = None
+) -> torch.Tensor:
+    """Embeddings by a run's best network, in the batches of its evaluation, on whose size their last bits depend."""
+    net = netlib.networkselect(pickle.loads((folder / "hypa.pkl").read_bytes()))
+    net.load_state_dict(torch.load(folder / "checkpoint.pth.tar", weights_only=True)["state_dict"])
+    net.eval()
+    opt = runs.load_flags(folder)
+    transform = transforms.eval_transform(opt.crop_size, opt.resize)
+    pixels = torch.stack([transform(transforms.load_image(path)) for path in images.paths])
+    with torch.inference_mode():
+        parts = [net.backbone((batch - net.mean) / net.std) for batch in pixels.split(opt.eval_bs)]
+        parts = parts if trunk else [net.embedding(part) for part in parts]
+        if net.normalize if normalize is None else normalize:
+            parts = [torch.nn.functional.normalize(part, dim=1) for part in parts]
+        return torch.cat(parts)

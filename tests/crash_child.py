@@ -27,15 +27,14 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import torch  # noqa: E402
-from conftest import SMALL, make_tree, quick_pictures  # noqa: E402
+from conftest import MACHINE_COLUMNS, SMALL, make_tree, quick_pictures  # noqa: E402
 from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
 
 import auxiliaries  # noqa: E402
 import evaluate  # noqa: E402
-import protocol  # noqa: E402
+import main  # noqa: E402
 import records  # noqa: E402
 
-ASIDE = ("Time", "Images/s", "Peak Memory")
 FLAGS = [
     *SMALL,
     *("--kernels", "2", "--embed_dim", "512", "--loss", "marginloss", "--lr", "1e-3", "--tau", "1", "--gamma", "0.5"),
@@ -168,7 +167,7 @@ def train(work: Path, name: str, flags: list[str], fatal: int | None = None) -> 
     """Runs with events; returns their names."""
     events = Events(fatal)
     events.watch()
-    protocol.run([*FLAGS, "--source_path", str(work / "source"), "--save_path", str(work / name), *flags])
+    main.command([*FLAGS, "--source_path", str(work / "source"), "--save_path", str(work / name), *flags])
     return events.names
 
 
@@ -182,12 +181,12 @@ def rows_of(folder: Path) -> dict[str, Any]:
     for kind, name in records.LOGS.items():
         if (folder / name).exists():
             with open(folder / name, newline="", encoding="utf-8") as file:
-                rows[name] = [{k: v for k, v in row.items() if k not in ASIDE} for row in csv.DictReader(file)]
+                rows[name] = [{k: row[k] for k in row if k not in MACHINE_COLUMNS} for row in csv.DictReader(file)]
         database = sqlite3.connect(folder / "records.db")
         database.row_factory = sqlite3.Row
         try:
             found = database.execute(f"SELECT * FROM {kind} ORDER BY rowid").fetchall()
-            rows[kind] = [{k: row[k] for k in row.keys() if k not in ASIDE} for row in found]  # noqa: SIM118
+            rows[kind] = [{k: row[k] for k in row.keys() if k not in MACHINE_COLUMNS} for row in found]  # noqa: SIM118
         except sqlite3.OperationalError:
             rows[kind] = None
         finally:
@@ -246,7 +245,7 @@ def chosen_moments(names: list[str], rng: random.Random) -> list[int]:
     return sorted(rng.choice(positions) for positions in kinds.values())
 
 
-def main(work: Path) -> None:
+def kill_and_compare(work: Path) -> None:
     make_tree(work / "source" / "tiny" / "images", classes=8, per_class=4)
     quick_pictures()
     gc.freeze()  # forks share what is there already
@@ -281,4 +280,4 @@ def main(work: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    kill_and_compare(Path(sys.argv[1]))

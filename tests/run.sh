@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes the environment if need be and runs all checks; further arguments go to pytest.
+# Creates the environment if necessary and runs all checks; further arguments go to pytest.
+# Without arguments the quick tests run first (about a minute), then the slow ones.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash install.sh
@@ -8,4 +9,8 @@ export OMP_WAIT_POLICY=passive  # threads that spin while they wait slow each ot
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/mypy" .
-"$bin/python" -m pytest "$@"
+if [ $# -gt 0 ]; then
+    exec "$bin/python" -m pytest "$@"
+fi
+"$bin/python" -m pytest -m "not slow"
+exec "$bin/python" -m pytest -m slow

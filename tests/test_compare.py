@@ -59,11 +59,48 @@ def test_runs_are_grouped_by_configuration_without_the_seed(runs: list[str], tmp
 
 
 def test_curves_are_means_where_all_runs_were_evaluated(runs: list[str]) -> None:
-    results, _ = compare.read_all([Path(run) for run in runs], "Recall @ 1")
-    bands = compare.give_bands(compare.group(results))
+    bands = compare.compute_bands(compare.read_table(map(Path, runs), "Recall @ 1"))
     assert [epoch for epoch, _, _ in bands["loss marginloss"]] == [1, 2]
     assert [mean for _, mean, _ in bands["loss marginloss"]] == pytest.approx([1.1 / 3, 0.7])
     assert [mean for _, mean, _ in bands["loss triplet"]] == [0.5, 0.5, 0.55]
+
+
+def test_a_repeated_seed_counts_once(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    again = make_run(tmp_path / "e", [0.99], seed=2, savename="another")
+    rows = compare.main([*runs, str(again), "--svg", str(tmp_path / "curves.svg")])
+    assert [(row["Runs"], row["Recall @ 1, selected"]) for row in rows] == [(3, pytest.approx(2.2 / 3)), (1, 0.55)]
+    assert f"notice: {again} is left out: it repeats {runs[1]}, including the seed" in capsys.readouterr().err
+
+
+def test_labels_keep_values_as_they_are(tmp_path: Path) -> None:
+    """Runs may lack flags that others have; numbers don't turn into others of another type."""
+    folders = [
+        make_run(tmp_path / "a", [0.5], embed_dim=128, tau=[30, 55]),
+        make_run(tmp_path / "b", [0.6], embed_dim=None, tau=[]),
+        make_run(tmp_path / "c", [0.7], tau=[30, 55]),
+        make_run(tmp_path / "d", [0.8], tau=[30, 55], seed=2),
+    ]
+    svg = ["--svg", str(tmp_path / "curves.svg")]
+    rows = compare.main([*map(str, folders), *svg])
+    assert [(row["Configuration"], row["Runs"]) for row in rows] == [
+        ("embed_dim 128, tau [30, 55]", 1),
+        ("embed_dim None, tau []", 1),
+        ("embed_dim None, tau [30, 55]", 2),
+    ]
+    (row,) = compare.main([str(folders[0]), *svg])
+    assert row["Configuration"] == "dataset tiny, arch resnet18, loss marginloss"
+
+
+def test_several_test_sets_are_averaged(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", [0.5])
+    metrics = {"Set 0 Recall @ 1": 0.25, "Set 1 Recall @ 1": 0.75}
+    summary = {name: {"epoch": 2, "val": metrics} for name in ("selected", "last")}
+    (folder / "summary.json").write_text(json.dumps({**summary, "seconds": 1}))
+    lines = ["Epochs,Time,Set 0 Recall @ 1,Set 1 Recall @ 1", "1,1.0,nan,0.5", "2,1.0,0.25,0.75", "3,1.0,,"]
+    (folder / "log_val_Base.csv").write_text("\n".join(lines))
+    table = compare.read_table([folder], "Recall @ 1")
+    assert table["selected"].tolist() == [0.5]
+    assert table["curve"].tolist() == [{2: 0.5}]
 
 
 def test_folds_count_as_runs_and_missing_ones_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,9 +116,9 @@ def test_folds_count_as_runs_and_missing_ones_are_listed(tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("file", "text", "words"),
     [
-        ("config.yaml", None, "no run folder: it has no config.yaml"),
+        ("config.yaml", None, "is not a run folder: it has no config.yaml"),
         ("summary.json", None, "unfinished: it has no summary.json"),
-        ("summary.json", "{", "is no JSON"),
+        ("summary.json", "{", "is not valid JSON"),
         ("summary.json", "{}", "damaged"),
         ("config.yaml", "[1", "damaged"),
         ("log_val_Base.csv", "Epochs,Recall @ 1\n1,x\n", "damaged"),

@@ -11,7 +11,6 @@ import yaml
 from conftest import ROOT
 
 import config
-import main
 from auxiliaries import FlagParser, UserError
 
 
@@ -22,7 +21,7 @@ def write(folder: Path, name: str, text: str) -> str:
 
 
 def parse(*argv: str) -> argparse.Namespace:
-    return main.parse_args(list(argv))
+    return config.parse(argv)
 
 
 @pytest.fixture
@@ -69,7 +68,7 @@ def test_mappings_merge_key_by_key_and_can_be_replaced(tmp_path: Path, mapping_p
     replacing = write(tmp_path, "c.yaml", "loss_params~OVERRIDE~: {gamma: 4}\n")
 
     def given(*argv: str) -> dict[str, str]:
-        return config.parse_layers(mapping_parser, argv).loss_params
+        return config._parse_given(mapping_parser, argv)["loss_params"]
 
     assert given() == {"margin": "0.2"}
     assert given("--config", first, second) == {"margin": "0.2", "alpha": "1e-2", "beta": "3"}
@@ -93,9 +92,9 @@ def test_mappings_merge_key_by_key_and_can_be_replaced(tmp_path: Path, mapping_p
         ("grad_measure: maybe\n", "line 1: --grad_measure takes true or false, not maybe"),
         ("lr: 1\nlr: 2\n", "line 2: --lr is given twice"),
         ("config: other.yaml\n", "line 1: unknown flag --config"),
-        ("- lr\n", "is no mapping"),
-        ("", "is no mapping"),
-        ("lr: [1\n", "is no YAML"),
+        ("- lr\n", "is not a mapping"),
+        ("", "is not a mapping"),
+        ("lr: [1\n", "is not a YAML file"),
     ],
 )
 def test_errors_name_file_and_line(tmp_path: Path, text: str, words: str) -> None:
@@ -110,15 +109,15 @@ def test_errors_name_file_and_line(tmp_path: Path, text: str, words: str) -> Non
 def test_missing_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"neither a file nor one in configs/ \(did you mean baselines"):
         parse("--config", "baseline")
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="does not exist or is not a file"):
         parse("--config", str(tmp_path / "none.yaml"))
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="does not exist or is not a file"):
         parse("--config", str(tmp_path))
 
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in (ROOT / "configs").glob("*.yaml")))
 def test_presets_parse(preset: str) -> None:
-    opt = main.resolve(parse("--config", "baselines", preset))
+    opt = config.resolve(parse("--config", "baselines", preset))
     assert opt.dataset == ("cub200" if preset == "baselines" else preset)
     assert (opt.loss, opt.sampling, opt.lr, opt.arch) == ("marginloss", "distance", 1e-5, "resnet50")
 
@@ -145,15 +144,15 @@ def test_presets_parse(preset: str) -> None:
     ],
 )
 def test_stored_configuration_gives_the_same_flags(tmp_path: Path, flags: list[str]) -> None:
-    opt = main.resolve(parse(*flags))
+    opt = config.resolve(parse(*flags))
     path = tmp_path / "config.yaml"
-    config.save_config(path, config.configuration(opt), main.give_parser())
+    config.save_config(path, config.configuration(opt))
     stored = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert set(stored) == set(vars(parse())) - set(CONTROL)
-    for again in (parse("--config", str(path)), main.parse_args([], path)):
-        resolved = main.resolve(again)
+    for again in (parse("--config", str(path)), config.parse([], path)):
+        resolved = config.resolve(again)
         assert config.configuration(resolved) == config.configuration(opt)
-        assert config.differences(resolved, opt) == {}
+        assert config.changed_flags(resolved, opt) == {}
         assert {**vars(resolved), "config": None} == {**vars(opt), "config": None}
 
 
@@ -173,17 +172,17 @@ CONTROL = {
 
 
 def test_control_flags_are_never_stored(tmp_path: Path) -> None:
-    assert set(vars(config.control_flags().parse_args([]))) == set(CONTROL)
+    assert set(config.build_parser().names_with(stored=False)) == set(CONTROL)
     file = write(tmp_path, "a.yaml", "bs: 64\n")
     given = {**CONTROL, "config": [file]}
-    opt = main.resolve(parse(*(token for name, values in given.items() for token in (f"--{name}", *values))))
+    opt = config.resolve(parse(*(token for name, values in given.items() for token in (f"--{name}", *values))))
     assert opt.eval_use_trunk_output is True
     assert opt.resume_training == "best"
     values = config.configuration(opt)
     assert not set(CONTROL) & set(values)
     assert values["bs"] == 64
-    assert config.differences(main.resolve(parse("--bs", "64")), opt) == {}
-    config.save_config(tmp_path / "config.yaml", values, main.give_parser())
+    assert config.changed_flags(config.resolve(parse("--bs", "64")), opt) == {}
+    config.save_config(tmp_path / "config.yaml", values)
     stored = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
     assert not set(CONTROL) & set(stored)
     assert "normalize" not in stored  # it follows from the loss and is no flag
@@ -191,26 +190,26 @@ def test_control_flags_are_never_stored(tmp_path: Path) -> None:
 
 def test_a_stored_layer_lies_below_files_and_these_below_the_command_line(tmp_path: Path) -> None:
     stored = tmp_path / "config.yaml"
-    opt = main.resolve(parse("--bs", "64", "--lr", "1e-3", "--decay", "0.5", "--savename", "012", "--patience", "3"))
-    config.save_config(stored, config.configuration(opt), main.give_parser())
+    opt = config.resolve(parse("--bs", "64", "--lr", "1e-3", "--decay", "0.5", "--savename", "012", "--patience", "3"))
+    config.save_config(stored, config.configuration(opt))
     file = write(tmp_path, "a.yaml", "lr: 1e-4\ndecay: 0.25\npatience: null\n")
-    opt = main.parse_args(["--config", file, "--decay", "0.125"], stored)
+    opt = config.parse(["--config", file, "--decay", "0.125"], stored)
     assert (opt.bs, opt.lr, opt.decay, opt.savename, opt.patience) == (64, 1e-4, 0.125, "012", None)
-    opt = main.parse_args(["--decay", "0.125"], stored)
+    opt = config.parse(["--decay", "0.125"], stored)
     assert (opt.bs, opt.lr, opt.decay, opt.patience) == (64, 1e-3, 0.125, 3)
-    assert main.parse_args([]).bs == 112
+    assert config.parse([]).bs == 112
 
 
 def test_an_odd_stored_layer_is_named(tmp_path: Path) -> None:
     write(tmp_path, "config.yaml", "bs: 64\nlrr: 1\n")
     with pytest.raises(UserError, match=r"config\.yaml, line 2: unknown flag --lrr \(did you mean --lr\?\)"):
-        main.parse_args([], tmp_path / "config.yaml")
-    with pytest.raises(UserError, match="is no file"):
-        main.parse_args([], tmp_path / "none.yaml")
+        config.parse([], tmp_path / "config.yaml")
+    with pytest.raises(UserError, match="does not exist or is not a file"):
+        config.parse([], tmp_path / "none.yaml")
 
 
 def given(*argv: str) -> dict[str, Any]:
-    return config.given_flags(main.give_parser(), argv)
+    return config.given_flags(argv)
 
 
 def test_given_flags_are_those_of_the_command_line_and_its_files(tmp_path: Path) -> None:
@@ -243,14 +242,14 @@ def test_differences_are_the_new_values(tmp_path: Path) -> None:
         parse("--lr", "1e-3", "--k_vals", "1", "2"),
         parse("--lr", "1e-4", "--k_vals", "1", "2", "--nu", "1"),
     )
-    assert config.differences(before, after) == {"lr": 1e-4, "nu": 1.0}
-    assert config.differences(after, before) == {"lr": 1e-3, "nu": 0.0}
-    assert config.differences(before, before) == {}
+    assert config.changed_flags(before, after) == {"lr": 1e-4, "nu": 1.0}
+    assert config.changed_flags(after, before) == {"lr": 1e-3, "nu": 0.0}
+    assert config.changed_flags(before, before) == {}
     older = argparse.Namespace(**{name: value for name, value in vars(before).items() if name != "bs"})
-    assert config.differences(older, before) == {"bs": 112}  # a flag that an older run did not have
-    assert config.differences(parse(), parse("--patience", "2")) == {"patience": 2}
-    assert config.differences(parse("--patience", "2"), parse()) == {"patience": None}
-    assert config.differences(parse("--savename", "a"), parse("--savename", "b", "--save_path", "elsewhere")) == {}
+    assert config.changed_flags(older, before) == {"bs": 112}  # a flag that an older run did not have
+    assert config.changed_flags(parse(), parse("--patience", "2")) == {"patience": 2}
+    assert config.changed_flags(parse("--patience", "2"), parse()) == {"patience": None}
+    assert config.changed_flags(parse("--savename", "a"), parse("--savename", "b", "--save_path", "elsewhere")) == {}
 
 
 def test_a_folder_of_a_presets_name_hides_no_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import random
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,8 +20,10 @@ from torch import nn
 
 import datasets
 import evaluate
+import transforms
 from auxiliaries import UserError
-from evaluate import EmbeddingSpace, compute_metrics, f1, intra_inter_ratio, mean_over_sets, nmi, recall_at_k
+from datasets import RetrievalSet
+from evaluate import EmbeddingSpace, Metric, Points, evaluate_space, f1, intra_inter_ratio, nmi, recall_at_k
 
 Data = tuple[np.ndarray, np.ndarray]  # (N, D) float32 points and (N,) labels
 
@@ -30,19 +32,19 @@ CLASS_SIZES = {"2": [2] * 30, "5": [5] * 20, "mixed": [2, 3, 5, 8] * 5}
 
 @pytest.fixture(autouse=True)
 def _notices_come_again() -> None:
-    evaluate._warn_of_sklearn.cache_clear()
+    evaluate.import_faiss.cache_clear()
 
 
 RETRIEVAL = ["Recall @ 1", "Precision @ 1", "R-precision", "MAP@R", "mAP"]
 
 
 def perfect_space(sizes: Sequence[int]) -> EmbeddingSpace:
-    """A space whose points are their class's centre, in random order."""
+    """A space in which every point is the center of its class, in random order."""
     rng = np.random.default_rng(0)
     labels = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
-    centres = rng.normal(size=(len(sizes), 16))
-    centres /= np.linalg.norm(centres, axis=1, keepdims=True)
-    return EmbeddingSpace(centres[labels].astype(np.float32), labels)
+    centers = rng.normal(size=(len(sizes), 16))
+    centers /= np.linalg.norm(centers, axis=1, keepdims=True)
+    return EmbeddingSpace(centers[labels].astype(np.float32), labels)
 
 
 def clustered_space(labels: Sequence[int] | np.ndarray, clusters: Sequence[int] | np.ndarray) -> EmbeddingSpace:
@@ -55,22 +57,22 @@ def clustered_space(labels: Sequence[int] | np.ndarray, clusters: Sequence[int] 
 @pytest.mark.parametrize("sizes", CLASS_SIZES.values(), ids=CLASS_SIZES)
 @pytest.mark.parametrize("name", ["NMI", "AMI", "F1", "Recall @ 4", *RETRIEVAL])
 def test_a_perfect_embedding_scores_one(sizes: list[int], name: str) -> None:
-    assert compute_metrics(perfect_space(sizes), [4], list(evaluate.METRICS))[name] == pytest.approx(1)
+    assert evaluate_space(perfect_space(sizes), [4], list(evaluate.METRICS))[name] == pytest.approx(1)
 
 
-COLLAPSED = [(dim, size, normalised) for dim in (2, 64, 128, 512) for size in (10, 513) for normalised in (False, True)]
+COLLAPSED = [(dim, size, normalized) for dim in (2, 64, 128, 512) for size in (10, 513) for normalized in (False, True)]
 COLLAPSED += [(dim, 4096 + 512 + 37, dim in (64, 512)) for dim in (2, 64, 128, 512)]  # several tiles and a remainder
 
 
-@pytest.mark.parametrize(("dim", "size", "normalised"), COLLAPSED)
-def test_a_collapsed_network_scores_zero(dim: int, size: int, normalised: bool) -> None:
+@pytest.mark.parametrize(("dim", "size", "normalized"), COLLAPSED)
+def test_a_collapsed_network_scores_zero(dim: int, size: int, normalized: bool) -> None:
     vector = torch.randn(dim, generator=torch.Generator().manual_seed(dim)) * 3
-    if normalised:
+    if normalized:
         vector = nn.functional.normalize(vector, dim=0)
     labels = np.random.default_rng(size).permutation(np.arange(size) % 5)
     space = EmbeddingSpace(vector.repeat(size, 1), labels)
     others = size - np.bincount(labels)[labels]
-    np.testing.assert_array_equal(space.negatives_ahead, others)
+    np.testing.assert_array_equal(space.num_negatives_ahead, others)
     assert recall_at_k(space, 1) == recall_at_k(space, int(others.min())) == 0
 
 
@@ -132,17 +134,17 @@ DATA = [gaussian, integers, duplicates, norms, huge_class]
 
 
 def naive_ahead(
-    query: np.ndarray, label: int, own: int | None, gallery: np.ndarray, gallery_labels: np.ndarray
+    query: np.ndarray, label: int, place: int, gallery: np.ndarray, gallery_labels: np.ndarray
 ) -> tuple[int, int] | None:
-    """How many negatives are at least as near as the nearest positive: the least and the most that float32 may say.
+    """Counts, in float64, the negatives at least as near as the nearest positive: the bounds of what float32 may give.
 
-    In float64; `own` is the query's position in the gallery. None without a positive.
+    `place` is the query's position in the gallery, or -1. None without a positive.
     """
     distances = np.square(gallery.astype(np.float64) - query.astype(np.float64)).sum(axis=1)
     is_positive = gallery_labels == label
     negatives = distances[~is_positive]
-    if own is not None:
-        is_positive[own] = False
+    if place >= 0:
+        is_positive[place] = False
     if not is_positive.any():
         return None
     nearest = distances[is_positive].min()
@@ -156,11 +158,11 @@ def check_against_naive_loop(space: EmbeddingSpace, queries: np.ndarray) -> None
     clear = 0
     gallery = space.gallery.numpy()
     for i in queries:
-        own = None if space.query_in_gallery is None else int(space.query_in_gallery[i])
-        bounds = naive_ahead(space.query[i].numpy(), space.query_labels[i], own, gallery, space.gallery_labels)
+        place = int(space.query_in_gallery[i])
+        bounds = naive_ahead(space.query[i].numpy(), space.query_labels[i], place, gallery, space.gallery_labels)
         assert space.has_positive[i] == (bounds is not None)
         if bounds is not None:
-            assert bounds[0] <= space.negatives_ahead[i] <= bounds[1], f"query {i}"
+            assert bounds[0] <= space.num_negatives_ahead[i] <= bounds[1], f"query {i}"
         clear += bounds is None or bounds[0] == bounds[1]
     assert clear >= 0.9 * len(queries)  # or the bounds would prove nothing
 
@@ -185,7 +187,7 @@ def test_recall_equals_a_naive_loop(
         else EmbeddingSpace(points, labels)
     )
     check_against_naive_loop(space, np.arange(len(space.query)))
-    counted = space.negatives_ahead[space.has_positive]
+    counted = space.num_negatives_ahead[space.has_positive]
     for k in (1, 5, 50):
         assert recall_at_k(space, k) == pytest.approx((counted < k).mean())
 
@@ -200,10 +202,10 @@ def test_recall_equals_a_naive_loop_over_several_tiles_of_real_size(
 
 
 def test_the_query_is_excluded_by_its_index() -> None:
-    """Not by dropping the first neighbour: here that may be the duplicate of another class."""
+    """Not by dropping the first neighbor: here that may be the duplicate of another class."""
     points = np.array([[0, 0], [0, 0], [1, 0], [5, 5], [5, 5]], np.float32)
     space = EmbeddingSpace(points, np.array([0, 1, 0, 1, 1]))
-    np.testing.assert_array_equal(space.negatives_ahead, [1, 2, 1, 0, 0])
+    np.testing.assert_array_equal(space.num_negatives_ahead, [1, 2, 1, 0, 0])
     assert recall_at_k(space, 1) == pytest.approx(2 / 5)
     assert recall_at_k(space, 2) == pytest.approx(4 / 5)
 
@@ -221,7 +223,7 @@ def test_queries_without_a_positive_are_left_out() -> None:
 
 def test_recall_at_1_is_always_there_and_k_may_exceed_the_gallery() -> None:
     space = EmbeddingSpace(*gaussian(np.random.default_rng(0), 30))
-    metrics = compute_metrics(space, [1000, 4])
+    metrics = evaluate_space(space, [1000, 4])
     assert list(metrics) == ["NMI", "F1", "Recall @ 1", "Recall @ 4", "Recall @ 1000"]
     assert metrics["Recall @ 1"] < metrics["Recall @ 1000"] == 1
 
@@ -287,7 +289,7 @@ def test_kmeans_sees_all_points_and_as_many_clusters_as_classes(
         space = EmbeddingSpace(points[:300], np.full(300, 7), points[300:], labels[300:])
     else:
         space = EmbeddingSpace(points, labels)
-    compute_metrics(space, [1, 2])
+    evaluate_space(space, [1, 2])
     assert trained == [(3, 900, 20, 1)]  # once for all metrics; faiss's own limit would be 3 * 256 points
     assert len(space.clusters) == len(space.labels) == len(space.points) == 900
     assert set(space.clusters) == {0, 1, 2}
@@ -298,12 +300,12 @@ def test_evaluation_repeats_and_leaves_the_generators_alone() -> None:
 
     def measure() -> dict[str, float]:
         space = EmbeddingSpace(points, labels)
-        space.neighbours(np.arange(5), 3)
-        return {**compute_metrics(space, [1, 4]), "Intra / Inter": intra_inter_ratio(space)}
+        space.neighbors(np.arange(5), 3)
+        return {**evaluate_space(space, [1, 4]), "Intra / Inter": intra_inter_ratio(space)}
 
     def generators() -> tuple[Any, ...]:
-        of_numpy: Any = np.random.get_state()
-        return random.getstate(), of_numpy[1].tobytes(), of_numpy[2:], torch.get_rng_state().numpy().tobytes()
+        numpy_state: Any = np.random.get_state()
+        return random.getstate(), numpy_state[1].tobytes(), numpy_state[2:], torch.get_rng_state().numpy().tobytes()
 
     before = generators()
     first = measure()
@@ -314,47 +316,50 @@ def test_evaluation_repeats_and_leaves_the_generators_alone() -> None:
     assert measure() == first
 
 
-def naive_neighbours(space: EmbeddingSpace, query: int, k: int) -> np.ndarray:
+def naive_neighbors(space: EmbeddingSpace, query: int, k: int) -> np.ndarray:
     distances = np.linalg.norm(space.gallery.double().numpy() - space.query[query].double().numpy(), axis=1)
-    if space.query_in_gallery is not None:
+    if space.query_in_gallery[query] >= 0:
         distances[space.query_in_gallery[query]] = np.inf
-    return np.argsort(distances)[: min(k, len(distances) - (space.query_in_gallery is not None))]
+    return np.argsort(distances)[: min(k, len(distances) - (space.query_in_gallery >= 0).any())]
 
 
 @pytest.mark.parametrize("backend", ["faiss", "scikit-learn"])
 @pytest.mark.parametrize("k", [1, 6, 1000])
-def test_neighbours(k: int, backend: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_neighbors(k: int, backend: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     if backend == "scikit-learn":
-        monkeypatch.setattr(evaluate, "faiss", None)
+        monkeypatch.setitem(sys.modules, "faiss", None)
     points, labels = gaussian(np.random.default_rng(9), 80)
     chosen = np.array([3, 0, 29])
     some = np.random.default_rng(1).permutation(80)[:30]
+    mixed = np.where(np.arange(30) % 2 == 1, np.arange(30) - 10, -1)  # of the chosen, only 29 is in the gallery
+    mixed[mixed < 0] = -1
     for space in (
         EmbeddingSpace(points, labels),
         EmbeddingSpace(points[:30], labels[:30], points[30:], labels[30:]),
         EmbeddingSpace(points[some], labels[some], points, labels, some),
+        EmbeddingSpace(points[:30], labels[:30], points[10:], labels[10:], mixed),
     ):
-        expected = [naive_neighbours(space, query, k) for query in chosen]
-        np.testing.assert_array_equal(space.neighbours(chosen, k), expected)
+        expected = [naive_neighbors(space, query, k) for query in chosen]
+        np.testing.assert_array_equal(space.neighbors(chosen, k), expected)
     assert ("notice" in capsys.readouterr().err) == (backend == "scikit-learn")
 
 
-def test_a_query_is_no_neighbour_of_itself_even_among_duplicates() -> None:
+def test_a_query_is_no_neighbor_of_itself_even_among_duplicates() -> None:
     points = np.repeat(np.random.default_rng(10).normal(size=(4, 8)), 10, axis=0).astype(np.float32)
     space = EmbeddingSpace(points, np.arange(40) % 5)
-    found = space.neighbours(np.arange(40), 3)
+    found = space.neighbors(np.arange(40), 3)
     assert found.shape == (40, 3)
-    for query, neighbours in enumerate(found):
-        assert query not in neighbours
-        assert len(set(neighbours)) == 3
-        assert {neighbour // 10 for neighbour in neighbours} == {query // 10}
+    for query, neighbors in enumerate(found):
+        assert query not in neighbors
+        assert len(set(neighbors)) == 3
+        assert {neighbor // 10 for neighbor in neighbors} == {query // 10}
 
 
 def test_without_faiss_scikit_learn_clusters(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(evaluate, "faiss", None)
-    metrics = compute_metrics(perfect_space([5] * 6), [1])
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    metrics = evaluate_space(perfect_space([5] * 6), [1])
     assert metrics == pytest.approx({"NMI": 1, "F1": 1, "Recall @ 1": 1})
     assert "faiss can't be imported" in capsys.readouterr().err
 
@@ -387,10 +392,10 @@ def test_a_metric_of_ones_own_needs_one_row(monkeypatch: pytest.MonkeyPatch) -> 
     def share(space: EmbeddingSpace, k: int) -> float:
         return k / len(space.labels)
 
-    monkeypatch.setitem(evaluate.METRICS, "Mean norm", mean_norm)
-    monkeypatch.setitem(evaluate.METRICS, "Share", share)
+    monkeypatch.setitem(evaluate.METRICS, "Mean norm", Metric(mean_norm))
+    monkeypatch.setitem(evaluate.METRICS, "Share", Metric(share))
     space = EmbeddingSpace(np.full((8, 4), 0.5, np.float32), np.arange(8) % 2)
-    metrics = compute_metrics(space, [2, 4], ["NMI", "Mean norm", "Share"])
+    metrics = evaluate_space(space, [2, 4], ["NMI", "Mean norm", "Share"])
     assert list(metrics)[-4:] == ["Mean norm", "Share @ 1", "Share @ 2", "Share @ 4"]
     assert list(metrics.values())[-4:] == pytest.approx([1, 1 / 8, 2 / 8, 4 / 8])
 
@@ -400,7 +405,7 @@ def naive_retrieval(space: EmbeddingSpace) -> dict[str, float]:
     query, gallery = space.query.double().numpy(), space.gallery.double().numpy()
     results: dict[str, list[float]] = {name: [] for name in (*RETRIEVAL, "Recall @ 5")}
     for i, label in enumerate(space.query_labels):
-        own = [] if space.query_in_gallery is None else [int(space.query_in_gallery[i])]
+        own = [place for place in [int(space.query_in_gallery[i])] if place >= 0]
         right = np.delete(space.gallery_labels == label, own)
         if not right.any():
             continue
@@ -433,7 +438,7 @@ def test_precisions_agree_with_sorting(
     labels = rng.integers(0, classes, 90)
     labels[0] = classes  # a query without a positive
     space = EmbeddingSpace(points, labels)
-    metrics = compute_metrics(space, [5], ["Recall", *RETRIEVAL])
+    metrics = evaluate_space(space, [5], ["Recall", *RETRIEVAL])
     assert metrics == pytest.approx(naive_retrieval(space), abs=1e-12)
 
 
@@ -460,12 +465,12 @@ def test_queries_may_be_a_part_of_the_gallery_in_any_order(
         where = rng.permutation(np.flatnonzero(labels == labels[7]))
     space = EmbeddingSpace(points[where], labels[where], points, labels, where)
     assert space.has_positive.tolist() == [bool((labels == labels[i]).sum() > 1) for i in where]
-    assert space.positives.tolist() == [(labels == labels[i]).sum() - 1 for i in where]
-    metrics = compute_metrics(space, [5], ["Recall", *RETRIEVAL])
+    assert space.num_positives.tolist() == [(labels == labels[i]).sum() - 1 for i in where]
+    metrics = evaluate_space(space, [5], ["Recall", *RETRIEVAL])
     if make is not duplicates:  # of which equal distances may round differently in float64
         assert metrics == pytest.approx(naive_retrieval(space), abs=1e-12)
     whole = EmbeddingSpace(points, labels)
-    np.testing.assert_array_equal(space.negatives_ahead, whole.negatives_ahead[where])
+    np.testing.assert_array_equal(space.num_negatives_ahead, whole.num_negatives_ahead[where])
     for name in space.precisions:
         np.testing.assert_allclose(space.precisions[name], whole.precisions[name][where], rtol=1e-12, err_msg=name)
 
@@ -475,8 +480,30 @@ def test_a_part_of_the_gallery_as_queries_clusters_each_point_once() -> None:
     where = np.random.default_rng(3).permutation(90)[:20]
     space, whole = EmbeddingSpace(points[where], labels[where], points, labels, where), EmbeddingSpace(points, labels)
     names = ["NMI", "F1", "AMI", "Rho-spectrum", "Uniformity", "Alignment", "Intra / Inter"]
-    ours, theirs = compute_metrics(space, [1], names), compute_metrics(whole, [1], names)
+    ours, theirs = evaluate_space(space, [1], names), evaluate_space(whole, [1], names)
     assert {name: ours[name] for name in names} == pytest.approx({name: theirs[name] for name in names})
+
+
+@pytest.mark.parametrize("tiles", [(5, 7), (7, 5), (512, 4096)], ids=str)
+@pytest.mark.parametrize("make", [gaussian, integers])
+def test_some_queries_may_be_in_the_gallery_and_others_not(
+    make: Callable[[np.random.Generator, int], Data], tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "QUERY_TILE", tiles[0])
+    monkeypatch.setattr(evaluate, "GALLERY_TILE", tiles[1])
+    rng = np.random.default_rng(8)
+    points, labels = make(rng, 90)
+    labels[[0, 50]] = [1000, -3]  # without a positive, and sorted last and first
+    where = rng.permutation(90)[:40]
+    items = np.setdiff1d(np.arange(90), where[::2])  # every second query is not in the gallery
+    place = np.array([items.tolist().index(i) if i in items else -1 for i in where])
+    space = EmbeddingSpace(points[where], labels[where], points[items], labels[items], place)
+    num_positives = [(labels[items] == labels[i]).sum() - (i in items) for i in where]
+    assert space.num_positives.tolist() == num_positives
+    assert evaluate_space(space, [5], ["Recall", *RETRIEVAL]) == pytest.approx(naive_retrieval(space), abs=1e-12)
+    order = np.concatenate([where[::2], items])  # of all points, each once
+    np.testing.assert_array_equal(space.points, points[order])
+    np.testing.assert_array_equal(space.labels, labels[order])
 
 
 def hierarchy(size: int, seed: int = 5) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -489,77 +516,103 @@ def hierarchy(size: int, seed: int = 5) -> tuple[np.ndarray, np.ndarray, np.ndar
     return points, labels, parents
 
 
-@pytest.mark.parametrize("kind", ["self", "gallery", "queries in the gallery"])
+@pytest.mark.parametrize("kind", ["self", "gallery", "queries in the gallery", "some queries in the gallery"])
 def test_metrics_within_parents_are_those_of_retrieval_in_each(kind: str) -> None:
     points, labels, parents = hierarchy(160)
     names = ["NMI", "Recall", *RETRIEVAL]
     rng = np.random.default_rng(6)
     where = rng.permutation(160)[:60] if kind != "self" else np.arange(160)
-    items = np.setdiff1d(np.arange(160), where) if kind == "gallery" else np.arange(160)
+    items = {"gallery": np.setdiff1d(np.arange(160), where), "some queries in the gallery": np.arange(30, 160)}.get(
+        kind, np.arange(160)
+    )
+
+    def find(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+        return np.array([gallery.tolist().index(i) if i in gallery else -1 for i in queries])
+
+    space = EmbeddingSpace(points[where], labels[where], points[items], labels[items], find(where, items))
     if kind == "self":
         space = EmbeddingSpace(points, labels)
-    else:
-        inside = where if kind != "gallery" else None
-        space = EmbeddingSpace(points[where], labels[where], points[items], labels[items], inside)
-    found = evaluate.metrics_within_parents(space, parents[where], parents[items], [5], names)
+    found = evaluate.evaluate_within_parents(space, parents[where], parents[items], [5], names)
 
     by_hand = []
     for parent in (-7, 8):  # the third has nothing to find
         own, there = where[parents[where] == parent], items[parents[items] == parent]
-        positions = None if kind == "gallery" else np.array([there.tolist().index(i) for i in own])
-        part = EmbeddingSpace(points[own], labels[own], points[there], labels[there], positions)
-        by_hand.append({"NMI": compute_metrics(part, [1], ["NMI"])["NMI"], **naive_retrieval(part)})
+        part = EmbeddingSpace(points[own], labels[own], points[there], labels[there], find(own, there))
+        by_hand.append({"NMI": evaluate_space(part, [1], ["NMI"])["NMI"], **naive_retrieval(part)})
     expected = {name: (by_hand[0][name] + by_hand[1][name]) / 2 for name in found}
     assert set(found) == {"NMI", "Recall @ 1", "Recall @ 5", *RETRIEVAL}
     assert found == pytest.approx(expected, abs=1e-12)
-    assert found["Recall @ 1"] != pytest.approx(compute_metrics(space, [1])["Recall @ 1"])
+    assert found["Recall @ 1"] != pytest.approx(evaluate_space(space, [1])["Recall @ 1"])
 
 
-def embedded(name: str, chosen: np.ndarray, with_parents: bool = True) -> evaluate.EmbeddedSet:
+def make_points(chosen: np.ndarray) -> Points:
     points, labels, parents = hierarchy(160)
-    paths = [f"{i}.png" for i in chosen]
-    of_set = evaluate.Points(
-        torch.from_numpy(points[chosen]), labels[chosen], parents[chosen] if with_parents else None, paths
-    )
-    return evaluate.EmbeddedSet(name, of_set)
+    return Points(torch.from_numpy(points[chosen]), labels[chosen], parents[chosen], [f"{i}.png" for i in chosen])
 
 
-def test_measures_of_several_sets_by_either_testing_method() -> None:
+def test_metrics_of_several_sets_by_either_testing_method() -> None:
     points, labels, parents = hierarchy(160)
     parts = [np.arange(0, 90), np.arange(90, 160)]
-    sets = [embedded("a", parts[0]), embedded("b", parts[1])]
+    sets = [RetrievalSet("a", make_points(parts[0])), RetrievalSet("b", make_points(parts[1]))]
     expected: dict[str, float] = {}
     for position, part in enumerate(parts):
-        within = evaluate.metrics_within_parents(
+        within = evaluate.evaluate_within_parents(
             EmbeddingSpace(points[part], labels[part]), parents[part], parents[part], [2], ["mAP"]
         )
         expected |= {f"Set {position} {name}": value for name, value in within.items()}
-    assert evaluate.measure(sets, [2], ["mAP"], "WithSameParentLabel") == pytest.approx(expected)
-    assert list(expected) == ["Set 0 Recall @ 1", "Set 0 mAP", "Set 1 Recall @ 1", "Set 1 mAP"]
-    one = evaluate.measure(sets[:1], [2])
-    assert one == pytest.approx(compute_metrics(EmbeddingSpace(points[:90], labels[:90]), [2]))
+    metrics, spaces = evaluate.evaluate_points(sets, [2], ["mAP"], "WithSameParentLabel")
+    assert metrics == pytest.approx(expected)
+    assert list(metrics) == ["Set 0 Recall @ 1", "Set 0 mAP", "Set 1 Recall @ 1", "Set 1 mAP"]
+    assert [len(space.query) for space in spaces] == [90, 70]
+    one, _ = evaluate.evaluate_points(sets[:1], [2])
+    assert one == pytest.approx(evaluate_space(EmbeddingSpace(points[:90], labels[:90]), [2]))
 
 
-def test_sets_that_cannot_be_measured_are_one_sentence() -> None:
+def test_parents_of_a_gallery_are_its_own() -> None:
+    points, labels, parents = hierarchy(160)
+    queries, items = np.arange(20, 60), np.arange(40, 160)
+    metrics, _ = evaluate.evaluate_points(
+        [RetrievalSet("a", make_points(queries), make_points(items))], [2], ["mAP"], "WithSameParentLabel"
+    )
+    place = np.where(queries < 40, -1, queries - 40)
+    space = EmbeddingSpace(points[queries], labels[queries], points[items], labels[items], place)
+    assert metrics == evaluate.evaluate_within_parents(space, parents[queries], parents[items], [2], ["mAP"])
+
+
+def test_sets_that_cannot_be_evaluated_are_one_sentence() -> None:
     _, labels, _ = hierarchy(160)
     alone = np.unique(labels, return_index=True)[1]
-    with pytest.raises(UserError, match="lonely: no query's class is among the images") as nothing:
-        evaluate.measure([embedded("a", np.arange(90)), embedded("lonely", alone)], [1])
-    assert "\n" not in str(nothing.value)
+    sets = [RetrievalSet("a", make_points(np.arange(90))), RetrievalSet("lonely", make_points(alone))]
+    with pytest.raises(UserError, match="lonely: no query's class is among the images") as error:
+        evaluate.evaluate_points(sets, [1])
+    assert "\n" not in str(error.value)
 
 
-def test_an_embedded_set_searches_its_gallery_or_itself() -> None:
-    query, gallery = embedded("a", np.arange(30)).query, embedded("a", np.arange(20, 100)).query
-    own = evaluate.EmbeddedSet("own", query).space
-    assert own.query_in_gallery is not None
+def test_queries_stand_in_the_gallery_where_their_paths_do() -> None:
+    query, gallery = make_points(np.arange(30)), make_points(np.arange(40, 100))
+    own = evaluate.build_space(RetrievalSet("own", query))
     np.testing.assert_array_equal(own.query_in_gallery, np.arange(30))
-    two = evaluate.EmbeddedSet("two", query, gallery).space
-    assert two.query_in_gallery is None
-    assert (len(two.query), len(two.gallery)) == (30, 80)
-    both = evaluate.EmbeddedSet("both", embedded("a", np.arange(20, 30)).query, gallery, np.arange(10)).space
-    np.testing.assert_array_equal(
-        both.positives, [(gallery.labels == label).sum() - 1 for label in gallery.labels[:10]]
+    two = evaluate.build_space(RetrievalSet("two", query, gallery))
+    np.testing.assert_array_equal(two.query_in_gallery, np.full(30, -1))
+    assert (len(two.query), len(two.gallery), len(two.points), len(two.labels)) == (30, 60, 90, 90)
+
+    shuffled = np.random.default_rng(0).permutation(np.arange(20, 100))
+    place = [shuffled.tolist().index(i) if i >= 20 else -1 for i in range(30)]
+    some = evaluate.build_space(RetrievalSet("some", query, make_points(shuffled)))
+    np.testing.assert_array_equal(some.query_in_gallery, place)
+    _, labels, _ = hierarchy(160)
+    expected = [(labels[shuffled] == labels[i]).sum() - (i >= 20) for i in range(30)]
+    np.testing.assert_array_equal(some.num_positives, expected)
+    assert (len(some.points), len(some.labels)) == (100, 100)
+
+
+def test_a_set_that_is_its_own_gallery_finds_what_it_finds_without_one() -> None:
+    points = make_points(np.arange(90))
+    names = list(evaluate.METRICS)
+    (own, _), (two, _) = (
+        evaluate.evaluate_points([RetrievalSet("a", points, gallery)], [1, 4], names) for gallery in (None, points)
     )
+    assert own == two
 
 
 @pytest.mark.parametrize(
@@ -576,59 +629,27 @@ def test_chosen_metrics_are_named_in_the_tables_order(k_vals: list[int], names: 
     chosen = evaluate.chosen_metrics(k_vals, names)
     assert list(chosen) == expected
     space = perfect_space([3] * 6)
-    assert compute_metrics(space, k_vals, names) == {name: metric(space) for name, metric in chosen.items()}
+    assert evaluate_space(space, k_vals, names) == {name: metric(space) for name, metric in chosen.items()}
     if {"Recall @ 1", "Recall @ 10"} <= set(chosen):
         ahead = clustered_space([0, 0], [0, 0])
-        vars(ahead)["negatives_ahead"] = np.array([5, 0])
+        vars(ahead)["num_negatives_ahead"] = np.array([5, 0])
         assert [chosen[f"Recall @ {k}"](ahead) for k in (1, 10)] == [0.5, 1]
 
 
-def rows_with(name: str, values: dict[int, float]) -> list[dict[str, Any]]:
-    return [{"Epochs": epoch, "Time": 99.0, name: value} for epoch, value in values.items()]
-
-
 @pytest.mark.parametrize(
-    ("name", "values", "best"),
+    ("name", "expected"),
     [
-        ("Recall @ 1", {}, 0),
-        ("Recall @ 1", {0: 0.9}, 0),
-        ("Recall @ 1", {1: 0.1, 2: 0.5, 3: 0.2}, 2),
-        ("Recall @ 1", {1: 0.1, 2: 0.5, 3: 0.5}, 2),  # the first of equals
-        ("Recall @ 1", {3: 0.5, 1: 0.25, 2: 0.5}, 3),  # the first in the rows' order
-        ("Recall @ 1", {0: 0.9, 2: 0.1, 4: 0.2}, 4),  # never the untrained network
-        ("Recall @ 1", {1: math.nan, 2: 0.0, 3: math.nan}, 2),
-        ("Alignment", {0: 0.0, 1: 0.5, 2: 0.25, 3: 0.25}, 2),
-        ("Alignment", {1: math.nan, 2: 7.0}, 2),
-        ("Uniformity", {1: -3.0, 2: -2.0}, 1),
-        ("Rho-spectrum", {1: 0.5, 2: 0.25}, 2),
-        ("Intra / Inter", {1: 0.5, 2: 0.25}, 2),
-        ("MAP@R", {1: 0.5, 2: 0.25}, 1),
+        *[(name, False) for name in ("NMI", "F1", "AMI", "R-precision", "MAP@R", "mAP", "Precision @ 1", "Recall @ 4")],
+        *[(name, True) for name in ("Rho-spectrum", "Uniformity", "Alignment", "Intra / Inter")],
+        *[("Set 0 Recall @ 4", False), ("Set 12 Alignment", True), ("Set 0 Intra / Inter", True)],
+        *[("Train Loss", False), ("Mean rank", True), ("Set 1 Mean rank", True), ("Rank @ 10", True)],
+        *[("Set 3 Rank @ 1", True), ("Rank @ best", False), ("Own Alignment", False)],
     ],
 )
-def test_the_best_epoch(name: str, values: dict[int, float], best: int) -> None:
-    assert evaluate.best_epoch(rows_with(name, values), name) == best
-
-
-def test_the_best_epoch_of_several_sets_is_by_their_mean() -> None:
-    values = {1: (0.5, 0.2, 0.9), 2: (0.1, 0.7, 0.0), 3: (0.3, 0.4, 0.0), 4: (1.0, math.nan, 1.0)}
-    rows: list[dict[str, Any]] = [
-        {"Epochs": epoch, "Set 0 Recall @ 1": a, "Set 1 Recall @ 1": b, "Set 1 Recall @ 10": c}
-        for epoch, (a, b, c) in values.items()
-    ]
-    assert evaluate.best_epoch(rows, "Recall @ 1") == 2
-    assert evaluate.best_epoch(rows, "Recall @ 10") == 4
-    lower = [{name.replace("Recall @ 1", "Alignment"): value for name, value in row.items()} for row in rows]
-    assert evaluate.best_epoch(lower, "Alignment") == 1  # 0.35, as in epoch 3
-
-
-def test_rows_without_the_metric_are_never_the_best() -> None:
-    """A run may have been resumed with other metrics."""
-    rows: list[dict[str, Any]] = [{"Epochs": 1, "NMI": 1.0}, {"Epochs": 2, "NMI": 0.5, "mAP": 0.25}]
-    assert evaluate.best_epoch(rows, "mAP") == 2
-
-
-def test_what_is_better_lower_is_a_metric() -> None:
-    assert set(evaluate.METRICS) > evaluate.LOWER_IS_BETTER
+def test_the_direction_of_a_column(name: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(evaluate.METRICS, "Mean rank", Metric(lambda space: 1.0, lower_is_better=True))
+    monkeypatch.setitem(evaluate.METRICS, "Rank", Metric(lambda space, k: 1.0, lower_is_better=True))
+    assert evaluate.lower_is_better(name) == expected
 
 
 @pytest.mark.parametrize("with_gallery", [False, True], ids=["self", "gallery"])
@@ -647,7 +668,7 @@ def test_agrees_with_accuracy_calculator(with_gallery: bool) -> None:
     calculator = AccuracyCalculator(include=tuple(names), k=len(points[gallery]) - (not with_gallery))
     tensors = [torch.from_numpy(part) for part in (points[query], labels[query], *given)]
     theirs = calculator.get_accuracy(*tensors)
-    ours = compute_metrics(space, [1], list(names.values()))
+    ours = evaluate_space(space, [1], list(names.values()))
     for their_name, our_name in names.items():
         assert ours[our_name] == pytest.approx(theirs[their_name], abs=1e-6), our_name
 
@@ -675,7 +696,7 @@ def test_geometry_metrics_agree_with_naive_loops() -> None:
     squared = {pair: float(((unit[pair[0]] - unit[pair[1]]) ** 2).sum()) for pair in pairs}
     names = ["Rho-spectrum", "Uniformity", "Alignment", "AMI", "Intra / Inter"]
     space = EmbeddingSpace(points, labels)
-    metrics = compute_metrics(space, [1], names)
+    metrics = evaluate_space(space, [1], names)
     assert metrics["Uniformity"] == pytest.approx(np.log(np.mean([np.exp(-2 * d) for d in squared.values()])), abs=1e-5)
     same = [d for (i, j), d in squared.items() if labels[i] == labels[j]]
     assert metrics["Alignment"] == pytest.approx(np.mean(same), abs=1e-6)
@@ -686,23 +707,8 @@ def test_geometry_metrics_agree_with_naive_loops() -> None:
     assert list(metrics) == ["Recall @ 1", *(name for name in evaluate.METRICS if name in names)]
 
 
-@pytest.mark.parametrize(
-    ("metrics", "expected"),
-    [
-        ({"Recall @ 1": 0.25, "Recall @ 10": 1.0, "NMI": 0.5}, 0.25),
-        ({"Set 0 Recall @ 1": 0.25, "Set 1 Recall @ 1": 0.75, "Set 0 Recall @ 10": 1.0}, 0.5),
-        ({"Recall @ 1": 0.25, "Class Recall @ 1": 0.75}, 0.25),
-        ({"Set 0 Recall @ 1": 0.25, "Set 0 Class Recall @ 1": 1.0, "Set 1 Recall @ 1": 0.75}, 0.5),
-    ],
-    ids=["one set", "two sets", "a like-named metric", "two sets and a like-named metric"],
-)
-def test_mean_over_sets(metrics: dict[str, float], expected: float) -> None:
-    assert mean_over_sets(metrics, "Recall @ 1") == pytest.approx(expected)
-    assert math.isnan(mean_over_sets(metrics, "mAP"))
-
-
-class ColourNet(nn.Module):
-    """Embeds an image as its mean colour; fails where it is not in evaluation mode."""
+class ColorNet(nn.Module):
+    """Embeds an image as its mean color; it must be in evaluation mode."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         assert not self.training
@@ -716,35 +722,46 @@ def images(tiny_source: Path) -> datasets.ImageSet:
 
 
 def make_loader(images: datasets.ImageSet) -> datasets.ImageLoader:
-    dataset = datasets.ImageDataset(images, datasets.eval_transform(24, 32))
+    dataset = datasets.ImageDataset(images, transforms.eval_transform(24, 32))
     return datasets.ImageLoader(dataset, batch_size=7, collate_fn=datasets.collate)
 
 
-def colours(loader: datasets.ImageLoader) -> np.ndarray:
-    """What `ColourNet` makes of a loader's images, by NumPy."""
-    return np.array([np.asarray(loader.dataset[i][0]).mean(axis=(1, 2)) for i in range(len(loader.dataset))])  # type: ignore[index]
+def colors(loader: datasets.ImageLoader) -> np.ndarray:
+    """Computes with NumPy what `ColorNet` gives for a loader's images."""
+    return np.array([np.asarray(loader.dataset[i][0]).mean(axis=(1, 2)) for i in range(len(loader.dataset))])
 
 
 def test_evaluate_one_set_several_sets_and_a_gallery(images: datasets.ImageSet) -> None:
     rng = np.random.default_rng(12)
     is_query = rng.random(len(images)) < 0.5
     whole, query, gallery = (make_loader(images.subset(mask)) for mask in (is_query | True, is_query, ~is_query))
-    own = EmbeddingSpace(colours(whole), whole.labels)
-    two = EmbeddingSpace(colours(query), query.labels, colours(gallery), gallery.labels)
-    sets = [datasets.RetrievalLoaders("all", whole), datasets.RetrievalLoaders("shop", query, gallery)]
-    net, device = ColourNet(), torch.device("cpu")
+    own = EmbeddingSpace(colors(whole), whole.labels)
+    two = EmbeddingSpace(colors(query), query.labels, colors(gallery), gallery.labels)
+    sets = [RetrievalSet("all", whole), RetrievalSet("shop", query, gallery)]
+    net, device = ColorNet(), torch.device("cpu")
 
     for chosen, space in zip(sets, (own, two)):
         metrics, spaces = evaluate.evaluate(net.train(), [chosen], [1, 3], device)
-        assert metrics == pytest.approx(compute_metrics(space, [1, 3]))
+        assert metrics == pytest.approx(evaluate_space(space, [1, 3]))
         assert len(spaces) == 1
         assert spaces[0].query.dtype == torch.float32
         np.testing.assert_allclose(spaces[0].query, space.query, rtol=1e-6)
 
     metrics, spaces = evaluate.evaluate(net, sets, [3], device)
-    expected = {f"Set 0 {name}": value for name, value in compute_metrics(own, [3]).items()}
-    expected |= {f"Set 1 {name}": value for name, value in compute_metrics(two, [3]).items()}
+    expected = {f"Set 0 {name}": value for name, value in evaluate_space(own, [3]).items()}
+    expected |= {f"Set 1 {name}": value for name, value in evaluate_space(two, [3]).items()}
     assert metrics == pytest.approx(expected)
-    assert [space.query_in_gallery is None for space in spaces] == [False, True]
-    both = [metrics[f"Set {position} Recall @ 1"] for position in (0, 1)]
-    assert mean_over_sets(metrics, "Recall @ 1") == pytest.approx(np.mean(both))
+    assert [bool((space.query_in_gallery < 0).all()) for space in spaces] == [False, True]
+
+
+def test_embedded_sets_keep_labels_parents_and_paths(images: datasets.ImageSet) -> None:
+    query, gallery = (make_loader(images.subset(np.arange(len(images)) % 3 == part)) for part in (0, 1))
+    points = evaluate.embed_set(ColorNet(), RetrievalSet("shop", query, gallery), torch.device("cpu"))
+    assert points.name == "shop"
+    assert points.gallery is not None
+    for embedded, loader in ((points.query, query), (points.gallery, gallery)):
+        np.testing.assert_allclose(embedded.embeddings, colors(loader), rtol=1e-6)
+        np.testing.assert_array_equal(embedded.labels, loader.labels)
+        assert embedded.parents is loader.parents is None
+        assert list(embedded.paths) == list(loader.paths)
+    assert evaluate.embed_set(ColorNet(), RetrievalSet("all", query), torch.device("cpu")).gallery is None

@@ -3,6 +3,7 @@ and both on fake CUDA tensors, where whatever would make the host wait raises.""
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import math
 from collections import Counter
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from itertools import permutations, product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pytorch_metric_learning import losses as pml_losses
@@ -21,9 +23,9 @@ from scipy.stats import chi2
 from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import config
 import losses
-import main
-from auxiliaries import UserError, seed_everything
+from auxiliaries import FlagParser, UserError, seed_everything
 from losses import LOSSES, Criterion, Sampler
 
 Probabilities = dict[tuple[int, ...], float]
@@ -61,19 +63,24 @@ def unit_batch(dim: int, size: int = len(LABELS)) -> torch.Tensor:
 
 
 def signed_axes(dim: int) -> torch.Tensor:
-    """Unit vectors whose distances are exactly 0, √2 and 2."""
+    """Unit vectors with distances of exactly 0, √2 and 2."""
     axes = torch.cat([torch.eye(dim), -torch.eye(dim)])
     return axes[torch.arange(len(LABELS)) * 3 % len(axes)]
 
 
 def build(loss: str, sampler: Sampler | None = None, **keywords: Any) -> Criterion:
-    """The loss with those of `sampler`, `num_classes` and `embed_dim` that it asks for."""
+    """Builds the loss with those of `sampler`, `num_classes` and `embed_dim` that it asks for."""
     given = {"sampler": sampler, "num_classes": NUM_CLASSES, "embed_dim": DIM}
     asked = inspect.signature(LOSSES[loss]).parameters
     return LOSSES[loss](**{name: given[name] for name in given if name in asked}, **keywords)
 
 
-def anchors_of(labels: list[int]) -> Iterator[tuple[int, list[int], list[int]]]:
+def default_sampler(loss: str) -> Sampler:
+    """The loss's own sampler, or any for a loss without tuples."""
+    return Sampler(losses.needs_of(loss).sampling or "random")
+
+
+def each_anchor(labels: list[int]) -> Iterator[tuple[int, list[int], list[int]]]:
     """Each position that has a positive and a negative, with all its positives and all its negatives."""
     for a in range(len(labels)):
         positives = [i for i in range(len(labels)) if i != a and labels[i] == labels[a]]
@@ -83,7 +90,7 @@ def anchors_of(labels: list[int]) -> Iterator[tuple[int, list[int], list[int]]]:
 
 
 def random_probabilities(x: list[list[float]], labels: list[int]) -> Probabilities:
-    triplets = [(a, p, n) for a, positives, negatives in anchors_of(labels) for p in positives for n in negatives]
+    triplets = [(a, p, n) for a, positives, negatives in each_anchor(labels) for p in positives for n in negatives]
     return dict.fromkeys(triplets, 1 / len(triplets))
 
 
@@ -92,7 +99,7 @@ def semihard_probabilities(
 ) -> Probabilities:
     power = 2 if squared else 1
     result: Probabilities = {}
-    for a, positives, negatives in anchors_of(labels):
+    for a, positives, negatives in each_anchor(labels):
         for p in positives:
             low = math.dist(x[a], x[p]) ** power
             pool = [n for n in negatives if low < math.dist(x[a], x[n]) ** power < low + margin] or negatives
@@ -102,7 +109,7 @@ def semihard_probabilities(
 
 def softhard_probabilities(x: list[list[float]], labels: list[int]) -> Probabilities:
     result: Probabilities = {}
-    for a, positives, negatives in anchors_of(labels):
+    for a, positives, negatives in each_anchor(labels):
         farthest_positive = max(math.dist(x[a], x[p]) for p in positives)
         nearest_negative = min(math.dist(x[a], x[n]) for n in negatives)
         hard_positives = [p for p in positives if math.dist(x[a], x[p]) > nearest_negative] or positives
@@ -117,7 +124,7 @@ def distance_probabilities(
 ) -> Probabilities:
     dim = len(x[0])
     result: Probabilities = {}
-    for a, positives, negatives in anchors_of(labels):
+    for a, positives, negatives in each_anchor(labels):
         reached = [n for n in negatives if math.dist(x[a], x[n]) <= upper_cutoff]
         log_weights = dict.fromkeys(reached or negatives, 0.0)
         for n in reached:
@@ -131,7 +138,7 @@ def distance_probabilities(
 
 
 def npair_probabilities(labels: list[int], anchor_class: int) -> Probabilities:
-    """Of the tuple of one class, its negatives in the order of their labels."""
+    """Probabilities of the tuples of one class, whose negatives are in the order of their labels."""
     members = {label: [i for i in range(len(labels)) if labels[i] == label] for label in sorted(set(labels))}
     pairs = list(permutations(members.pop(anchor_class), 2))
     negatives = list(product(*[positions for positions in members.values() if len(positions) > 1]))
@@ -139,9 +146,9 @@ def npair_probabilities(labels: list[int], anchor_class: int) -> Probabilities:
 
 
 def assert_frequencies(tuples: torch.Tensor, probabilities: Probabilities, draws: int) -> None:
-    """Pearson's χ² test; tuples that are expected less than five times count as one kind, impossible ones fail."""
+    """Tests with Pearson's χ²; tuples expected fewer than five times are one kind, impossible ones fail."""
     counts = Counter(map(tuple, tuples.tolist()))
-    assert set(counts) <= set(probabilities), "a tuple that ought to have no chance"
+    assert set(counts) <= set(probabilities), "a tuple that should be impossible"
     expected = {key: draws * probability for key, probability in probabilities.items()}
     rare = [key for key in expected if expected[key] < 5]
     kinds = [[key] for key in expected if expected[key] >= 5] + ([rare] if rare else [])
@@ -174,7 +181,7 @@ def draw(method: str, batch: torch.Tensor, **params: Any) -> torch.Tensor:
         ),
         pytest.param(distance_probabilities, unit_batch(4), {"upper_cutoff": 0.01}, id="distance, all beyond"),
         pytest.param(distance_probabilities, unit_batch(128), {}, id="distance, D = 128"),
-        pytest.param(distance_probabilities, 10 * random_batch(dim=4), {}, id="distance, not normalised"),
+        pytest.param(distance_probabilities, 10 * random_batch(dim=4), {}, id="distance, not normalized"),
         pytest.param(distance_probabilities, signed_axes(4), {}, id="distance, d = 2, D = 4"),
         pytest.param(distance_probabilities, signed_axes(3), {"upper_cutoff": 1.4}, id="distance, d = 2, D = 3"),
         pytest.param(distance_probabilities, signed_axes(2), {}, id="distance, d = 2, D = 2"),
@@ -188,7 +195,7 @@ def test_tuples_come_with_the_probabilities_of_a_naive_loop(
     method = oracle.__name__.removesuffix("_probabilities")
     given = draw(method, batch, **params)
     labels = LABELS[: len(batch)].tolist()
-    rows = len(batch) if method == "random" else len(list(anchors_of(labels)))
+    rows = len(batch) if method == "random" else len(list(each_anchor(labels)))
     assert given.shape == (DRAWS, rows, 3)
     assert given.dtype == torch.int64
     probabilities = oracle(batch.double().tolist(), labels, **params)
@@ -203,9 +210,9 @@ def test_npair_tuples_are_a_pair_of_each_class_and_the_other_positives() -> None
     by_label = LABELS[given[:, :, 2:]].argsort(dim=2)
     ordered = torch.cat([given[:, :, :2], given[:, :, 2:].gather(2, by_label)], dim=2)
     for label in range(4):
-        of_class = ordered[LABELS[given[:, :, 0]] == label]
-        assert len(of_class) == DRAWS
-        assert_frequencies(of_class, npair_probabilities(LABELS.tolist(), label), DRAWS)
+        tuples = ordered[LABELS[given[:, :, 0]] == label]
+        assert len(tuples) == DRAWS
+        assert_frequencies(tuples, npair_probabilities(LABELS.tolist(), label), DRAWS)
 
 
 METHODS = sorted(Sampler().methods)
@@ -255,7 +262,7 @@ def test_batches_without_tuples_are_refused(method: str, labels: list[int]) -> N
 
 
 class FixedSampler(Sampler):
-    """What a user may write: a method of their own that returns a plain list, whatever the batch."""
+    """A user's own sampling method, which returns the same plain list for every batch."""
 
     def __init__(self, tuples: Sequence[tuple[int, ...]], **params: Any):
         super().__init__(**params)
@@ -310,12 +317,12 @@ def naive_margin(
 ) -> torch.Tensor:
     total, count = batch.sum() * 0, 0
     for a, p, n in TRIPLETS:
-        beta_of_a = beta if beta_constant else criterion.beta[labels[a]]
+        boundary = beta if beta_constant else criterion.beta[labels[a]]
         to_positive, to_negative = ((batch[a] - batch[other]).pow(2).sum().sqrt() for other in (p, n))
-        for term in (to_positive - beta_of_a + margin, beta_of_a - to_negative + margin):
+        for term in (to_positive - boundary + margin, boundary - to_negative + margin):
             if term > 0:
                 total, count = total + term, count + 1
-        total = total + nu * beta_of_a
+        total = total + nu * boundary
     return total / max(1, count)
 
 
@@ -368,7 +375,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 
 def fixed_criterion(loss: str, **keywords: Any) -> Criterion:
-    """The loss in float64 with the fixed tuples and, where they are learned, parameters that differ by class."""
+    """Builds the loss in float64 with the fixed tuples and, where they are learned, parameters that differ by class."""
     seed_everything(1)
     criterion = build(loss, FixedSampler(NPAIRS if loss == "npair" else TRIPLETS), **keywords).double()
     with torch.no_grad():
@@ -511,7 +518,7 @@ def test_distance_probabilities_are_the_weights_of_the_library(monkeypatch: pyte
 
 
 class NoCopiesToHost(TorchDispatchMode):
-    """Raises where a tensor on the device becomes one on the host, which fake tensors let pass."""
+    """Raises where a tensor on the device is copied to the host, which fake tensors allow."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -523,7 +530,7 @@ class NoCopiesToHost(TorchDispatchMode):
 
 @contextmanager
 def fake_cuda() -> Iterator[None]:
-    """New tensors are fake ones on CUDA; those made before are real and on the host."""
+    """Makes new tensors fake ones on CUDA; those made before are real and on the host."""
     real_numpy = torch.Tensor.numpy
 
     def numpy(tensor: torch.Tensor) -> Any:
@@ -538,7 +545,7 @@ def fake_cuda() -> Iterator[None]:
 
 
 def walk_backward(loss: torch.Tensor) -> dict[torch.Tensor, torch.Tensor]:
-    """The gradient for each leaf, by calling the graph's nodes one by one: `backward()` itself needs a CUDA driver."""
+    """Computes each leaf's gradient node by node: `backward()` itself needs a CUDA driver."""
     pending: dict[Any, torch.Tensor] = {loss.grad_fn: torch.ones_like(loss)}
     gradients: dict[torch.Tensor, torch.Tensor] = {}
     while pending:
@@ -592,7 +599,7 @@ def test_samplers_do_not_wait(method: str, params: dict[str, Any]) -> None:
 def test_losses_do_not_wait(loss: str, keywords: dict[str, Any]) -> None:
     def gradients() -> tuple[Criterion, torch.Tensor, torch.Tensor, dict[torch.Tensor, torch.Tensor]]:
         seed_everything(0)
-        criterion = build(loss, Sampler(LOSSES[loss].sampling or "random"), **keywords)
+        criterion = build(loss, default_sampler(loss), **keywords)
         batch = torch.randn(len(LABELS), DIM, requires_grad=True)
         value = criterion(batch, labels)
         return criterion, batch, value, walk_backward(value)
@@ -612,7 +619,7 @@ def test_losses_do_not_wait(loss: str, keywords: dict[str, Any]) -> None:
 
 
 def naive_statistics(criterion: Any, batch: torch.Tensor, labels: list[int]) -> dict[str, float]:
-    """What `Criterion.statistics` says, tuple by tuple."""
+    """Computes the common part of `losses.statistics` tuple by tuple."""
     x = batch.tolist()
     values = {"Embedding Norm": sum(math.hypot(*row) for row in x) / len(x)}
     if hasattr(criterion, "sampler"):
@@ -629,7 +636,7 @@ def naive_statistics(criterion: Any, batch: torch.Tensor, labels: list[int]) -> 
         values |= {"Tuples": len(tuples)}
         shares = {"Hard Positives": hard_positives, "Hard Negatives": hard_negatives}
         lists: dict[str, list[Any]] = {**shares, "d(a, p)": to_positive, "d(a, n)": to_negative}
-        values |= {name: sum(of_tuples) / len(of_tuples) for name, of_tuples in lists.items()}
+        values |= {name: sum(entries) / len(entries) for name, entries in lists.items()}
     return values
 
 
@@ -660,20 +667,20 @@ def test_statistics_are_those_of_a_naive_loop(loss: str, keywords: dict[str, Any
         expected["Mean Beta"] = criterion.beta.tolist()[0] if len(criterion.beta) == 1 else criterion.beta.mean().item()
     if loss == "proxynca":
         expected["Proxy Norm"] = sum(math.hypot(*row) for row in criterion.proxies.tolist()) / NUM_CLASSES
-    statistics = criterion.statistics(batch, LABELS)
+    statistics = losses.statistics(criterion, batch, LABELS)
     assert {name: value.item() for name, value in statistics.items()} == pytest.approx(expected, rel=1e-6)
     assert all(value.shape == () and not value.requires_grad for value in statistics.values())
 
 
 def test_shares_of_hard_tuples_and_violations_are_neither_none_nor_all() -> None:
-    """Or the loops above would prove little."""
+    """Otherwise the loops above would prove little."""
     shares: dict[str, set[float]] = {"Hard Positives": set(), "Hard Negatives": set(), "Violations": set()}
     for loss in ("triplet", "marginloss", "npair"):
         criterion = fixed_criterion(loss)
         batch = 0.6 * random_batch(dtype=torch.float64)
         criterion(batch, LABELS)
         for name, values in shares.items():
-            values.add(criterion.statistics(batch, LABELS)[name].item())
+            values.add(losses.statistics(criterion, batch, LABELS)[name].item())
     assert all(any(0 < value < 1 for value in values) for values in shares.values()), shares
 
 
@@ -681,13 +688,14 @@ def test_shares_of_hard_tuples_and_violations_are_neither_none_nor_all() -> None
 def test_statistics_are_of_the_last_tuples(method: str) -> None:
     sampler = Sampler(method)
     batch = unit_batch(4)
-    assert sampler.statistics(batch, LABELS) == {}  # none yet
+    assert sampler.statistics(batch, LABELS) == {}  # no tuples yet
     for _ in range(2):
         tuples = sampler.give(batch, LABELS)
         values = sampler.statistics(batch, LABELS)
         assert values["Tuples"].item() == len(tuples)
         pairs = torch.linalg.norm(batch[tuples[:, 0]] - batch[tuples[:, 1]], dim=1)
         torch.testing.assert_close(values["d(a, p)"], pairs.mean())
+    assert sampler.statistics(batch[:-1], LABELS[:-1]) == {}  # another batch than that of the tuples
 
 
 def test_statistics_in_float32_of_a_large_batch_are_precise() -> None:
@@ -700,7 +708,7 @@ def test_statistics_in_float32_of_a_large_batch_are_precise() -> None:
     assert tuples is not None
     fixed = FixedSampler([tuple(one) for one in tuples.tolist()])
     expected = naive_statistics(build("triplet", fixed), batch.double(), labels.tolist())
-    values = {name: value.item() for name, value in criterion.statistics(batch, labels).items()}
+    values = {name: value.item() for name, value in losses.statistics(criterion, batch, labels).items()}
     del values["Violations"]
     assert values == pytest.approx(expected, abs=0.005)
 
@@ -710,17 +718,17 @@ def test_statistics_in_float32_of_a_large_batch_are_precise() -> None:
 def test_statistics_do_not_wait(loss: str, keywords: dict[str, Any]) -> None:
     labels = LABELS.clone()
     with fake_cuda():
-        criterion = build(loss, Sampler(LOSSES[loss].sampling or "random"), **keywords)
+        criterion = build(loss, default_sampler(loss), **keywords)
         batch = torch.randn(len(LABELS), DIM)
         criterion(batch, labels)
-        statistics = criterion.statistics(batch, labels)
+        statistics = losses.statistics(criterion, batch, labels)
         assert len(statistics) == {"marginloss": 8, "triplet": 7, "npair": 7, "proxynca": 2, "crossentropy": 1}[loss]
         assert all(value.is_cuda and value.shape == () for value in statistics.values())
         assert torch.stack(list(statistics.values())).is_cuda  # as the records do
 
 
 def select(loss: str, *flags: str) -> tuple[Any, list[dict[str, Any]]]:
-    opt = main.resolve(main.parse_args(["--loss", loss, "--embed_dim", str(DIM), *flags]))
+    opt = config.resolve(config.parse(["--loss", loss, "--embed_dim", str(DIM), *flags]))
     return losses.loss_select(loss, opt, [{"params": [], "lr": 1.0}], NUM_CLASSES)
 
 
@@ -746,7 +754,7 @@ def test_own_parameters_get_a_group_without_weight_decay(loss: str, flags: list[
         assert list(map(id, group["params"])) == list(map(id, criterion.parameters()))
 
 
-# For each keyword of a loss that a flag sets, what shows that it arrived.
+# How to read, from a loss, each of its keywords that a flag sets.
 ARRIVED: dict[str, Callable[[Any], Any]] = {
     "margin": lambda criterion: criterion.margin,
     "beta": lambda criterion: criterion.beta[0].item(),
@@ -806,11 +814,11 @@ def test_sampling_is_the_users_or_the_losss_own(loss: str, sampling: str | None,
 @pytest.mark.parametrize(
     ("loss", "sampling", "reason"),
     [
-        ("proxynca", "distance", "uses no tuples: leave --sampling out"),
-        ("crossentropy", "npair", "uses no tuples: leave --sampling out"),
-        ("npair", "semihard", "can't use the tuples of --sampling semihard: use --sampling npair"),
-        ("triplet", "npair", "can't use the tuples of --sampling npair: use --sampling distance"),
-        ("marginloss", "npair", "can't use the tuples of --sampling npair: use --sampling distance"),
+        ("proxynca", "distance", "uses no tuples: drop --sampling"),
+        ("crossentropy", "npair", "uses no tuples: drop --sampling"),
+        ("npair", "semihard", "takes n-pairs, but --sampling semihard gives triplets: use --sampling npair"),
+        ("triplet", "npair", "takes triplets, but --sampling npair gives n-pairs: use --sampling distance"),
+        ("marginloss", "npair", "takes triplets, but --sampling npair gives n-pairs: use --sampling distance"),
     ],
 )
 def test_sampling_that_the_loss_cannot_use_is_refused(loss: str, sampling: str, reason: str) -> None:
@@ -838,3 +846,178 @@ def test_gradients_of_a_seed_are_bit_identical(loss: str, method: str | None) ->
     first = gradients()
     for _ in range(5):
         assert all(torch.equal(one, other) for one, other in zip(first, gradients()))
+
+
+# Losses written for the pipeline that this one follows, pasted in unchanged: plain modules that know no `Criterion`.
+
+
+class PastedTripletLoss(torch.nn.Module):
+    def __init__(self, margin: float = 1.0, sampling_method: Any = "random"):
+        super().__init__()
+        self.margin = margin
+        self.sampler = Sampler(method=sampling_method)
+
+    def forward(self, batch: torch.Tensor, labels: Any) -> torch.Tensor:
+        if isinstance(labels, torch.Tensor):
+            labels = labels.detach().cpu().numpy()
+        terms = []
+        for triplet in self.sampler.give(batch, labels):
+            anchor, positive, negative = batch[triplet[0], :], batch[triplet[1], :], batch[triplet[2], :]
+            term = (anchor - positive).pow(2).sum() - (anchor - negative).pow(2).sum() + self.margin
+            terms.append(torch.nn.functional.relu(term))
+        return torch.mean(torch.stack(terms))
+
+
+class PastedMarginLoss(torch.nn.Module):
+    def __init__(self, n_classes: int, sampler: Any, margin: float = 0.5, nu: float = 0, beta: float = 3.0):
+        super().__init__()
+        self.margin, self.nu = margin, nu
+        self.beta = torch.nn.Parameter(torch.ones(n_classes) * beta)
+        self.sampler_instance = sampler
+
+    def forward(self, batch: torch.Tensor, labels: Any) -> torch.Tensor:
+        labels = labels.detach().cpu().numpy()
+        positive_terms, negative_terms = [], []
+        for triplet in self.sampler_instance.give(batch, labels):
+            anchor, positive, negative = (batch[position] for position in triplet)
+            beta = self.beta[labels[triplet[0]]]
+            positive_terms.append((torch.linalg.norm(anchor - positive) - beta + self.margin).relu())
+            negative_terms.append((beta - torch.linalg.norm(anchor - negative) + self.margin).relu())
+        terms = torch.stack(positive_terms + negative_terms)
+        return terms.sum() / max(1, int((terms > 0).sum()))
+
+
+class PastedClassifier(torch.nn.Module):
+    sampling = None
+    samples_per_class = 1
+
+    def __init__(self, num_classes: int, embed_dim: int, temperature: float = 0.5):
+        super().__init__()
+        self.mapping = torch.nn.Linear(embed_dim, num_classes)
+        self.temperature = temperature
+
+    def forward(self, batch: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self.mapping(batch) / self.temperature, labels)
+
+
+def margin_row(opt: Any, to_optim: list[dict[str, Any]], num_classes: int) -> Any:
+    criterion = PastedMarginLoss(num_classes, Sampler(opt.sampling), opt.margin, opt.nu, opt.beta)
+    to_optim += [{"params": criterion.parameters(), "lr": opt.beta_lr, "weight_decay": 1e-3}]
+    return criterion, to_optim
+
+
+def new_list_row(num_classes: int, to_optim: list[dict[str, Any]], opt: Any) -> Any:
+    criterion = PastedClassifier(num_classes, opt.embed_dim)
+    return criterion, [*to_optim, {"params": [criterion.mapping.weight]}, {"params": [criterion.mapping.bias], "lr": 7}]
+
+
+def appending_row(to_optim: list[dict[str, Any]]) -> torch.nn.Module:
+    criterion = PastedClassifier(NUM_CLASSES, DIM)
+    to_optim.append({"name": "map", "params": [criterion.mapping.weight], "lr": 0.5})
+    return criterion
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (PastedTripletLoss, []),
+        (PastedMarginLoss, [("pasted", 0.25, 0.0, 1)]),
+        (PastedClassifier, [("pasted", 0.25, 0.0, 2)]),
+        (margin_row, [("pasted", 0.0625, 1e-3, 1)]),
+        (new_list_row, [("pasted", 0.25, 0.0, 1), ("pasted 2", 7, 0.0, 1)]),
+        (appending_row, [("map", 0.5, 0.0, 1)]),
+        (lambda opt: PastedTripletLoss(opt.margin, opt.sampling), []),
+        (lambda: PastedClassifier(NUM_CLASSES, DIM), [("pasted", 0.25, 0.0, 2)]),
+    ],
+    ids=["triplet", "margin", "classifier", "margin row", "new list", "appending", "opt only", "no keywords"],
+)
+def test_a_pasted_loss_learns(row: Any, expected: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOSSES, "pasted", row)
+    batch = unit_batch(DIM).requires_grad_()
+    opt = loss_flags("pasted", lr=0.25, beta_lr=0.0625)
+    given = [{"name": "network", "params": [batch], "lr": 1.0}]
+    criterion, groups = losses.loss_select("pasted", opt, given, NUM_CLASSES)
+    assert len(given) == 1
+    optimizer = torch.optim.Adam(groups)
+    network, *own = optimizer.param_groups
+    assert (network["name"], network["lr"]) == ("network", 1.0)
+    named = [(group["name"], group["lr"], group["weight_decay"], len(group["params"])) for group in own]
+    assert named == expected
+    before = [parameter.clone() for group in optimizer.param_groups for parameter in group["params"]]
+    criterion(batch, LABELS).backward()
+    optimizer.step()
+    after = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert all((old != new).any() for old, new in zip(before, after))
+
+
+def loss_flags(loss: str, **values: Any) -> argparse.Namespace:
+    """The defaults of the flags of losses, resolved for a loss, with other values for some."""
+    parser = FlagParser()
+    losses.add_arguments(parser)
+    defaults = {**vars(parser.parse_args([])), "embed_dim": DIM, "lr": 1e-5}
+    return argparse.Namespace(**{**defaults, "sampling": losses.choose_sampling(loss, None), **values})
+
+
+@pytest.mark.parametrize(
+    ("pasted", "ours", "sampling"), [(PastedTripletLoss, "triplet", "random"), (PastedMarginLoss, "marginloss", None)]
+)
+def test_a_pasted_loss_equals_ours(pasted: Any, ours: str, sampling: str | None, monkeypatch: Any) -> None:
+    monkeypatch.setitem(LOSSES, "pasted", pasted)
+    results = []
+    for loss in (ours, "pasted"):
+        opt = loss_flags(loss, sampling=sampling or losses.choose_sampling(loss, None), margin=0.3)
+        criterion, _ = losses.loss_select(loss, opt, [], NUM_CLASSES)
+        seed_everything(4)
+        batch = unit_batch(DIM).requires_grad_()
+        value = criterion(batch, LABELS)
+        gradients = torch.autograd.grad(value, (batch, *criterion.parameters()))
+        results.append((value, gradients, losses.statistics(criterion, batch.detach(), LABELS)))
+    (our_value, our_gradients, our_statistics), (value, gradients, statistics) = results
+    torch.testing.assert_close(value, our_value)
+    torch.testing.assert_close(gradients, our_gradients)
+    assert list(statistics) == ["Embedding Norm", "Tuples", "Hard Positives", "Hard Negatives", "d(a, p)", "d(a, n)"]
+    assert statistics == {name: our_statistics[name] for name in statistics}
+
+
+def test_what_a_pasted_loss_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOSSES, "triplet", PastedTripletLoss)
+    monkeypatch.setitem(LOSSES, "margin", margin_row)
+    monkeypatch.setitem(LOSSES, "classifier", PastedClassifier)
+    for loss in ("triplet", "margin"):
+        assert losses.needs_of(loss) == (True, 4, "distance", "triplets")
+        assert losses.choose_sampling(loss, "softhard") == "softhard"
+        with pytest.raises(UserError, match="takes triplets, but --sampling npair gives n-pairs"):
+            losses.choose_sampling(loss, "npair")
+    assert losses.needs_of("classifier") == (True, 1, None, "triplets")
+    assert losses.choose_sampling("classifier", None) is None
+
+
+def test_a_sampling_method_without_a_mark_gives_triplets(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Sampler.__init__
+
+    def with_own(self: Any, *args: Any, **params: Any) -> None:
+        real(self, *args, **params)
+        self.methods["own"] = lambda batch, labels, **_: TRIPLETS
+        self.methods["pairs"] = losses.gives("n-pairs")(lambda batch, labels, **_: NPAIRS)
+
+    monkeypatch.setattr(Sampler, "__init__", with_own)
+    assert losses.choose_sampling("triplet", "own") == "own"
+    assert losses.choose_sampling("npair", "pairs") == "pairs"
+    for loss, sampling in (("npair", "own"), ("triplet", "pairs")):
+        with pytest.raises(UserError, match=f"--sampling {sampling} gives"):
+            losses.choose_sampling(loss, sampling)
+
+
+@pytest.mark.parametrize("convert", [list, tuple, np.asarray, lambda labels: np.array(labels, np.int32)])
+@pytest.mark.parametrize("method", METHODS)
+def test_labels_may_be_lists_or_arrays(method: str, convert: Callable[[list[int]], Any]) -> None:
+    given = []
+    for labels in (LABELS, convert(LABELS.tolist())):
+        seed_everything(2)
+        given.append(Sampler(method).give(unit_batch(4), labels))
+    torch.testing.assert_close(*given)
+
+
+def test_a_sampler_of_a_sampler_keeps_its_method_and_keywords() -> None:
+    sampler = Sampler(Sampler("semihard", margin=0.5, squared=True), margin=0.7)
+    assert (sampler.method, sampler.params) == ("semihard", {"margin": 0.7, "squared": True})

@@ -25,11 +25,15 @@ import auxiliaries
 import config
 import datasets
 import evaluate
+import inference
 import losses
 import main
+import methods
 import netlib
 import protocol
 import records
+import runs
+import transforms
 from auxiliaries import UserError
 
 Flags = Callable[..., list[str]]
@@ -53,7 +57,7 @@ FOLD = ["--split_scheme", "cross_validation", "--num_training_partitions", "2", 
 
 
 def run(flags: list[str]) -> dict[str, float]:
-    return main.main(main.parse_args(flags))
+    return main.main(config.parse(flags))
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -79,7 +83,7 @@ def test_every_loss_and_sampling_trains(small_flags: Flags, results: Path, loss:
     assert set(metrics) == {"NMI", "F1", *(f"Recall @ {k}" for k in (1, 2, 4, 8))}
     assert all(0 <= value <= 1 for value in metrics.values())
     checkpoint = auxiliaries.load_checkpoint(results / "run" / "checkpoint.pth.tar")
-    opt = main.resolve(main.parse_args(flags))
+    opt = config.resolve(config.parse(flags))
     untrained = netlib.networkselect(opt).state_dict()
     assert any(not torch.equal(value, untrained[name]) for name, value in checkpoint["state_dict"].items())
 
@@ -123,7 +127,7 @@ def test_network_comes_back_from_hypa_and_checkpoint(
     flags = small_flags("--arch", "googlenet", "--crop_size", "64", "--embed_dim", "16", "--kernels", "0")
     if pretrained:
         weights = tmp_path / "googlenet.pth"
-        network, _ = netlib.ARCHS["googlenet"].build(False, False)
+        network, _ = netlib.ARCHS["googlenet"].build(netlib.Weights.RANDOM)
         torch.save(network.state_dict(), weights)
         flags = [flag for flag in flags if flag != "--not_pretrained"] + ["--weights", str(weights)]
     spaces = []
@@ -149,7 +153,7 @@ def test_network_comes_back_from_hypa_and_checkpoint(
     exec(snippet[1].replace("Training_Results/glyphs/demo", str(results / "run")), names)
     assert names["net"].backbone.transform_input is pretrained
 
-    opt = main.resolve(main.parse_args(flags))
+    opt = config.resolve(config.parse(flags))
     loaders = datasets.give_dataloaders(opt, datasets.read_splits(opt.dataset, opt.source_path))
     again = evaluate.embed(names["net"], loaders.test[0].query, torch.device("cpu"))
     assert torch.equal(again, spaces[0].query)
@@ -169,13 +173,13 @@ def keep(splits: datasets.Splits, root: Path) -> datasets.Splits:
 def test_query_and_gallery_and_several_test_sets(
     small_flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = datasets.read_splits("tiny", main.parse_args(small_flags()).source_path)
+    whole = datasets.read_splits("tiny", config.parse(small_flags()).source_path)
     images = whole.test[0].query
     query, gallery = images.subset(np.arange(len(images)) % 3 == 0), images.subset(np.arange(len(images)) % 3 > 0)
     one = datasets.Splits(whole.train, test=[datasets.RetrievalSet("test", query, gallery)])
     two = datasets.Splits(whole.train, test=[datasets.RetrievalSet("a", images), datasets.RetrievalSet("b", gallery)])
     for name, splits in (("one", one), ("two", two)):
-        monkeypatch.setitem(datasets.DATASETS, name, datasets.Source(partial(keep, splits), made_here=True))
+        monkeypatch.setitem(datasets.DATASETS, name, datasets.DatasetSpec(partial(keep, splits), made_here=True))
         metrics = run(small_flags("--dataset", name, "--k_vals", "2"))
         expected = ["NMI", "F1", "Recall @ 1", "Recall @ 2"]
         assert list(metrics) == (expected if name == "one" else [f"Set {i} {key}" for i in (0, 1) for key in expected])
@@ -211,7 +215,7 @@ def test_evaluation_never_changes_training(small_flags: Flags, results: Path, mo
     """Mistake 2: neither more measures nor other results of the test classes may steer training."""
     flags = small_flags("--n_epochs", "3", "--lr", "1e-3")
     weights, _ = trained(flags, results)
-    monkeypatch.setattr(evaluate, "mean_over_sets", lambda metrics, name: -metrics[name])
+    monkeypatch.setattr(records, "mean_over_sets", lambda metrics, name: -metrics[name])
     other, _ = trained(
         [*flags, "--dist_measure", "--k_vals", "3", "--check_untrained_accuracy", "--eval_bs", "5"], results
     )
@@ -220,7 +224,7 @@ def test_evaluation_never_changes_training(small_flags: Flags, results: Path, mo
 
 def test_defaults_are_resolved_from_what_they_depend_on() -> None:
     def resolved(*flags: str) -> argparse.Namespace:
-        return main.resolve(main.parse_args(list(flags)))
+        return config.resolve(config.parse(list(flags)))
 
     opt = resolved()
     assert (opt.dataset, opt.arch, opt.loss, opt.sampling) == ("cub200", "resnet50", "marginloss", "distance")
@@ -265,7 +269,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[Scripts], dict[str, lis
     It returns a dict that takes, for each set, the embedding layers of the networks that were evaluated. Nothing is
     drawn, which takes longer than all the rest.
     """
-    monkeypatch.setattr(main, "draw_records", lambda *_: None)
+    monkeypatch.setattr(main, "draw_curves", lambda *_, **__: None)
     monkeypatch.setattr(main, "show_retrievals", lambda *_: None)
     monkeypatch.setattr(records.Records, "add_picture", lambda *_: None)
 
@@ -409,7 +413,7 @@ def test_metrics_of_which_less_is_better_select_the_lowest(small_flags: Flags, r
 def test_summary_of_a_run_with_validation_classes_has_one_models_rows(
     small_flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Any
 ) -> None:
-    whole = datasets.read_splits("tiny", main.parse_args(small_flags()).source_path)
+    whole = datasets.read_splits("tiny", config.parse(small_flags()).source_path)
     images = whole.test[0].query
     is_val = images.labels[:, 0] < 6
     val, test = (
@@ -417,7 +421,7 @@ def test_summary_of_a_run_with_validation_classes_has_one_models_rows(
         datasets.RetrievalSet("test", images.subset(~is_val)),
     )
     splits = datasets.Splits(whole.train, val=[val], test=[test])
-    monkeypatch.setitem(datasets.DATASETS, "watched", datasets.Source(partial(keep, splits), made_here=True))
+    monkeypatch.setitem(datasets.DATASETS, "watched", datasets.DatasetSpec(partial(keep, splits), made_here=True))
     told = {
         name: [{"Recall @ 1": a, "NMI": b} for a, b in pairs]
         for name, pairs in {
@@ -460,48 +464,47 @@ def test_a_run_folder_says_with_what_it_was_made(small_flags: Flags, results: Pa
     folder = results / "run"
     environment = auxiliaries.load_json(folder / "environment.json")
     assert (environment["command"], environment["torch"]) == (sys.argv, torch.__version__)
-    values = config.configuration(main.resolve(main.parse_args(flags)))
+    values = config.configuration(config.resolve(config.parse(flags)))
     assert pickle.loads((folder / "hypa.pkl").read_bytes()) == values
     assert auxiliaries.load_checkpoint(folder / "last.pth.tar")["opt"] == values
     assert records.read_configurations(folder) == [{"Epochs": 0, "Configuration": values}]
     for flag, value in (("--embed_dim", "8"), ("--loss", "triplet")):
-        with pytest.raises(UserError, match=f"was trained with {flag} .*, and is of no use with another"):
-            main.check_flags(folder, main.resolve(main.parse_args([*flags, flag, value])))
-    assert main.epoch_reached(folder) == 1
-    assert main.epoch_reached(results) == 0
+        with pytest.raises(UserError, match=f"was trained with {flag} .*, which must stay the same: drop the flag"):
+            runs.check_flags(folder, config.resolve(config.parse([*flags, flag, value])))
+    assert runs.epoch_reached(folder) == 1
+    assert runs.epoch_reached(results) == 0
 
     state = auxiliaries.load_checkpoint(folder / "last.pth.tar")
-    opt = main.resolve(main.parse_args(flags))
+    opt = config.resolve(config.parse(flags))
     (folder / "checkpoint.pth.tar").unlink()  # as after a crash between the two
-    assert main.load_state(folder, opt) is not None
+    assert runs.load_state(folder, opt) is not None
     assert auxiliaries.load_checkpoint(folder / "checkpoint.pth.tar")["epoch"] == 1
-    auxiliaries.save_checkpoint(folder / "last.pth.tar", {**state, "version": auxiliaries.RUN_VERSION + 1})
+    auxiliaries.save_checkpoint(folder / "last.pth.tar", {**state, "version": runs.RUN_VERSION + 1})
     with pytest.raises(UserError, match="is of a later version of this repository"):
-        main.load_state(folder, opt)
+        runs.load_state(folder, opt)
 
 
 def test_every_flag_is_consumed() -> None:
     """No flag is declared that nothing reads (mistake 3): a loss reads its own through its constructor."""
-    modules = (main, protocol, config, datasets, netlib, losses)
+    modules = (main, config, runs, protocol, inference, datasets, transforms, netlib, losses, methods)
     read = "".join(inspect.getsource(module) for module in modules)
-    keywords = {name for loss in losses.LOSSES.values() for name in loss.__init__.__code__.co_varnames}
-    for name in vars(main.parse_args([])):
-        assert re.search(rf"\bopt\.{name}\b", read) or name in keywords, name
+    keywords = {name for loss in losses.LOSSES.values() for name in inspect.signature(loss).parameters}
+    for name in vars(config.parse([])):
+        is_read = re.search(rf"\b(opt\.{name}\b|(flags|given)\[\"{name}\"\])", read)
+        assert is_read or name in keywords, name
 
 
 def test_help_reads_as_a_manual(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main.parse_args(["--help"])
+        config.parse(["--help"])
     text = capsys.readouterr().out
-    for name in vars(main.parse_args([])):
-        assert f"--{name} " in text or f"--{name}\n" in text
+    for name in vars(config.parse([])):
+        assert re.search(rf"--{name}[\s,]", text)
     assert "default: None" not in text
 
 
 def test_metrics_within_parents_need_coarser_labels(small_flags: Flags, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match="--testing_method WithSameParentLabel needs labels of a coarser level"
-    ) as error:
+    with pytest.raises(UserError, match="--testing_method WithSameParentLabel needs labels coarser than") as error:
         run(small_flags("--testing_method", "WithSameParentLabel"))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "results").exists()
@@ -516,21 +519,21 @@ def test_metrics_within_parents_need_coarser_labels(small_flags: Flags, tmp_path
         (["--arch", "resnet51"], "did you mean resnet50"),
         (["--k_vals", "0"], "0 is not at least 1"),
         (["--lr", "nan"], "nan is not at least 0"),
-        (["--bs", "9"], "--bs 9 is no multiple of --samples_per_class 4"),
-        (["--loss", "proxynca", "--sampling", "distance"], "uses no tuples: leave --sampling out"),
-        (["--loss", "npair", "--sampling", "semihard"], "can't use the tuples of --sampling semihard"),
-        (["--loss", "triplet", "--sampling", "npair"], "can't use the tuples of --sampling npair"),
-        (["--samples_per_class", "1"], "needs two images of a class"),
-        (["--samples_per_class", "1", "--batch_sampler", "class_balanced"], "needs two images of a class"),
+        (["--bs", "9"], "--bs 9 is not a multiple of --samples_per_class 4"),
+        (["--loss", "proxynca", "--sampling", "distance"], "uses no tuples: drop --sampling distance"),
+        (["--loss", "npair", "--sampling", "semihard"], "takes n-pairs, but --sampling semihard gives triplets"),
+        (["--loss", "triplet", "--sampling", "npair"], "takes triplets, but --sampling npair gives n-pairs"),
+        (["--samples_per_class", "1"], "needs two images per class"),
+        (["--samples_per_class", "1", "--batch_sampler", "class_balanced"], "needs two images per class"),
         (["--bs", "4"], "needs two classes of 4 images in a batch"),
         (["--loss", "npair", "--bs", "4"], "needs two classes of 4 images in a batch"),
-        (["--bs", "80"], "needs 20 classes a batch, and tiny trains on 4"),
+        (["--bs", "80"], "needs 20 classes per batch, and tiny trains on 4"),
         (["--resize", "20"], "--resize 20 is less than --crop_size 32"),
         (["--freeze_batchnorm"], "--freeze_batchnorm needs pretrained statistics"),
         (["--weights", "x.pth"], "--weights and --not_pretrained contradict"),
         (["--arch", "squeezenet1_0"], "does not end in a Linear layer"),
         (["--arch", "vit_b_16"], "can't take images of --crop_size 32"),
-        (["--savename", "a/b"], "no folder name"),
+        (["--savename", "a/b"], "not a folder name"),
         (["--dataset", "tinyy"], "no images were found in"),
         (["--fold", "0"], "--fold needs --split_scheme cross_validation"),
         (["--num_training_sets", "5"], "--num_training_sets 5 is more than --num_training_partitions 4"),
@@ -629,7 +632,7 @@ def test_save_path_that_cannot_be_written(
 
 
 def test_more_workers_than_cores_is_a_notice(small_flags: Flags, capsys: pytest.CaptureFixture[str]) -> None:
-    opt = main.resolve(main.parse_args(small_flags("--kernels", "1000")))
+    opt = config.resolve(config.parse(small_flags("--kernels", "1000")))
     loaders = datasets.give_dataloaders(opt, datasets.read_splits(opt.dataset, opt.source_path))
     assert loaders.train.num_workers == auxiliaries.cpu_cores()
     assert "--kernels 1000 is more than this machine's" in capsys.readouterr().err
@@ -643,5 +646,5 @@ def test_class_with_one_image_is_no_error(tmp_path: Path, capsys: pytest.Capture
     flags = [*SMALL, "--dataset", "single", "--source_path", str(tmp_path / "source"), "--bs", "8", "--n_epochs", "1"]
     run([*flags, "--save_path", str(tmp_path / "results")])
     notices = capsys.readouterr().err
-    assert "classes with fewer than 4 images: 1; theirs repeat" in notices
+    assert "classes with fewer than 4 images: 1; these images repeat within a batch" in notices
     assert "1 of 25 queries" in notices

@@ -1,9 +1,11 @@
-"""netlib.py and googlenet.py: every architecture, frozen BatchNorm, input transforms, and weights from anywhere."""
+"""Every architecture, frozen BatchNorm, the input's normalization, and weights from everywhere."""
 
 from __future__ import annotations
 
 import argparse
 import re
+import subprocess
+import sys
 import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,13 +15,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.models as models
+from conftest import ROOT
 from torch import nn
 from torchvision.models import _api, regnet
 
 import netlib
 from auxiliaries import FlagParser, UserError
-from netlib import ARCHS, Arch, EmbeddingNet, networkselect
+from netlib import ARCHS, Arch, EmbeddingNet, Weights, find_arch, networkselect
 
+CLASSIFIERS = models.list_models(module=models)  # all that torchvision has
 NO_LINEAR_LAYER = {"squeezenet1_0", "squeezenet1_1"}  # they end in a convolution
 
 Downloads = list[str]
@@ -38,7 +42,7 @@ def images(size: int = 32, count: int = 4, seed: int = 0) -> torch.Tensor:
 
 
 def settle_batchnorm(network: nn.Module) -> None:
-    """Gives BatchNorm the statistics of some images; without, features of random weights hardly depend on the image."""
+    """Gives BatchNorm the statistics of some images; else features of random weights hardly depend on the image."""
     network.eval()  # auxiliary classifiers rest
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -102,13 +106,13 @@ def output_shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, .
     hook.remove()
 
 
-@pytest.mark.parametrize("arch", sorted(ARCHS.keys() - NO_LINEAR_LAYER))
+@pytest.mark.parametrize("arch", sorted({*ARCHS, *CLASSIFIERS} - NO_LINEAR_LAYER))
 def test_every_architecture_embeds_images_of_its_size(
     arch: str, output_shapes: list[tuple[int, ...]], downloads: Downloads
 ) -> None:
     """Rebuilt without its weights, as for a run's checkpoint, and on the meta device: shapes only."""
     with torch.device("meta"):
-        net = networkselect(flags(arch, crop_size=ARCHS[arch].crop_size, embed_dim=48), load_pretrained=False)
+        net = networkselect(flags(arch, crop_size=find_arch(arch).crop_size, embed_dim=48), load_pretrained=False)
     assert output_shapes == [(1, 48)]
     assert net.training
     assert not any(isinstance(module, nn.Linear) and module.out_features == 1000 for module in net.modules())
@@ -126,9 +130,57 @@ def test_an_architecture_without_a_linear_layer_is_refused(arch: str) -> None:
     [("resnet50", 224, 256, 128), ("googlenet", 227, 256, 512), ("inception_v3", 299, 342, 128)],
 )
 def test_default_sizes(arch: str, crop_size: int, resize: int, embed_dim: int) -> None:
-    row = ARCHS[arch]
+    row = find_arch(arch)
     assert (row.crop_size, row.resize, row.embed_dim) == (crop_size, resize, embed_dim)
     assert (row.mean, row.std) == (netlib.IMAGENET_MEAN, netlib.IMAGENET_STD)
+
+
+def test_the_rows_that_are_written_down_are_what_the_weights_want() -> None:
+    wanted = models.ResNet50_Weights.IMAGENET1K_V1.transforms()
+    row = find_arch("resnet50")
+    assert ([row.crop_size], [row.resize]) == (wanted.crop_size, wanted.resize_size)
+    assert (list(row.mean), list(row.std)) == (wanted.mean, wanted.std)
+
+
+def test_rows_of_torchvision_have_the_input_that_its_weights_want() -> None:
+    wanted = models.EfficientNet_B7_Weights.DEFAULT.transforms()
+    row = find_arch("efficientnet_b7")
+    assert ([row.crop_size], [row.resize]) == (wanted.crop_size, wanted.resize_size) == ([600], [600])
+    wanted = models.ViT_B_16_Weights.DEFAULT.transforms()
+    assert (find_arch("vit_b_16").mean, find_arch("vit_b_16").std) == (tuple(wanted.mean), tuple(wanted.std))
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("resnet5O", "resnet50"), ("ResNet18", "resnet18"), ("google_net", "googlenet"), ("vit_b16", "vit_b_16")],
+)
+def test_an_unknown_architecture_names_the_nearest(name: str, near: str) -> None:
+    for use in (find_arch, lambda name: networkselect(flags(name))):
+        with pytest.raises(UserError, match=rf"^--arch {name} is unknown \(did you mean {near}\?\)"):
+            use(name)
+    with pytest.raises(UserError, match=r"^--arch 7 is unknown: "):
+        find_arch("7")
+    with pytest.raises(UserError, match="fcn_resnet50 is unknown"):  # torchvision has it, for segmentation
+        find_arch("fcn_resnet50")
+
+
+def test_resnet50_and_googlenet_are_known_without_torchvision() -> None:
+    code = (
+        "import sys, netlib\n[netlib.find_arch(name) for name in netlib.ARCHS]\nassert 'torchvision' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_flags() -> None:
+    parser = FlagParser()
+    netlib.add_arguments(parser)
+    assert parser.names_with(fixed=True) == ["arch", "embed_dim"]
+    opt = parser.parse_args([])
+    assert (opt.arch, opt.embed_dim, opt.not_pretrained, opt.freeze_batchnorm) == ("resnet50", None, False, None)
+    assert parser.parse_args(["--not_pretrained"]).not_pretrained
+    assert not parser.parse_args(["--not_pretrained", "--pretrained"]).not_pretrained
+    assert parser.parse_args(["--no-freeze_batchnorm"]).freeze_batchnorm is False
+    assert "--no-not_pretrained" not in parser.format_help()
 
 
 def test_images_of_a_size_that_the_network_cannot_take_are_refused() -> None:
@@ -139,17 +191,22 @@ def test_images_of_a_size_that_the_network_cannot_take_are_refused() -> None:
 def test_an_architecture_of_ones_own_needs_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def build(pretrained: bool, load: bool) -> tuple[nn.Module, int]:
-        calls.append((pretrained, load))
+    def build(weights: Weights) -> tuple[nn.Module, int]:
+        calls.append(weights)
         return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), 3
 
     monkeypatch.setitem(ARCHS, "tiny", Arch(build, crop_size=8, embed_dim=2, mean=(0, 0, 0), std=(1, 0.5, 1)))
-    parser = FlagParser()
-    netlib.add_arguments(parser)
-    assert parser.parse_args(["--arch", "tiny"]).arch == "tiny"
-    net = networkselect(flags("tiny", crop_size=8, embed_dim=2))
+    assert find_arch("tiny").embed_dim == 2
+    opt = flags("tiny", crop_size=8, embed_dim=2)
+    net = networkselect(opt)
+    networkselect(vars(opt))
+    networkselect(opt, load_pretrained=False)
+    networkselect(flags("tiny", crop_size=8, embed_dim=2, not_pretrained=True))
     networkselect(vars(flags("tiny", crop_size=8, embed_dim=2, not_pretrained=True)))
-    assert calls == [(True, True), (False, False)]
+    with pytest.raises(UserError, match="absent"):
+        networkselect(flags("tiny", crop_size=8, embed_dim=2, weights="absent"))
+    later, random = Weights.LOADED_LATER, Weights.RANDOM
+    assert calls == [Weights.DOWNLOADED, later, later, random, random, later]
     pooled = images().float().mean(dim=(2, 3)) / torch.tensor([255, 127.5, 255])
     torch.testing.assert_close(net(images()), F.normalize(net.embedding(pooled), dim=1))
 
@@ -161,9 +218,9 @@ def test_resnet50_is_torchvisions_with_a_linear_embedding(serve: Callable[[dict[
     serve(reference.state_dict())
     net = networkselect(flags("resnet50", normalize=False)).eval()
     reference.fc = nn.Identity()
-    normalised = models.ResNet50_Weights.IMAGENET1K_V1.transforms(crop_size=32, resize_size=32)(images())
+    normalized = models.ResNet50_Weights.IMAGENET1K_V1.transforms(crop_size=32, resize_size=32)(images())
     with torch.inference_mode():
-        torch.testing.assert_close(net(images()), net.embedding(reference(normalised)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(net(images()), net.embedding(reference(normalized)), rtol=1e-4, atol=1e-4)
 
 
 def small_net(**settings: Any) -> EmbeddingNet:
@@ -172,7 +229,7 @@ def small_net(**settings: Any) -> EmbeddingNet:
     return EmbeddingNet(backbone, 6, 5, **settings)
 
 
-def test_images_are_normalised_on_the_way_in() -> None:
+def test_images_are_normalized_on_the_way_in() -> None:
     mean, std = (0.1, 0.5, 0.9), (0.2, 0.3, 0.4)
     net = EmbeddingNet(nn.Flatten(), 3 * 32 * 32, 4, normalize=False, mean=mean, std=std)
     seen: list[torch.Tensor] = []
@@ -270,7 +327,7 @@ def test_googlenet_from_scratch_takes_its_input_as_it_is() -> None:
     assert rebuilt.backbone.transform_input is net.backbone.transform_input is False
     assert not net.backbone.aux_logits
     assert (net.embedding.in_features, net.backbone.aux1, net.backbone.aux2) == (1024, None, None)
-    assert net(images(64)).shape == (4, 8)  # a tensor in training too, no tuple
+    assert net(images(64)).shape == (4, 8)  # a tensor, not a tuple, in training too
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "googlenet", "inception_v3"])
@@ -318,7 +375,7 @@ def test_a_download_that_ends_early_is_one_sentence(monkeypatch: pytest.MonkeyPa
 def test_a_broken_file_among_torchs_downloads_is_one_sentence(
     broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.undo()  # nothing is fetched: the file is there
+    monkeypatch.undo()  # nothing is downloaded: the file is there
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     cached = tmp_path / "hub" / "checkpoints" / models.ResNet18_Weights.DEFAULT.url.rsplit("/", 1)[1]
     cached.parent.mkdir(parents=True)
@@ -328,8 +385,8 @@ def test_a_broken_file_among_torchs_downloads_is_one_sentence(
         networkselect(flags())
 
 
-def test_a_bug_in_a_builder_is_no_failed_download(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(pretrained: bool, load: bool) -> tuple[nn.Module, int]:
+def test_a_bug_in_a_builder_is_not_a_failed_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(weights: Weights) -> tuple[nn.Module, int]:
         raise RuntimeError("a bug")
 
     monkeypatch.setitem(ARCHS, "tiny", Arch(build))
@@ -381,9 +438,9 @@ UNFITTING: dict[str, tuple[Callable[[], Any], str]] = {
     "a missing entry": (without_first_layer, r"conv1\.weight"),
     "another network": (lambda: models.mobilenet_v3_small(weights=None).state_dict(), r"conv1\.weight"),
     "a deeper network": (lambda: models.resnet34(weights=None).state_dict(), r"layer1\.2"),
-    "a tensor": (lambda: torch.zeros(3), ""),
-    "a number": (lambda: 3, ""),
-    "a list as state_dict": (lambda: {"state_dict": [1]}, ""),
+    "a tensor": (lambda: torch.zeros(3), "is not a state dict"),
+    "a number": (lambda: 3, "is not a state dict"),
+    "a list as state_dict": (lambda: {"state_dict": [1]}, "is not a state dict"),
 }
 
 

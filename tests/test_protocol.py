@@ -1,4 +1,4 @@
-"""Several training runs, or none: cross-validation, resuming, crashes, reproducing and evaluating a finished run."""
+"""Several training runs: cross-validation, resuming, crashes, reproducing."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, SMALL, make_tree
-from crash_child import ASIDE, rows_of, same
-from PIL import Image
+from conftest import CROSS, ROOT, CrossValidated, Metrics, Run, csv_rows, embed_by_hand, training_flags
+from crash_child import rows_of, same
 from scipy import stats
-from sklearn.decomposition import PCA
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import auxiliaries
@@ -34,100 +30,10 @@ import main
 import netlib
 import protocol
 import records
+import runs
 from auxiliaries import UserError
 
-CROSS = ("--dataset", "cv", "--split_scheme", "cross_validation", "--num_training_sets", "3", "--n_epochs", "2")
-Metrics = dict[str, float]
-
 pytestmark = pytest.mark.usefixtures("without_pictures")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A --source_path with `tiny` (8 classes of 6 images) and `cv` (16 classes of 4)."""
-    source = tmp_path_factory.mktemp("source")
-    make_tree(source / "tiny" / "images")
-    make_tree(source / "cv" / "images", classes=16, per_class=4, seed=1)
-    return source
-
-
-def flags_of(source: Path, results: Path, *more: str) -> list[str]:
-    where = ["--source_path", str(source), "--save_path", str(results)]
-    return [*SMALL, *where, "--bs", "8", "--samples_per_class", "2", "--lr", "1e-3", "--embed_dim", "16", *more]
-
-
-Run = Callable[..., Metrics]
-
-
-@pytest.fixture
-def run(source: Path, tmp_path: Path) -> Run:
-    """A function that trains `tiny` into tmp_path/tiny/run for two epochs, with any more flags."""
-
-    def run(*more: str) -> Metrics:
-        start = ["--dataset", "tiny", "--savename", "run", "--n_epochs", "2"]
-        return protocol.run(flags_of(source, tmp_path, *start, *more))
-
-    return run
-
-
-@pytest.fixture
-def go_on(tmp_path: Path) -> Run:
-    """A function that gives tmp_path, a run's name and any more flags to `protocol.run`."""
-
-    def go_on(*more: str, savename: str = "run") -> Metrics:
-        return protocol.run(["--save_path", str(tmp_path), "--savename", savename, *more])
-
-    return go_on
-
-
-@pytest.fixture(scope="module")
-def finished(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of `tiny`."""
-    results = tmp_path_factory.mktemp("finished")
-    protocol.run(flags_of(source, results, "--dataset", "tiny", "--savename", "run", "--n_epochs", "2"))
-    return results / "tiny" / "run"
-
-
-@pytest.fixture
-def copied(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run, where `go_on` finds it."""
-    return shutil.copytree(finished, tmp_path / "tiny" / "run")
-
-
-class CrossValidated:
-    """A finished cross-validation of three folds, with what was embedded meanwhile: (fold, epochs so far, images)."""
-
-    def __init__(self, source: Path, results: Path):
-        self.folder = results / "cv" / "run"
-        self.embedded: list[tuple[str, int, list[str]]] = []
-        embed = evaluate.embed
-
-        def recording(net: Any, loader: datasets.ImageLoader, *args: Any) -> torch.Tensor:
-            folds = sorted(path.name for path in self.folder.glob("fold_*"))
-            log = self.folder / folds[-1] / "log_train_Base.csv"
-            self.embedded.append((folds[-1], len(csv_rows(log)), list(loader.dataset.images.paths)))
-            return embed(net, loader, *args)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(evaluate, "embed", recording)
-            more = ("--savename", "run", "--meta_testing_method", "ConcatenateEmbeddings")
-            self.metrics = protocol.run(flags_of(source, results, *CROSS, *more))
-        self.folds = sorted(self.folder.glob("fold_*"))
-        self.splits = [datasets.give_splits(stored_flags(fold)) for fold in self.folds]
-
-
-@pytest.fixture(scope="module")
-def crossed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> CrossValidated:
-    return CrossValidated(source, tmp_path_factory.mktemp("crossed"))
-
-
-def stored_flags(folder: Path) -> Any:
-    return main.resolve(main.parse_args([], folder / "config.yaml"))
-
-
-def csv_rows(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="", encoding="utf-8") as file:
-        return [{k: v for k, v in row.items() if k not in ASIDE} for row in csv.DictReader(file)]
 
 
 def configurations(folder: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -139,7 +45,7 @@ def configurations(folder: Path) -> list[tuple[int, dict[str, Any]]]:
 
 
 def assert_same_run(folder: Path, other: Path) -> None:
-    """Weights, criterion, optimiser and all rows are equal, bit for bit."""
+    """Weights, criterion, optimizer and all rows are equal, bit for bit."""
     one, two = (auxiliaries.load_checkpoint(path / "last.pth.tar") for path in (folder, other))
     for key in ("epoch", "best_epoch", "metrics", "state_dict", "criterion", "optimizer"):
         assert same(one[key], two[key]), key
@@ -148,33 +54,13 @@ def assert_same_run(folder: Path, other: Path) -> None:
 
 def scores(patch: pytest.MonkeyPatch, *values: float) -> None:
     """Makes the next evaluations give these as Recall @ 1."""
-    measure, of_epochs = evaluate.measure, iter(values)
-    patch.setattr(evaluate, "measure", lambda *args: measure(*args) | {"Recall @ 1": next(of_epochs)})
+    evaluate_points, remaining = evaluate.evaluate_points, iter(values)
 
+    def scripted(*args: Any) -> tuple[Metrics, list[evaluate.EmbeddingSpace]]:
+        metrics, spaces = evaluate_points(*args)
+        return metrics | {"Recall @ 1": next(remaining)}, spaces
 
-def embed_by_hand(
-    folder: Path, images: datasets.ImageSet, trunk: bool = False, normalize: bool | None = None
-) -> torch.Tensor:
-    """Embeddings by a run's best network, in the batches of its evaluation, on whose size their last bits depend."""
-    net = netlib.networkselect(pickle.loads((folder / "hypa.pkl").read_bytes()))
-    net.load_state_dict(torch.load(folder / "checkpoint.pth.tar", weights_only=True)["state_dict"])
-    net.eval()
-    opt = stored_flags(folder)
-    transform = datasets.eval_transform(opt.crop_size, opt.resize)
-    pixels = torch.stack([transform(datasets.load_image(path)) for path in images.paths])
-    with torch.inference_mode():
-        parts = [net.backbone((batch - net.mean) / net.std) for batch in pixels.split(opt.eval_bs)]
-        parts = parts if trunk else [net.embedding(part) for part in parts]
-        if net.normalize if normalize is None else normalize:
-            parts = [torch.nn.functional.normalize(part, dim=1) for part in parts]
-        return torch.cat(parts)
-
-
-def naive_recall(query: torch.Tensor, labels: np.ndarray, gallery: torch.Tensor, of_gallery: np.ndarray) -> float:
-    """Recall @ 1 in a gallery that holds the queries, too."""
-    distances = torch.cdist(query.double(), gallery.double())
-    distances[distances < 1e-6] = torch.inf  # itself
-    return float((of_gallery[distances.argmin(dim=1).numpy()] == labels).mean())
+    patch.setattr(evaluate, "evaluate_points", scripted)
 
 
 # Cross-validation
@@ -205,13 +91,13 @@ def test_folds_train_on_their_training_classes(
     seen: set[str] = set()
     train_one_epoch = main.train_one_epoch
 
-    def watching(training: Any, loader: datasets.TrainLoader, *args: Any, **kwargs: Any) -> records.Row:
+    def watching(training: Any, loader: datasets.ImageLoader, *args: Any, **kwargs: Any) -> records.Row:
         for _, _, indices in loader:
             seen.update(Path(loader.dataset.images.paths[i]).parent.name for i in indices.tolist())
         return train_one_epoch(training, loader, *args, **kwargs)
 
     monkeypatch.setattr(main, "train_one_epoch", watching)
-    protocol.run(flags_of(source, tmp_path, *CROSS, "--n_epochs", "1", "--savename", "x", "--fold", "1"))
+    main.command(training_flags(source, tmp_path, *CROSS, "--n_epochs", "1", "--savename", "x", "--fold", "1"))
     assert seen == {Path(path).parent.name for path in crossed.splits[1].train.paths}
 
 
@@ -269,7 +155,7 @@ def test_concatenated_embeddings_by_hand(crossed: CrossValidated) -> None:
     images = crossed.splits[0].test[0].query
     together = torch.cat([embed_by_hand(fold, images) for fold in crossed.folds], dim=1)
     assert together.shape == (32, 48)
-    expected = evaluate.compute_metrics(evaluate.EmbeddingSpace(together, images.labels[:, 0]), [1, 2, 4, 8])
+    expected = evaluate.evaluate_space(evaluate.EmbeddingSpace(together, images.labels[:, 0]), [1, 2, 4, 8])
     rows = auxiliaries.load_json(crossed.folder / "meta" / "results.json")
     found = {row["Metric"]: row["Mean"] for row in rows if row["Network"] == "ConcatenateEmbeddings"}
     assert found == pytest.approx(expected)
@@ -277,20 +163,21 @@ def test_concatenated_embeddings_by_hand(crossed: CrossValidated) -> None:
 
 def test_folds_may_run_one_by_one(source: Path, tmp_path: Path, crossed: CrossValidated) -> None:
     """In any order; the last one writes the meta results, which are the same as in one go."""
-    flags = flags_of(source, tmp_path, *CROSS, "--savename", "run", "--meta_testing_method", "ConcatenateEmbeddings")
+    more = ("--savename", "run", "--meta_testing_method", "ConcatenateEmbeddings")
+    flags = training_flags(source, tmp_path, *CROSS, *more)
     folder = tmp_path / "cv" / "run"
-    assert protocol.run([*flags, "--fold", "2"]) == {}
+    assert main.command([*flags, "--fold", "2"]) == {}
     assert [path.name for path in folder.iterdir() if path.is_dir()] == ["fold_2"]
     with pytest.raises(UserError, match=r"fold_2 exists.*--resume_training"):
-        protocol.run([*flags, "--fold", "2"])
+        main.command([*flags, "--fold", "2"])
     with pytest.raises(UserError, match="another --lr"):
-        protocol.run([*flags, "--fold", "1", "--lr", "0.5"])
+        main.command([*flags, "--fold", "1", "--lr", "0.5"])
     with pytest.raises(UserError, match="does not exist"):
-        protocol.run([*flags, "--fold", "3"])
+        main.command([*flags, "--fold", "3"])
     assert [path.name for path in folder.iterdir() if path.is_dir()] == ["fold_2"]
-    protocol.run([*flags, "--fold", "0"])
+    main.command([*flags, "--fold", "0"])
     assert not (folder / "meta").exists()
-    assert protocol.run([*flags, "--fold", "1"]) == crossed.metrics
+    assert main.command([*flags, "--fold", "1"]) == crossed.metrics
     for fold in crossed.folds:
         assert_same_run(folder / fold.name, fold)
     written = [(path / "meta" / "results.csv").read_bytes() for path in (folder, crossed.folder)]
@@ -299,16 +186,16 @@ def test_folds_may_run_one_by_one(source: Path, tmp_path: Path, crossed: CrossVa
 
 def test_one_fold_needs_a_name(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--fold needs --savename"):
-        protocol.run(flags_of(source, tmp_path, *CROSS, "--fold", "1"))
+        main.command(training_flags(source, tmp_path, *CROSS, "--fold", "1"))
     with pytest.raises(UserError, match="--fold needs --split_scheme cross_validation"):
-        protocol.run(flags_of(source, tmp_path, "--dataset", "cv", "--savename", "x", "--fold", "1"))
+        main.command(training_flags(source, tmp_path, "--dataset", "cv", "--savename", "x", "--fold", "1"))
     assert not list(tmp_path.iterdir())
 
 
 def test_flags_that_cannot_train_leave_no_folder(source: Path, tmp_path: Path) -> None:
     for more in ([], ["--fold", "1"]):
-        with pytest.raises(UserError, match="needs 40 classes a batch"):
-            protocol.run(flags_of(source, tmp_path, *CROSS, "--savename", "x", "--bs", "80", *more))
+        with pytest.raises(UserError, match="needs 40 classes per batch"):
+            main.command(training_flags(source, tmp_path, *CROSS, "--savename", "x", "--bs", "80", *more))
         assert not (tmp_path / "cv" / "x").exists()
 
 
@@ -317,7 +204,7 @@ def test_two_machines_may_have_one_process_id(source: Path, tmp_path: Path) -> N
     theirs = tmp_path / "cv" / f".part-{os.getpid()}-run"
     theirs.mkdir(parents=True)
     (theirs / "config.yaml").write_text("x: 1")
-    protocol.run(flags_of(source, tmp_path, *CROSS, "--savename", "run", "--fold", "0"))
+    main.command(training_flags(source, tmp_path, *CROSS, "--savename", "run", "--fold", "0"))
     assert (theirs / "config.yaml").exists()
 
 
@@ -327,11 +214,11 @@ def test_two_machines_may_have_one_process_id(source: Path, tmp_path: Path) -> N
 def test_resumed_run_is_the_uninterrupted_one(source: Path, tmp_path: Path) -> None:
     """Learned beta, Adam's moments, BatchNorm, workers, a step of the learning rate before and one after the stop."""
     more = ["--dataset", "tiny", "--embed_dim", "512", "--kernels", "2", "--tau", "1", "3", "--gamma", "0.5"]
-    flags = flags_of(source, tmp_path, *more, "--loss", "marginloss", "--grad_measure", "--dist_measure")
-    protocol.run([*flags, "--savename", "whole", "--n_epochs", "4"])
-    protocol.run([*flags, "--savename", "run", "--n_epochs", "2"])
+    flags = training_flags(source, tmp_path, *more, "--loss", "marginloss", "--grad_measure", "--dist_measure")
+    main.command([*flags, "--savename", "whole", "--n_epochs", "4"])
+    main.command([*flags, "--savename", "run", "--n_epochs", "2"])
     whole, resumed = tmp_path / "tiny" / "whole", tmp_path / "tiny" / "run"
-    protocol.run(["--save_path", str(tmp_path), "--resume_training", "--savename", "run", "--n_epochs", "4"])
+    main.command(["--save_path", str(tmp_path), "--resume_training", "--savename", "run", "--n_epochs", "4"])
     assert_same_run(resumed, whole)
     rates = [float(row["Learning Rate"]) for row in csv_rows(resumed / "log_train_Base.csv")]
     assert rates == pytest.approx([1e-3, 5e-4, 5e-4, 2.5e-4])
@@ -403,7 +290,7 @@ def test_resuming_a_finished_run_changes_nothing(finished: Path, crossed: CrossV
     for folder in (finished, crossed.folder):
         before = {path: path.read_bytes() for path in folder.rglob("*.csv")}
         states = {path: path.read_bytes() for path in folder.rglob("last.pth.tar")}
-        protocol.run(["--resume_training", "--savename", "run", "--save_path", str(folder.parents[1])])
+        main.command(["--resume_training", "--savename", "run", "--save_path", str(folder.parents[1])])
         assert {path: path.read_bytes() for path in states} == states
         for path, content in before.items():
             if path.name != "log_test_Base.csv":  # its times are new
@@ -427,7 +314,7 @@ def test_name_with_brackets_is_found_again(run: Run, go_on: Run, tmp_path: Path,
 
 def test_refused_flags_are_not_kept(crossed: CrossValidated, tmp_path: Path, go_on: Run) -> None:
     folder = shutil.copytree(crossed.folder, tmp_path / "cv" / "run")
-    with pytest.raises(UserError, match="needs 40 classes a batch"):
+    with pytest.raises(UserError, match="needs 40 classes per batch"):
         go_on("--resume_training", "--bs", "80")
 
     assert yaml.safe_load((folder / "config.yaml").read_text())["bs"] == 8
@@ -455,9 +342,9 @@ def test_folds_go_on(
     with monkeypatch.context() as patch:
         patch.setattr(main, "train_one_epoch", stopped)
         with pytest.raises(KeyboardInterrupt):
-            protocol.run([*flags, "--fold", "1"])
-    assert main.epoch_reached(folder / "fold_1") == 1
-    assert protocol.run(flags) == crossed.metrics
+            main.command([*flags, "--fold", "1"])
+    assert runs.epoch_reached(folder / "fold_1") == 1
+    assert main.command(flags) == crossed.metrics
     for fold in crossed.folds:
         assert_same_run(folder / fold.name, fold)
     assert (folder / "meta/results.csv").read_bytes() == (crossed.folder / "meta/results.csv").read_bytes()
@@ -467,9 +354,12 @@ def test_folds_go_on(
     ("flags", "words"),
     [
         (["--savename", "runn"], "did you mean run?"),
-        (["--arch", "squeezenet1_1"], "was trained with --arch shufflenet_v2_x0_5, and is of no use with another"),
-        (["--loss", "triplet"], "was trained with --loss marginloss, and is of no use with another"),
-        (["--embed_dim", "32"], "was trained with --embed_dim 16, and is of no use with another"),
+        (
+            ["--arch", "squeezenet1_1"],
+            "was trained with --arch shufflenet_v2_x0_5, which must stay the same: drop the flag",
+        ),
+        (["--loss", "triplet"], "was trained with --loss marginloss, which must stay the same: drop the flag"),
+        (["--embed_dim", "32"], "was trained with --embed_dim 16, which must stay the same: drop the flag"),
         (["--dataset", "cv"], "there is no run"),
         (["--reproduce_results", "x"], "--resume_training and --reproduce_results contradict"),
         (["--evaluate"], "--resume_training and --evaluate contradict"),
@@ -487,11 +377,11 @@ def test_refused_to_go_on(copied: Path, go_on: Run, flags: list[str], words: str
 
 def test_refused_for_what_the_folder_is(copied: Path, go_on: Run, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Name it with --savename"):
-        protocol.run(["--resume_training"])
+        main.command(["--resume_training"])
     (tmp_path / "other" / "run").mkdir(parents=True)
     with pytest.raises(UserError, match="say which with --dataset"):
         go_on("--resume_training")
-    with pytest.raises(UserError, match=r"no run folder: it has no config\.yaml"):
+    with pytest.raises(UserError, match=r"not a run folder: it has no config\.yaml"):
         go_on("--resume_training", "--dataset", "other")
     shutil.rmtree(tmp_path / "other")
 
@@ -507,7 +397,7 @@ def test_refused_for_what_the_folder_is(copied: Path, go_on: Run, tmp_path: Path
     with pytest.raises(UserError, match="later version"):
         go_on("--resume_training")
     last.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"last\.pth\.tar is no whole checkpoint"):
+    with pytest.raises(UserError, match=r"last\.pth\.tar is incomplete or corrupt"):
         go_on("--resume_training")
 
 
@@ -531,7 +421,7 @@ def test_second_process_is_kept_out(copied: Path, go_on: Run, monkeypatch: pytes
         assert other.stdout is not None
         assert other.stdout.readline() == "locked\n"
         for kind in ("latest", "best"):
-            with pytest.raises(UserError, match="another process is at work"):
+            with pytest.raises(UserError, match="another process is using"):
                 go_on("--resume_training", kind, "--lr", "0.5", "--n_epochs", "3")
         other.communicate("")
     train_one_epoch, answers = main.train_one_epoch, []
@@ -595,7 +485,7 @@ def test_nothing_half_written_is_left_in_a_resumed_run(crashes: dict[str, Any]) 
 
 
 def test_reproduced_run_is_equal(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    metrics = protocol.run(["--reproduce_results", str(finished), "--save_path", str(tmp_path)])
+    metrics = main.command(["--reproduce_results", str(finished), "--save_path", str(tmp_path)])
     again = tmp_path / "tiny" / "run_reproduced"
     assert_same_run(again, finished)
     summaries = [auxiliaries.load_json(folder / "summary.json") for folder in (finished, again)]
@@ -616,7 +506,7 @@ def test_config_alone_is_enough_and_flags_beside_it_are_shown(
     source.mkdir()
     shutil.copyfile(finished / "config.yaml", source / "config.yaml")
     flags = ["--reproduce_results", str(source), "--save_path", str(tmp_path / "results")]
-    protocol.run([*flags, "--n_epochs", "1"])
+    main.command([*flags, "--n_epochs", "1"])
     assert "other flags than the original's: --n_epochs 1" in capsys.readouterr().out
     again = tmp_path / "results" / "tiny" / "only_reproduced"
     assert csv_rows(again / "log_train_Base.csv") == csv_rows(finished / "log_train_Base.csv")[:1]
@@ -625,7 +515,7 @@ def test_config_alone_is_enough_and_flags_beside_it_are_shown(
 def test_reproduced_cross_validation_is_equal(
     crossed: CrossValidated, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    metrics = protocol.run(["--reproduce_results", str(crossed.folder), "--save_path", str(tmp_path)])
+    metrics = main.command(["--reproduce_results", str(crossed.folder), "--save_path", str(tmp_path)])
     assert metrics == crossed.metrics
     for fold in crossed.folds:
         assert_same_run(tmp_path / "cv" / "run_reproduced" / fold.name, fold)
@@ -635,7 +525,7 @@ def test_reproduced_cross_validation_is_equal(
 
 def test_change_on_resume_is_reproduced(copied: Path, go_on: Run, tmp_path: Path) -> None:
     metrics = go_on("--resume_training", "--n_epochs", "3", "--lr", "0.05")
-    assert protocol.run(["--reproduce_results", str(copied), "--save_path", str(tmp_path / "new")]) == metrics
+    assert main.command(["--reproduce_results", str(copied), "--save_path", str(tmp_path / "new")]) == metrics
     again = tmp_path / "new" / "tiny" / "run_reproduced"
     assert_same_run(again, copied)
     assert [float(row["Learning Rate"]) for row in csv_rows(again / "log_train_Base.csv")] == [1e-3, 1e-3, 0.05]
@@ -647,146 +537,11 @@ def test_other_versions_are_noticed(
     environment = json.loads((copied / "environment.json").read_text())
     (copied / "environment.json").write_text(json.dumps({**environment, "torch": "0.4.1", "git commit": "abc"}))
     monkeypatch.setattr(protocol, "train", lambda *_, **__: {})
-    protocol.run(["--reproduce_results", str(copied), "--save_path", str(tmp_path / "new")])
+    main.command(["--reproduce_results", str(copied), "--save_path", str(tmp_path / "new")])
     notices = capsys.readouterr().err
     assert f"torch is {torch.__version__}, and was 0.4.1 in the original" in notices
     assert "git commit is" in notices
     assert "numpy" not in notices
-
-
-# Evaluating
-
-
-def evaluated(folder: Path, *flags: str) -> Metrics:
-    return protocol.run(["--evaluate", str(folder), *flags])
-
-
-def metrics_by_hand(split: str, embeddings: torch.Tensor, images: datasets.ImageSet) -> Metrics:
-    space = evaluate.EmbeddingSpace(embeddings, images.labels[:, 0])
-    return {f"{split} {k}": v for k, v in evaluate.compute_metrics(space, [1, 2, 4, 8]).items()}
-
-
-def test_evaluation_equals_the_selected_epochs(copied: Path, go_on: Run, crossed: CrossValidated) -> None:
-    expected = auxiliaries.load_json(copied / "summary.json")["selected"]["test"]
-    expected = {f"test {name}": value for name, value in expected.items()}
-    assert go_on("--evaluate") == expected
-    assert evaluated(copied, "--eval_reference_set", "compared_to_self") == expected
-    images = datasets.give_splits(stored_flags(copied)).train
-    found = evaluated(copied, "--splits_to_eval", "train", "test")
-    assert found == pytest.approx({**metrics_by_hand("train", embed_by_hand(copied, images), images), **expected})
-    entries = auxiliaries.load_json(copied / "evaluation.json")
-    assert [entry["metrics"] for entry in entries] == [expected, expected, found]
-    assert entries[2]["settings"]["splits_to_eval"] == ["train", "test"]
-
-    means = evaluated(crossed.folder, "--splits_to_eval", "val", "test")
-    summaries = [auxiliaries.load_json(fold / "summary.json")["selected"] for fold in crossed.folds]
-    for split in ("val", "test"):
-        for name in crossed.metrics:
-            values = [summary[split][name] for summary in summaries]
-            assert means[f"{split} {name}"] == pytest.approx(np.mean(values))
-    assert all((fold / "evaluation.json").exists() for fold in crossed.folds)
-
-
-def test_evaluation_in_all_sets_together(copied: Path) -> None:
-    flags = ["--splits_to_eval", "train", "test", "--eval_reference_set", "compared_to_sets_combined"]
-    found = evaluated(copied, *flags)
-    splits = datasets.give_splits(stored_flags(copied))
-    sets = {"train": splits.train, "test": splits.test[0].query}
-    points = {split: embed_by_hand(copied, images) for split, images in sets.items()}
-    gallery = torch.cat(list(points.values()))
-    labels = np.concatenate([images.labels[:, 0] for images in sets.values()])
-    for split, images in sets.items():
-        expected = naive_recall(points[split], images.labels[:, 0], gallery, labels)
-        assert found[f"{split} Recall @ 1"] == pytest.approx(expected)
-
-
-def test_evaluation_in_the_training_images(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where test images are of training classes; otherwise there is nothing to find."""
-    against = ["--eval_reference_set", "compared_to_training_set"]
-    with pytest.raises(UserError, match="no query's class is among the images"):
-        evaluated(copied, *against)
-    whole = datasets.give_splits(stored_flags(copied)).train
-    is_test = np.arange(len(whole)) % 3 == 0
-    shared = datasets.Splits(whole.subset(~is_test), test=[datasets.RetrievalSet("test", whole.subset(is_test))])
-
-    def keep(splits: datasets.Splits, root: Path) -> datasets.Splits:
-        return splits
-
-    monkeypatch.setitem(datasets.DATASETS, "tiny", datasets.Source(partial(keep, shared), made_here=True))
-    found = evaluated(copied, *against, "--splits_to_eval", "test", "train")
-    query, gallery = (embed_by_hand(copied, images) for images in (shared.test[0].query, shared.train))
-    labels, of_gallery = shared.test[0].query.labels[:, 0], shared.train.labels[:, 0]
-    assert found["test Recall @ 1"] == pytest.approx(naive_recall(query, labels, gallery, of_gallery))
-    assert found["train Recall @ 1"] == pytest.approx(naive_recall(gallery, of_gallery, gallery, of_gallery))
-
-
-@pytest.mark.parametrize("trunk", [False, True])
-@pytest.mark.parametrize("normalize", [False, True])
-def test_evaluation_of_other_points(copied: Path, trunk: bool, normalize: bool) -> None:
-    images = datasets.give_splits(stored_flags(copied)).test[0].query
-    points = embed_by_hand(copied, images, trunk, normalize)
-    assert points.shape == (24, 1024 if trunk else 16)
-    flags = [f"--{'' if normalize else 'no-'}eval_normalize_embeddings", *["--eval_use_trunk_output"] * trunk]
-    assert evaluated(copied, *flags) == pytest.approx(metrics_by_hand("test", points, images))
-
-
-def test_evaluation_on_principal_components(copied: Path) -> None:
-    images = datasets.give_splits(stored_flags(copied)).test[0].query
-    points = embed_by_hand(copied, images).numpy()
-    projected = torch.from_numpy(PCA(3, svd_solver="full").fit(points).transform(points))
-    expected = metrics_by_hand("test", projected, images)
-    found = evaluated(copied, "--eval_pca", "3")
-    assert found != metrics_by_hand("test", torch.from_numpy(points), images)
-    assert found == pytest.approx(expected)
-    with pytest.raises(UserError, match="--eval_pca 17 is more than 24 embeddings of dimension 16"):
-        evaluated(copied, "--eval_pca", "17")
-
-
-def test_tsne_is_drawn(copied: Path) -> None:
-    evaluated(copied, "--eval_size_of_tsne", "12")
-    with Image.open(copied / "tsne_test.png") as picture:
-        width, height = picture.size
-    events = EventAccumulator(str(copied / "tensorboard" / "evaluation")).Reload()
-    (tag,) = events.Tags()["images"]
-    (image,) = events.Images(tag)
-    assert (tag, image.width, image.height) == ("t-SNE test", width, height)
-
-
-REFUSED: Sequence[tuple[list[str], str]] = [
-    (["--evaluate", "--splits_to_eval", "val"], "these splits have no val classes"),
-    (["--evaluate", "--reproduce_results", "x"], "contradict each other"),
-    (
-        ["--evaluate", "--arch", "squeezenet1_1"],
-        "was trained with --arch shufflenet_v2_x0_5, and is of no use with another",
-    ),
-    (["--evaluate", "nowhere"], "nowhere is no run folder"),
-    (["--splits_to_eval", "test"], "--splits_to_eval says how to --evaluate"),
-    (["--eval_reference_set", "compared_to_self"], "--eval_reference_set says how to --evaluate"),
-    (["--no-eval_normalize_embeddings"], "--eval_normalize_embeddings says how to --evaluate"),
-    (["--eval_use_trunk_output"], "--eval_use_trunk_output says how to --evaluate"),
-    (["--eval_size_of_tsne", "10"], "--eval_size_of_tsne says how to --evaluate"),
-]
-
-
-@pytest.mark.parametrize(("flags", "words"), REFUSED)
-def test_evaluation_refused(copied: Path, go_on: Run, flags: list[str], words: str) -> None:
-    with pytest.raises(UserError) as error:
-        go_on(*flags)
-    assert words in str(error.value)
-    assert not (copied / "evaluation.json").exists()
-
-
-def test_evaluation_before_the_first_checkpoint(copied: Path) -> None:
-    for name in ("last.pth.tar", "checkpoint.pth.tar"):
-        (copied / name).unlink()
-    with pytest.raises(UserError, match="stopped before its first evaluation"):
-        evaluated(copied)
-
-
-def test_evaluation_of_one_fold(crossed: CrossValidated) -> None:
-    expected = auxiliaries.load_json(crossed.folds[1] / "summary.json")["selected"]["test"]
-    found = evaluated(crossed.folder, "--fold", "1")
-    assert found == {f"test {name}": value for name, value in expected.items()}
 
 
 # What was found by trying
@@ -801,14 +556,14 @@ def test_a_fold_that_went_on_alone_takes_the_others_with_it(
     assert go_on("--resume_training") != {}
     rows = auxiliaries.load_json(folder / "meta" / "results.json")
     assert {row["Folds"] for row in rows} == {3}
-    assert [stored_flags(fold).n_epochs for fold in sorted(folder.glob("fold_*"))] == [3, 3, 3]
+    assert [runs.load_flags(fold).n_epochs for fold in sorted(folder.glob("fold_*"))] == [3, 3, 3]
     kept = sorted(path.name for path in folder.glob("resume_training_config_diffs_*"))
     assert kept == ["resume_training_config_diffs_2", "resume_training_config_diffs_3_2_2"]
 
 
 def test_fewer_folds_than_have_begun_are_refused(crossed: CrossValidated, tmp_path: Path, go_on: Run) -> None:
     shutil.copytree(crossed.folder, tmp_path / "cv" / "run")
-    with pytest.raises(UserError, match="has begun with fold 2 already: leave --num_training_sets 2 out"):
+    with pytest.raises(UserError, match="has begun with fold 2 already: drop --num_training_sets 2"):
         go_on("--resume_training", "--num_training_sets", "2")
 
 
@@ -819,7 +574,7 @@ def test_gradients_that_are_recorded_late_are_recorded_once(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(main, "save_state", stopped)
+        patch.setattr(runs.Run, "save", stopped)
         with pytest.raises(KeyboardInterrupt):
             go_on("--resume_training", "--grad_measure", "--n_epochs", "4")
     go_on("--resume_training")
@@ -833,7 +588,7 @@ def test_lost_last_checkpoint_starts_nothing_anew(copied: Path, go_on: Run) -> N
     (copied / "last.pth.tar").unlink()
     best = (copied / "checkpoint.pth.tar").read_bytes()
     for flags in (["--resume_training"], ["--resume_training", "best"], ["--evaluate"]):
-        with pytest.raises(UserError, match=r"has lost last\.pth\.tar: a copy of checkpoint\.pth\.tar goes on"):
+        with pytest.raises(UserError, match=r"has lost last\.pth\.tar: copy checkpoint\.pth\.tar to it"):
             go_on(*flags)
     assert (copied / "checkpoint.pth.tar").read_bytes() == best
 
@@ -855,10 +610,10 @@ def test_lower_n_epochs_says_that_nothing_is_left(copied: Path, go_on: Run, caps
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
-        ("summary.json", "{", "is no JSON"),
+        ("summary.json", "{", "is not valid JSON"),
         ("summary.json", "{}", "is damaged: --resume_training writes it anew"),
-        ("environment.json", "[1]", "is damaged: it doesn't say of which version it is"),
-        ("environment.json", '{"version": "x"}', "is damaged: it doesn't say of which version it is"),
+        ("environment.json", "[1]", "is damaged: it doesn't say which version it has"),
+        ("environment.json", '{"version": "x"}', "is damaged: it doesn't say which version it has"),
     ],
 )
 def test_damaged_original_is_noticed_before_anything_is_trained(
@@ -866,14 +621,14 @@ def test_damaged_original_is_noticed_before_anything_is_trained(
 ) -> None:
     (copied / file).write_text(content)
     with pytest.raises(UserError) as error:
-        protocol.run(["--reproduce_results", str(copied), "--save_path", str(tmp_path / "new")])
+        main.command(["--reproduce_results", str(copied), "--save_path", str(tmp_path / "new")])
     assert words in str(error.value)
     assert not (tmp_path / "new").exists()
 
 
 def test_reproducing_nothing_is_refused(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no run folder"):
-        protocol.run(flags_of(source, tmp_path, "--dataset", "tiny", "--reproduce_results", ""))
+    with pytest.raises(UserError, match="is not a run folder"):
+        main.command(training_flags(source, tmp_path, "--dataset", "tiny", "--reproduce_results", ""))
 
 
 @pytest.mark.parametrize("state", [[1], {"a": 1}])
@@ -893,22 +648,61 @@ def test_folders_in_place_of_files_are_one_sentence(copied: Path, go_on: Run) ->
         (copied / name).rmdir()
 
 
-def test_damaged_evaluations_are_noticed_first(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (copied / "evaluation.json").write_text("")
-    with pytest.raises(UserError, match=r"is no JSON.*move it away"):
-        evaluated(copied)
-    assert "test |" not in capsys.readouterr().out
-
-
 def test_only_numbered_folders_are_folds(crossed: CrossValidated, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for name in ("fold_1", "fold_0", "fold_²", "fold_", "fold_x"):
         (folder / name).mkdir(parents=True)
     (folder / "fold_5").write_text("")
-    assert records.training_runs(folder) == {0: folder / "fold_0", 1: folder / "fold_1"}
+    assert runs.fold_folders(folder) == {0: folder / "fold_0", 1: folder / "fold_1"}
 
 
 def test_names_with_spaces_follow_other_flags(run: Run, tmp_path: Path) -> None:
     run("--n_epochs", "1", "--savename=a b")
-    metrics = protocol.run(["--save_path", str(tmp_path), "--resume_training", "--savename=a b"])
+    metrics = main.command(["--save_path", str(tmp_path), "--resume_training", "--savename=a b"])
     assert metrics
+
+
+# A run folder from before this version
+
+
+@pytest.fixture
+def stored_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run folder of version 1.0.0, with its data, in the current directory, and the network that it needs."""
+    shutil.copytree(ROOT / "tests" / "stored_run", tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+
+    def build_tiny(weights: netlib.Weights) -> tuple[torch.nn.Module, int]:
+        layers = [torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.BatchNorm2d(8), torch.nn.ReLU()]
+        return torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()), 8
+
+    monkeypatch.setitem(netlib.ARCHS, "tiny", netlib.Arch(build_tiny, crop_size=16, resize=18, embed_dim=8))
+    return Path("Training_Results/small/run")
+
+
+def test_a_stored_run_evaluates(stored_run: Path) -> None:
+    expected = auxiliaries.load_json(stored_run / "summary.json")["selected"]["test"]
+    found = main.command(["--evaluate", str(stored_run)])
+    assert found == pytest.approx({f"test {name}": value for name, value in expected.items()}, abs=1e-6)
+
+
+def test_a_stored_run_resumes(stored_run: Path) -> None:
+    train, val = (csv_rows(stored_run / f"log_{kind}_Base.csv") for kind in ("train", "val"))
+    main.command(["--resume_training", "--savename", "run", "--n_epochs", "3"])
+    for kind, before in (("train", train), ("val", val)):
+        after = csv_rows(stored_run / f"log_{kind}_Base.csv")
+        assert after[:2] == before
+        assert [row["Epochs"] for row in after] == ["1", "2", "3"]
+    assert [float(row["Learning Rate"]) for row in csv_rows(stored_run / "log_train_Base.csv")] == pytest.approx(
+        [1e-2, 3e-3, 3e-3]
+    )
+    assert auxiliaries.load_json(stored_run / "summary.json")["last"]["epoch"] == 3
+
+
+def test_a_stored_run_is_reproduced(stored_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main.command(["--reproduce_results", str(stored_run)])
+    again = stored_run.with_name("run_reproduced")
+    losses_before, losses_after = (
+        [float(row["Train Loss"]) for row in csv_rows(path / "log_train_Base.csv")] for path in (stored_run, again)
+    )
+    assert losses_after == pytest.approx(losses_before, rel=1e-4)
+    assert re.search(r"selected, test, Recall @ 1 +0\.6250", capsys.readouterr().out)

@@ -19,10 +19,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 import auxiliaries
 import compare
+import config
 import datasets
 import main
 import netlib
-import protocol
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EDIT = re.compile(
@@ -41,7 +41,7 @@ def test_readme_extensions_work_together(tiny_source: Path, tmp_path: Path) -> N
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
     edits = EDIT.findall(README)
-    assert {file for file, _, _ in edits} == {"losses.py", "datasets.py", "netlib.py", "evaluate.py"}
+    assert {file for file, _, _ in edits} == {"losses.py", "methods.py", "datasets.py", "netlib.py", "evaluate.py"}
     for file, line, code in edits:
         text = (tmp_path / file).read_text(encoding="utf-8")
         if line:
@@ -58,7 +58,7 @@ def test_readme_extensions_work_together(tiny_source: Path, tmp_path: Path) -> N
     others = [
         [*flags[1:], *more] for more in (["--loss", "triplet"], ["--loss", "marginloss", "--batch_sampler", "in_order"])
     ]
-    for arguments in (flags, ["-c", f"import protocol\nfor flags in {others}: protocol.run(flags)"]):
+    for arguments in (flags, ["-c", f"import main\nfor flags in {others}: main.command(flags)"]):
         done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     header = (tmp_path / "Training_Results/odd_even/run/log_val_Base.csv").read_text().splitlines()[0]
@@ -66,7 +66,7 @@ def test_readme_extensions_work_together(tiny_source: Path, tmp_path: Path) -> N
 
 
 def test_readme_names_every_flag_and_every_run() -> None:
-    for name in vars(main.parse_args([])):
+    for name in vars(config.parse([])):
         assert f"--{name}" in README, name
     for run in RUNS:
         assert run.split("-")[0] in README
@@ -105,7 +105,7 @@ def test_published_settings_are_all_there() -> None:
     assert set(RUNS) == {"demo", *names}
     for (data, arch), of_loss in published.items():
         for loss, numbers in of_loss.items():
-            opt = main.resolve(main.parse_args(RUNS[f"{data}-{arch}-{loss}"]))
+            opt = config.resolve(config.parse(RUNS[f"{data}-{arch}-{loss}"]))
             assert f"{opt.n_epochs} {' '.join(map(str, opt.tau))}" == numbers
             assert (opt.dataset, opt.arch, opt.bs, opt.decay, opt.gamma) == (data, arch, 112, 4e-4, 0.3)
             assert (opt.lr, opt.embed_dim, opt.crop_size) == (
@@ -136,7 +136,7 @@ def read_first_classes(root: Path) -> datasets.Splits:
     return datasets.Splits(images.subset(is_train), test=[datasets.RetrievalSet("test", images.subset(~is_train))])
 
 
-def stand_in(pretrained: bool, load: bool) -> tuple[torch.nn.Module, int]:
+def stand_in(weights: netlib.Weights) -> tuple[torch.nn.Module, int]:
     """A network as small as can be."""
     pooled = torch.nn.AdaptiveAvgPool2d(2)
     return torch.nn.Sequential(pooled, torch.nn.Flatten()), 12
@@ -148,10 +148,10 @@ def test_published_settings_train_for_a_step(
     name: str, full_size_trees: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = [*RUNS[name], "--source_path", str(full_size_trees), "--save_path", str(tmp_path), "--kernels", "0"]
-    opt = main.parse_args([*flags, "--crop_size", "16", "--n_epochs", "1", "--gpu", "-1", "--savename", "run"])
+    opt = config.parse([*flags, "--crop_size", "16", "--n_epochs", "1", "--gpu", "-1", "--savename", "run"])
     for arch in ("resnet50", "googlenet"):
         monkeypatch.setitem(netlib.ARCHS, arch, netlib.Arch(stand_in, embed_dim=netlib.ARCHS[arch].embed_dim))
-    monkeypatch.setitem(datasets.DATASETS, opt.dataset, datasets.Source(read_first_classes))
+    monkeypatch.setitem(datasets.DATASETS, opt.dataset, datasets.DatasetSpec(read_first_classes))
     form = datasets.BaseTripletDataset.set_epoch
 
     def one_batch(self: datasets.BaseTripletDataset, epoch: int) -> None:
@@ -166,11 +166,11 @@ def test_published_settings_train_for_a_step(
 def test_sample_runs_refuses_an_unknown_name() -> None:
     done = subprocess.run(["bash", "Sample_Runs.sh", "nothing"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "nothing is none of the runs" in done.stderr
+    assert "there is no run named nothing" in done.stderr
 
 
 def test_demo_needs_neither_data_nor_weights() -> None:
-    opt = main.resolve(main.parse_args(RUNS["demo"]))
+    opt = config.resolve(config.parse(RUNS["demo"]))
     assert (opt.dataset, opt.not_pretrained, opt.check_untrained_accuracy) == ("glyphs", True, True)
     assert datasets.DATASETS["glyphs"].made_here
 
@@ -195,7 +195,7 @@ def test_readme_experiments_run_as_they_stand(
     some_glyphs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All commands of the section, one after the other, with a small network where they say what to train."""
-    section = README[README.index("## Experiments one can trust") : README.index("### Names from powerful-benchmarker")]
+    section = README[README.index("## Experiments you can trust") : README.index("### Names from powerful-benchmarker")]
     commands = [shlex.split(line) for line in re.findall(r"^python (.*)$", section, re.MULTILINE)]
     assert len(commands) == 12
     monkeypatch.chdir(some_glyphs)
@@ -205,7 +205,7 @@ def test_readme_experiments_run_as_they_stand(
         if script == "compare.py":
             compare.main([path for flag in flags for path in sorted(glob.glob(flag)) or [flag]])
         else:
-            protocol.run([*flags, *(small if "--dataset" in flags else [])])
+            main.command([*flags, *(small if "--dataset" in flags else [])])
     printed = capsys.readouterr()
 
     results = some_glyphs / "Training_Results" / "glyphs"

@@ -1,47 +1,47 @@
-"""records.py: rows in CSV, SQLite and TensorBoard through restarts and failures, gradient statistics, and plots."""
+"""records.py: rows in CSV, SQLite and TensorBoard through restarts and failures, iterations, and the summary."""
 
 from __future__ import annotations
 
 import csv
-import html
 import itertools
 import math
 import pickle
-import re
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
-import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from scipy import ndimage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from auxiliaries import UserError
+import records
+from auxiliaries import FlagParser, UserError
 from records import (
     LOGS,
     GradientRecord,
+    IterationLog,
     Records,
-    Retrieval,
     Row,
+    best_epoch,
+    build_summary,
+    describe_selection,
+    format_metrics,
+    mean_over_sets,
+    metrics_of,
+    print_summary,
     read_configurations,
-    save_curve,
-    save_info_plot,
-    save_meta,
-    save_recoveries,
-    save_scatter,
+    save_meta_rows,
     show_in_tensorboard,
 )
 
@@ -87,7 +87,7 @@ def in_sqlite(folder: Path, statement: str) -> list[tuple[Any, ...]]:
 
 
 def scalars(folder: Path, unit: str) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows: for each tag its (step, value)."""
+    """What TensorBoard shows: the (step, value) of each tag."""
     events = EventAccumulator(str(folder / "tensorboard" / unit)).Reload()
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
@@ -113,7 +113,7 @@ def three_epochs(log: Records, first: int = 1) -> None:
 
 def until(rows: dict[str, list[Row]], epoch: int) -> dict[str, list[Row]]:
     """The history that a checkpoint of that epoch holds."""
-    return {kind: [dict(row) for row in of_kind if row["Epochs"] <= epoch] for kind, of_kind in rows.items()}
+    return {kind: [dict(row) for row in kind_rows if row["Epochs"] <= epoch] for kind, kind_rows in rows.items()}
 
 
 def assert_holds(folder: Path, expected: dict[str, list[Row]]) -> None:
@@ -330,7 +330,9 @@ def test_a_damaged_database_is_one_sentence(content: bytes | None, tmp_path: Pat
         whole = path.read_bytes()
         content = whole[:100] + bytes(len(whole) // 2) + whole[100 + len(whole) // 2 :]
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"records\.db is damaged .*remove it") as caught:
+    with pytest.raises(
+        UserError, match=r"records\.db is damaged .*remove it, and --resume_training rebuilds"
+    ) as caught:
         Records(tmp_path, log.rows, tensorboard=False)
     assert "\n" not in str(caught.value)
     path.unlink()
@@ -411,7 +413,7 @@ def test_meta_results_are_kept_as_csv_json_and_in_tensorboard(tmp_path: Path) ->
         {"Network": "selected", "Split": "test", "Metric": "Recall @ 1", "Mean": 0.5, "Std": 0.25},
         {"Network": "selected", "Split": "test", "Metric": "NMI", "Mean": 0.75},
     ]
-    save_meta(tmp_path / "meta", rows)
+    save_meta_rows(tmp_path / "meta", rows)
     with open(tmp_path / "meta" / "results.csv", newline="") as file:
         assert [row["Std"] for row in csv.DictReader(file)] == ["0.25", ""]
     events = EventAccumulator(str(tmp_path / "meta" / "tensorboard")).Reload()
@@ -462,6 +464,9 @@ def test_gradient_statistics_equal_numpys_over_several_saves_and_runs(tmp_path: 
     record = GradientRecord(path)  # and one starts anew
     take(range(1))
     check(1)
+    path.write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"grad_measure\.pkl is damaged: move it away"):
+        GradientRecord(path, iterations=1)
 
 
 def test_a_missing_gradient_counts_as_zero(tmp_path: Path) -> None:
@@ -473,116 +478,206 @@ def test_a_missing_gradient_counts_as_zero(tmp_path: Path) -> None:
     assert all(not array.any() for array in arrays.values())
 
 
-def svg_texts(path: Path) -> list[str]:
-    """All texts of a figure: matplotlib writes them as comments beside the glyphs."""
-    tree = ET.fromstring(path.read_text(encoding="utf-8"), ET.XMLParser(target=ET.TreeBuilder(insert_comments=True)))
-    comments = [element.text or "" for element in tree.iter() if element.tag is ET.Comment]
-    return [html.unescape(text).replace("\N{NO-BREAK SPACE}", " ").strip() for text in comments]
+def test_flags_are_not_compared() -> None:
+    parser = FlagParser()
+    records.add_arguments(parser)
+    assert parser.names_with(compared=False) == ["log_every", "tensorboard", "dist_measure", "grad_measure"]
+    opt = parser.parse_args([])
+    assert (opt.log_every, opt.tensorboard, opt.dist_measure, opt.grad_measure) == (1, True, False, False)
+    opt = parser.parse_args(["--log_every", "0", "--no-tensorboard", "--dist_measure"])
+    assert (opt.log_every, opt.tensorboard, opt.dist_measure, opt.grad_measure) == (0, False, True, False)
+    with pytest.raises(UserError, match="at least 0"):
+        parser.parse_args(["--log_every", "-1"])
 
 
-def metric_rows(names: list[str], epochs: int = 3) -> list[dict[str, float]]:
-    values = np.random.default_rng(0).random((epochs, len(names)))
-    return [{"Epochs": i + 1, "Time": 9.0, **dict(zip(names, row.tolist()))} for i, row in enumerate(values)]
-
-
-RECALLS = [f"Recall @ {k}" for k in (1, 2, 4, 8, 16)]
-SETS = [f"Set {position} {name}" for position in range(3) for name in ("NMI", "F1", "Recall @ 1", "Recall @ 5")]
+def test_metrics_of_a_row() -> None:
+    row = {"Epochs": 3, "Time": 1.5, "Recall @ 1": 0.25, "NMI": 0.12345}
+    assert metrics_of(row) == {"Recall @ 1": 0.25, "NMI": 0.12345}
+    assert format_metrics(row) == "Recall @ 1 0.2500 | NMI 0.1235"
 
 
 @pytest.mark.parametrize(
-    ("names", "panels"),
+    ("metrics", "expected"),
     [
-        (["Recall @ 1"], ["Recall"]),
-        (["NMI", "F1", *RECALLS], ["NMI", "F1", "Recall"]),
-        ([f"Measure {i % 10} @ {i}" for i in range(30)], [f"Measure {i}" for i in range(10)]),
-        (SETS, ["NMI", "F1", "Recall"]),
+        ({"Recall @ 1": 0.25, "Recall @ 10": 1.0, "NMI": 0.5}, 0.25),
+        ({"Set 0 Recall @ 1": 0.25, "Set 1 Recall @ 1": 0.75, "Set 0 Recall @ 10": 1.0}, 0.5),
+        ({"Recall @ 1": 0.25, "Class Recall @ 1": 0.75}, 0.25),
+        ({"Set 0 Recall @ 1": 0.25, "Set 0 Class Recall @ 1": 1.0, "Set 1 Recall @ 1": 0.75}, 0.5),
     ],
-    ids=["1 metric", "7 metrics", "30 metrics", "3 sets"],
+    ids=["one set", "two sets", "a like-named metric", "two sets and a like-named metric"],
 )
-def test_info_plot(names: list[str], panels: list[str], tmp_path: Path) -> None:
-    open_figures, path = plt.get_fignums(), tmp_path / "InfoPlot_Base.svg"
-    losses = [{"Epochs": epoch, "Train Loss": 1 / epoch} for epoch in (1, 2, 3)]
-    rows = metric_rows(names)
-    save_info_plot(path, losses, rows, selected_epoch=2, title="tiny_data, resnet18 & <margin>")
-    texts = svg_texts(path)
-    assert "tiny_data, resnet18 & <margin>" in texts
-    start, middle = (
-        texts.index("selected epoch 2:"),
-        texts.index("each metric's best value (its epoch), not one model's:"),
-    )
-    header, footer = "    ".join(texts[start + 1 : middle]), "    ".join(texts[middle + 1 :])
-    assert re.split(" {2,}", header) == [f"{name} {rows[1][name]:.4f}" for name in names]
-    best = {name: max(rows, key=lambda row: row[name]) for name in names}
-    assert re.split(" {2,}", footer) == [f"{name} {row[name]:.4f} ({row['Epochs']})" for name, row in best.items()]
-    assert len(re.findall(r'id="axes_\d+"', path.read_text(encoding="utf-8"))) == 1 + len(panels)
-    assert all(texts.count(panel) >= 1 for panel in ["Train Loss", *panels])
-    assert plt.get_fignums() == open_figures
-    assert names_in(tmp_path) == {path.name}
+def test_mean_over_sets(metrics: dict[str, float], expected: float) -> None:
+    assert mean_over_sets(metrics, "Recall @ 1") == pytest.approx(expected)
+    assert math.isnan(mean_over_sets(metrics, "mAP"))
 
 
-def test_a_title_is_drawn_as_it_is(tmp_path: Path) -> None:
-    """A data set's folder may have a name that matplotlib would read as a formula."""
-    save_info_plot(tmp_path / "plot.svg", [], metric_rows(["NMI"]), 1, title=r"$\cost$_of")
-    assert r"$\cost$_of" in svg_texts(tmp_path / "plot.svg")
+@pytest.mark.parametrize(
+    ("lower_is_better", "values", "best"),
+    [
+        (False, {}, 0),
+        (False, {0: 0.9}, 0),
+        (False, {1: 0.1, 2: 0.5, 3: 0.2}, 2),
+        (False, {1: 0.1, 2: 0.5, 3: 0.5}, 2),  # the first of equals
+        (False, {3: 0.5, 1: 0.25, 2: 0.5}, 3),  # the first in the rows' order
+        (False, {0: 0.9, 2: 0.1, 4: 0.2}, 4),  # never the untrained network
+        (False, {1: math.nan, 2: 0.0, 3: math.nan}, 2),
+        (False, {1: 0.5, 2: 0.25}, 1),
+        (True, {0: 0.0, 1: 0.5, 2: 0.25, 3: 0.25}, 2),
+        (True, {1: math.nan, 2: 7.0}, 2),
+        (True, {1: -3.0, 2: -2.0}, 1),
+        (True, {1: 0.5, 2: 0.25}, 2),
+    ],
+)
+def test_the_best_epoch(lower_is_better: bool, values: dict[int, float], best: int) -> None:
+    rows: list[Row] = [{"Epochs": epoch, "Time": 1.0, "MAP@R": value} for epoch, value in values.items()]
+    assert best_epoch(rows, "MAP@R", lower_is_better) == best
 
 
-def test_a_curve(tmp_path: Path) -> None:
-    save_curve(tmp_path / "curve.svg", [{"Epochs": 1, "Ratio": 0.5}, {"Epochs": 2, "Ratio": 0.25}], "Ratio")
-    assert {"epoch", "Ratio"} <= set(svg_texts(tmp_path / "curve.svg"))
-
-
-def test_the_best_value_of_a_metric_may_be_its_lowest_and_is_never_nan(tmp_path: Path) -> None:
+def test_the_best_epoch_of_several_sets_is_by_their_mean() -> None:
+    values = {1: (0.5, 0.2, 0.9), 2: (0.1, 0.7, 0.0), 3: (0.3, 0.4, 0.0), 4: (1.0, math.nan, 1.0)}
     rows: list[Row] = [
-        {"Epochs": epoch, "Set 0 Alignment": alignment, "Set 0 Recall @ 1": recall}
-        for epoch, alignment, recall in ((1, 0.5, math.nan), (2, 0.25, 0.125), (3, math.nan, 0.5), (4, 0.25, 0.5))
+        {"Epochs": epoch, "Set 0 Recall @ 1": a, "Set 1 Recall @ 1": b, "Set 1 Recall @ 10": c}
+        for epoch, (a, b, c) in values.items()
     ]
-    save_info_plot(tmp_path / "plot.svg", [], rows, 2, title="", lower_is_better={"Alignment"})
-    footer = svg_texts(tmp_path / "plot.svg")[-1]
-    assert re.split(" {2,}", footer) == ["Set 0 Alignment 0.2500 (2)", "Set 0 Recall @ 1 0.5000 (3)"]
+    assert best_epoch(rows, "Recall @ 1", lower_is_better=False) == 2
+    assert best_epoch(rows, "Recall @ 10", lower_is_better=False) == 4
+    assert best_epoch(rows, "Recall @ 1", lower_is_better=True) == 1  # 0.35, as in epoch 3
 
 
-def test_rows_may_have_other_metrics_than_the_last(tmp_path: Path) -> None:
-    """A run may have been resumed with more or fewer metrics."""
-    rows: list[Row] = [{"Epochs": 1, "NMI": 0.5}, {"Epochs": 2, "NMI": 0.25, "F1": 0.75}]
-    save_info_plot(tmp_path / "plot.svg", [], rows, 1, title="")
-    texts = svg_texts(tmp_path / "plot.svg")
-    assert "NMI 0.5000    F1 nan" in texts
-    assert "NMI 0.5000 (1)    F1 0.7500 (2)" in texts
+def test_rows_without_the_metric_are_never_the_best() -> None:
+    """A run may have been resumed with other metrics."""
+    rows: list[Row] = [{"Epochs": 1, "NMI": 1.0}, {"Epochs": 2, "NMI": 0.5, "mAP": 0.25}]
+    assert best_epoch(rows, "mAP", lower_is_better=False) == 2
 
 
-def test_a_scatter_is_coloured_by_label(tmp_path: Path) -> None:
-    points = np.random.default_rng(0).normal(size=(30, 2))
-    save_scatter(tmp_path / "tsne.png", points, np.array([5, 900, -3])[np.arange(30) % 3], "$three_ classes")
-    with Image.open(tmp_path / "tsne.png") as image:
-        assert image.format == "PNG"
-        assert image.width == image.height == 960
+class Method:
+    """A training method that counts how often it is asked about its last step."""
+
+    def __init__(self, device: str = "cpu"):
+        self.device = device
+        self.asked = 0
+
+    def learning_rates(self) -> dict[str, float]:
+        return {"Learning Rate": 0.5, "Learning Rate proxies": 0.25}
+
+    def statistics(self) -> dict[str, torch.Tensor]:
+        self.asked += 1
+        return {name: torch.tensor(float(value), device=self.device) for name, value in self.expected().items()}
+
+    def expected(self) -> dict[str, float]:
+        return {"Tuples": 8 * self.asked, "Norm": self.asked / 4}
 
 
-def frames(pixels: np.ndarray, colour: tuple[int, int, int]) -> list[tuple[int, int]]:
-    """Top left corners (row, column) of the frames of one colour, row by row."""
-    regions, _ = ndimage.label((pixels == colour).all(axis=2))
-    boxes = [box for box in ndimage.find_objects(regions) if min(side.stop - side.start for side in box) > 50]
-    return sorted((rows.start, columns.start) for rows, columns in boxes)
-
-
-def test_sample_retrievals_are_framed_by_what_they_are(tmp_path: Path) -> None:
-    blue = np.full((40, 40, 3), (0, 0, 255), np.uint8)
-    retrievals = [
-        Retrieval(
-            blue, "Laysan_Albatross", [blue] * 3, ["Laysan_Albatross", "Crow", "Laysan_Albatross"], [True, False, True]
-        ),
-        Retrieval(blue, "Crow", [blue], ["Laysan_Albatross"], [False]),  # fewer neighbours
+def test_an_iteration_log_records_every_few_iterations(log: Records, tmp_path: Path) -> None:
+    log.add("train", {"Epochs": 1, "Train Loss": 1.0, "Iterations": 4})  # so that the next iteration is the fifth
+    method = Method()
+    iterations = IterationLog(method, epoch=2, log=log, log_every=3)
+    for iteration in (1, 2, 3):
+        iterations.add(iteration, torch.tensor(iteration / 2))
+    assert log.rows["iterations"] == []  # nothing is fetched before it is read
+    assert iterations.read() == 1.0
+    for iteration in (4, 5):
+        iterations.add(iteration, torch.tensor(iteration / 2))
+    assert iterations.read() == 1.5
+    assert iterations.losses == [0.5, 1.0, 1.5, 2.0, 2.5]
+    assert iterations.mean_loss() == 1.5
+    rates = {"Learning Rate": 0.5, "Learning Rate proxies": 0.25}
+    expected = [
+        {"Iteration": 6, "Epochs": 2, **rates, "Loss": 1.0, "Tuples": 8.0, "Norm": 0.25},
+        {"Iteration": 9, "Epochs": 2, **rates, "Loss": 2.5, "Tuples": 16.0, "Norm": 0.5},
     ]
-    save_recoveries(tmp_path / "sample_recoveries.png", retrievals)
-    with Image.open(tmp_path / "sample_recoveries.png") as image:
-        assert image.format == "PNG"
-        pixels = np.asarray(image.convert("RGB"))
-    red, green, grey = (frames(pixels, colour) for colour in ((214, 39, 40), (44, 160, 44), (176, 176, 176)))
-    (top, left), (bottom, below_left) = red
-    assert left == below_left
-    assert top < bottom
-    (green_row, second), (other_row, fourth) = green
-    assert green_row == other_row == top
-    (grey_row, third), (last_row, last) = grey
-    assert (grey_row, last_row) == (top, bottom)
-    assert left < second == last < third < fourth
+    assert [list(row.items()) for row in log.rows["iterations"]] == [list(row.items()) for row in expected]
+    assert method.asked == 2
+    assert_holds(tmp_path, {"iterations": expected})
+
+
+def test_an_iteration_log_may_record_no_iteration(log: Records) -> None:
+    method = Method()
+    iterations = IterationLog(method, epoch=1, log=log, log_every=0)
+    iterations.add(1, torch.tensor(0.5))
+    assert iterations.read() == 0.5
+    assert (log.rows["iterations"], method.asked) == ([], 0)
+
+
+@pytest.mark.parametrize(("value", "word"), [(math.nan, "nan"), (math.inf, "inf")])
+def test_a_loss_that_is_not_finite_is_named_after_it_is_recorded(value: float, word: str, log: Records) -> None:
+    iterations = IterationLog(Method(), epoch=1, log=log, log_every=1)
+    iterations.add(1, torch.tensor(0.5))
+    iterations.read()
+    for iteration, loss in ((2, 0.25), (3, value), (4, value)):
+        iterations.add(iteration, torch.tensor(loss))
+    with pytest.raises(UserError, match=f"^the loss is {word} in epoch 1, iteration 3: lower --lr$"):
+        iterations.read()
+    assert [row["Iteration"] for row in log.rows["iterations"]] == [1, 2, 3, 4]
+    iterations = IterationLog(Method(), epoch=2, log=log, log_every=0)
+    iterations.add(1, torch.tensor(value))
+    with pytest.raises(UserError, match="epoch 2, iteration 1: lower --lr; the checkpoints of earlier epochs are kept"):
+        iterations.read()
+
+
+def test_an_iteration_is_taken_without_waiting_for_the_device(log: Records) -> None:
+    """Reading a fake CUDA tensor's value raises."""
+    with FakeTensorMode():
+        iterations = IterationLog(Method("cuda"), epoch=1, log=log, log_every=1)
+        for iteration in (1, 2):
+            iterations.add(iteration, torch.tensor(0.5, device="cuda"))
+        with pytest.raises(DataDependentOutputException):
+            iterations.read()
+
+
+def summary_rows() -> dict[str, list[Row]]:
+    """Rows of three epochs after an untrained evaluation; on the validation classes the second is the best."""
+    rows: dict[str, list[Row]] = {kind: [] for kind in LOGS}
+    rows["train"] = [{"Epochs": epoch, "Time": 10.0, "Train Loss": 1.0, "Iterations": 2} for epoch in (1, 2, 3)]
+    for kind, recalls in {"val": (0.95, 0.2, 0.6, 0.5), "test": (0.9, 0.1, 0.3, 0.4)}.items():
+        rows[kind] = [{"Epochs": epoch, "Time": 1.0, "Recall @ 1": value} for epoch, value in enumerate(recalls)]
+    return rows
+
+
+def test_a_summary_with_validation_classes() -> None:
+    selection = describe_selection("Recall @ 1", has_val_classes=True)
+    assert selection == "selected by Recall @ 1 on the validation classes"
+    summary = build_summary(summary_rows(), "Recall @ 1", False, has_val_classes=True, is_predefined=True)
+    assert list(summary.items()) == [
+        ("selection", selection),
+        ("metric", "Recall @ 1"),
+        ("selected", {"epoch": 2, "val": {"Recall @ 1": 0.6}, "test": {"Recall @ 1": 0.3}}),
+        ("last", {"epoch": 3, "val": {"Recall @ 1": 0.5}, "test": {"Recall @ 1": 0.4}}),
+        ("best on test", {"epoch": 3, "val": {"Recall @ 1": 0.5}, "test": {"Recall @ 1": 0.4}}),
+        ("untrained", {"epoch": 0, "val": {"Recall @ 1": 0.95}, "test": {"Recall @ 1": 0.9}}),
+        ("seconds", 38.0),
+    ]
+
+
+def test_a_summary_where_the_test_classes_select() -> None:
+    rows = {**summary_rows(), "test": []}
+    rows["val"] = rows["val"][1:]  # the untrained network was not evaluated
+    summary = build_summary(rows, "Recall @ 1", False, has_val_classes=False, is_predefined=True)
+    assert "on the test classes, as in the literature: optimistic" in summary["selection"]
+    assert summary["selected"] == summary["best on test"] == {"epoch": 2, "test": {"Recall @ 1": 0.6}}
+    assert summary["last"] == {"epoch": 3, "test": {"Recall @ 1": 0.5}}
+    assert "untrained" not in summary
+    summary = build_summary(rows, "Recall @ 1", True, has_val_classes=False, is_predefined=False)
+    assert summary["selected"] == {"epoch": 1, "test": {"Recall @ 1": 0.2}}
+    assert "best on test" not in summary
+
+
+def test_a_summary_of_a_fold(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its test classes were evaluated for the last and the selected network only."""
+    rows = summary_rows()
+    rows["test"] = rows["test"][2:]
+    summary = build_summary(rows, "Recall @ 1", False, has_val_classes=True, is_predefined=False)
+    assert "best on test" not in summary
+    assert summary["untrained"] == {"epoch": 0, "val": {"Recall @ 1": 0.95}}
+    print_summary(summary)
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "selected by Recall @ 1 on the validation classes",
+        "    selected, epoch   2, val | Recall @ 1 0.6000",
+        "    selected, epoch   2, test | Recall @ 1 0.3000",
+        "        last, epoch   3, val | Recall @ 1 0.5000",
+        "        last, epoch   3, test | Recall @ 1 0.4000",
+        "   untrained, epoch   0, val | Recall @ 1 0.9500",
+        # on the classes of which both are known
+        "Recall @ 1 on unseen classes: 0.9500 untrained, 0.6000 trained (-0.3500)",
+    ]

@@ -1,0 +1,173 @@
+"""A finished network put to use: evaluating it again, on other images, in other galleries, or on other features."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import auxiliaries
+import config
+import datasets
+import evaluate
+import plots
+import records
+import runs
+from auxiliaries import UserError, notice
+from datasets import RetrievalSet
+from evaluate import Points
+
+
+def evaluate_run(argv: Sequence[str]) -> dict[str, float]:
+    """Evaluates the best network of a run, or of each of its folds, as --evaluate and the flags beside it say.
+
+    Returns:
+        The metrics, named by split; their means over folds.
+
+    Raises:
+        UserError: what the user can fix.
+    """
+    opt = config.parse(argv)
+    folder = Path(opt.evaluate) if opt.evaluate else runs.find_run(opt, config.given_flags(argv))
+    opt = config.parse(argv, runs.config_file(folder))
+    fold_paths = runs.fold_folders(folder)
+    if None in fold_paths:
+        if opt.split_scheme == "cross_validation" and opt.fold is None:
+            raise UserError(f"{folder} has no fold yet: --resume_training begins with the first")
+        return evaluate_checkpoint(folder, opt)
+    chosen = {fold: path for fold, path in fold_paths.items() if opt.fold in (None, fold)}
+    if not chosen:
+        raise UserError(f"{folder} has no fold {opt.fold}")
+    if opt.fold is None and len(chosen) < config.resolve(opt).num_training_sets:
+        notice(f"{folder} has only {len(chosen)} of its folds: --resume_training begins the others")
+    by_fold = []
+    for fold, path in chosen.items():
+        print(f"fold {fold}")
+        by_fold.append(evaluate_checkpoint(path, config.with_flags(opt, fold=fold)))
+    means = {name: float(np.mean([metrics[name] for metrics in by_fold])) for name in by_fold[0]}
+    print(f"mean over {len(by_fold)} fold(s) | {records.format_metrics(means)}")
+    return means
+
+
+def evaluate_checkpoint(folder: Path, opt: argparse.Namespace) -> dict[str, float]:
+    """Evaluates one training run's best network, and adds the result to its evaluation.json."""
+    opt = config.resolve(opt)
+    runs.check_flags(folder, opt)
+    path = folder / "evaluation.json"
+    earlier = auxiliaries.load_json(path) if path.exists() else []
+    metrics: dict[str, float] = {}
+    for split, sets in embed_splits(folder, opt).items():
+        split_metrics, _ = evaluate.evaluate_points(sets, opt.k_vals, opt.eval_metrics, opt.testing_method)
+        print(f"{split} | {records.format_metrics(split_metrics)}")
+        metrics |= {f"{split} {name}": value for name, value in split_metrics.items()}
+        if opt.eval_size_of_tsne:
+            draw_tsne(folder, split, sets[0].query, opt.eval_size_of_tsne, opt.seed)
+    names = ("k_vals", "testing_method", *config.build_parser().names_with(needs="evaluate"))
+    settings = {name: getattr(opt, name) for name in names}
+    auxiliaries.save_json(path, [*earlier, {"settings": settings, "metrics": metrics}])
+    print(f"also in {path}")
+    return metrics
+
+
+def embed_splits(folder: Path, opt: argparse.Namespace) -> dict[str, list[RetrievalSet[Points]]]:
+    """The sets of --splits_to_eval, embedded by a run's best network, with the galleries that the eval flags name.
+
+    Raises:
+        UserError: the run has no such splits, or no network yet.
+    """
+    device = auxiliaries.pick_device(opt.gpu)
+    loaders = datasets.give_dataloaders(opt, datasets.give_splits(opt), pin_memory=device.type == "cuda")
+    net = runs.load_network(folder, opt, device)
+    if opt.eval_use_trunk_output:
+        net.embedding = nn.Identity()  # type: ignore[assignment]
+    if opt.eval_normalize_embeddings is not None:
+        net.normalize = opt.eval_normalize_embeddings
+    training_set = RetrievalSet("train", loaders.train_eval)
+    sets_by_split = {"train": [training_set], "val": loaders.val, "test": loaders.test}
+    wanted = list(dict.fromkeys(opt.splits_to_eval or ["test"]))
+    absent = [split for split in wanted if not sets_by_split[split]]
+    if absent:
+        raise UserError(f"--splits_to_eval {absent[0]}: these splits have no {absent[0]} classes")
+    embedded = {split: [evaluate.embed_set(net, images, device) for images in sets_by_split[split]] for split in wanted}
+    if opt.eval_reference_set == "compared_to_training_set":
+        training = embedded.get("train") or [evaluate.embed_set(net, training_set, device)]
+        reference = [training[0].query]
+    else:
+        all_sets = [one for sets in embedded.values() for one in sets]
+        reference = [points for one in all_sets for points in (one.query, one.gallery) if points]
+    if opt.eval_pca:
+        embedded, reference = project(embedded, reference, opt.eval_pca)
+    if opt.eval_reference_set in ("compared_to_sets_combined", "compared_to_training_set"):
+        gallery = union(reference)
+        return {split: [RetrievalSet(one.name, one.query, gallery) for one in sets] for split, sets in embedded.items()}
+    return embedded
+
+
+def union(parts: Sequence[Points]) -> Points:
+    """All images of several sets, each once."""
+    paths = [path for points in parts for path in points.paths]
+    _, first = np.unique(paths, return_index=True)
+    parents = None
+    if all(points.parents is not None for points in parts):
+        parents = np.concatenate([np.asarray(points.parents) for points in parts])[first]
+    return Points(
+        torch.cat([points.embeddings for points in parts])[torch.from_numpy(first)],
+        np.concatenate([points.labels for points in parts])[first],
+        parents,
+        [paths[i] for i in first],
+    )
+
+
+def project(
+    embedded: Mapping[str, Sequence[RetrievalSet[Points]]], reference: Sequence[Points], dim: int
+) -> tuple[dict[str, list[RetrievalSet[Points]]], list[Points]]:
+    """Everything on the first principal components of the reference's embeddings.
+
+    Raises:
+        UserError: there are fewer components.
+    """
+    from sklearn.decomposition import PCA
+
+    fitted = union(reference).embeddings.cpu().numpy()  # (N, D)
+    if dim > min(fitted.shape):
+        raise UserError(
+            f"--eval_pca {dim} is more than {fitted.shape[0]} embeddings of dimension {fitted.shape[1]} have"
+        )
+    pca = PCA(dim, svd_solver="full").fit(fitted)
+
+    def projected(points: Points) -> Points:
+        values = torch.from_numpy(pca.transform(points.embeddings.cpu().numpy())).to(points.embeddings)
+        return Points(values, points.labels, points.parents, points.paths)
+
+    sets = {split: [one.map(projected) for one in split_sets] for split, split_sets in embedded.items()}
+    return sets, [projected(points) for points in reference]
+
+
+def draw_tsne(folder: Path, split: str, points: Points, size: int, seed: int) -> None:
+    """Draws a t-SNE plot of all images of a few classes, chosen at random but always the same ones.
+
+    Args:
+        folder: the run folder.
+        split: the split's name, for the title and the file.
+        points: the embedded images.
+        size: number of images, at most.
+        seed: of the choice of classes.
+    """
+    from sklearn.manifold import TSNE
+
+    classes, labels = np.unique(points.labels, return_inverse=True)
+    count = min(size, len(labels))
+    rank = np.random.default_rng(seed).permutation(len(classes))
+    chosen = np.argsort(rank[labels], kind="stable")[:count]
+    values = points.embeddings[torch.from_numpy(chosen)].cpu().numpy()  # (count, D)
+    start = "pca" if values.shape[1] > 1 else "random"
+    flat = TSNE(perplexity=min(30, (count - 1) / 3), init=start, random_state=0).fit_transform(values)  # (count, 2)
+    num_classes = len(np.unique(labels[chosen]))
+    path = folder / f"tsne_{split}.png"
+    title = f"t-SNE of {count} {split} images of {num_classes} classes, one color per class"
+    plots.save_scatter(path, flat, labels[chosen], title)
+    records.show_in_tensorboard(folder / "tensorboard/evaluation", f"t-SNE {split}", path)

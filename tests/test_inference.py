@@ -1,0 +1,170 @@
+"""Evaluating a finished run: other splits, galleries, features and projections, against computations by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CrossValidated, Metrics, Run, embed_by_hand
+from PIL import Image
+from sklearn.decomposition import PCA
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import auxiliaries
+import datasets
+import evaluate
+import main
+import runs
+from auxiliaries import UserError
+
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
+
+def naive_recall(query: torch.Tensor, labels: np.ndarray, gallery: torch.Tensor, of_gallery: np.ndarray) -> float:
+    """Recall @ 1 in a gallery that holds the queries, too."""
+    distances = torch.cdist(query.double(), gallery.double())
+    distances[distances < 1e-6] = torch.inf  # itself
+    return float((of_gallery[distances.argmin(dim=1).numpy()] == labels).mean())
+
+
+def evaluated(folder: Path, *flags: str) -> Metrics:
+    return main.command(["--evaluate", str(folder), *flags])
+
+
+def metrics_by_hand(split: str, embeddings: torch.Tensor, images: datasets.ImageSet) -> Metrics:
+    space = evaluate.EmbeddingSpace(embeddings, images.labels[:, 0])
+    return {f"{split} {k}": v for k, v in evaluate.evaluate_space(space, [1, 2, 4, 8]).items()}
+
+
+def test_evaluation_equals_the_selected_epochs(copied: Path, go_on: Run, crossed: CrossValidated) -> None:
+    expected = auxiliaries.load_json(copied / "summary.json")["selected"]["test"]
+    expected = {f"test {name}": value for name, value in expected.items()}
+    assert go_on("--evaluate") == expected
+    assert evaluated(copied, "--eval_reference_set", "compared_to_self") == expected
+    images = datasets.give_splits(runs.load_flags(copied)).train
+    found = evaluated(copied, "--splits_to_eval", "train", "test")
+    assert found == pytest.approx({**metrics_by_hand("train", embed_by_hand(copied, images), images), **expected})
+    entries = auxiliaries.load_json(copied / "evaluation.json")
+    assert [entry["metrics"] for entry in entries] == [expected, expected, found]
+    assert entries[2]["settings"]["splits_to_eval"] == ["train", "test"]
+
+    means = evaluated(crossed.folder, "--splits_to_eval", "val", "test")
+    summaries = [auxiliaries.load_json(fold / "summary.json")["selected"] for fold in crossed.folds]
+    for split in ("val", "test"):
+        for name in crossed.metrics:
+            values = [summary[split][name] for summary in summaries]
+            assert means[f"{split} {name}"] == pytest.approx(np.mean(values))
+    assert all((fold / "evaluation.json").exists() for fold in crossed.folds)
+
+
+def test_evaluation_in_all_sets_together(copied: Path) -> None:
+    flags = ["--splits_to_eval", "train", "test", "--eval_reference_set", "compared_to_sets_combined"]
+    found = evaluated(copied, *flags)
+    splits = datasets.give_splits(runs.load_flags(copied))
+    sets = {"train": splits.train, "test": splits.test[0].query}
+    points = {split: embed_by_hand(copied, images) for split, images in sets.items()}
+    gallery = torch.cat(list(points.values()))
+    labels = np.concatenate([images.labels[:, 0] for images in sets.values()])
+    for split, images in sets.items():
+        expected = naive_recall(points[split], images.labels[:, 0], gallery, labels)
+        assert found[f"{split} Recall @ 1"] == pytest.approx(expected)
+
+
+def test_evaluation_in_the_training_images(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where test images are of training classes; otherwise there is nothing to find."""
+    against = ["--eval_reference_set", "compared_to_training_set"]
+    with pytest.raises(UserError, match="no query's class is among the images"):
+        evaluated(copied, *against)
+    whole = datasets.give_splits(runs.load_flags(copied)).train
+    is_test = np.arange(len(whole)) % 3 == 0
+    shared = datasets.Splits(whole.subset(~is_test), test=[datasets.RetrievalSet("test", whole.subset(is_test))])
+
+    def keep(splits: datasets.Splits, root: Path) -> datasets.Splits:
+        return splits
+
+    monkeypatch.setitem(datasets.DATASETS, "tiny", datasets.DatasetSpec(partial(keep, shared), made_here=True))
+    found = evaluated(copied, *against, "--splits_to_eval", "test", "train")
+    query, gallery = (embed_by_hand(copied, images) for images in (shared.test[0].query, shared.train))
+    labels, of_gallery = shared.test[0].query.labels[:, 0], shared.train.labels[:, 0]
+    assert found["test Recall @ 1"] == pytest.approx(naive_recall(query, labels, gallery, of_gallery))
+    assert found["train Recall @ 1"] == pytest.approx(naive_recall(gallery, of_gallery, gallery, of_gallery))
+
+
+@pytest.mark.parametrize("trunk", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_evaluation_of_other_points(copied: Path, trunk: bool, normalize: bool) -> None:
+    images = datasets.give_splits(runs.load_flags(copied)).test[0].query
+    points = embed_by_hand(copied, images, trunk, normalize)
+    assert points.shape == (24, 1024 if trunk else 16)
+    flags = [f"--{'' if normalize else 'no-'}eval_normalize_embeddings", *["--eval_use_trunk_output"] * trunk]
+    assert evaluated(copied, *flags) == pytest.approx(metrics_by_hand("test", points, images))
+
+
+def test_evaluation_on_principal_components(copied: Path) -> None:
+    images = datasets.give_splits(runs.load_flags(copied)).test[0].query
+    points = embed_by_hand(copied, images).numpy()
+    projected = torch.from_numpy(PCA(3, svd_solver="full").fit(points).transform(points))
+    expected = metrics_by_hand("test", projected, images)
+    found = evaluated(copied, "--eval_pca", "3")
+    assert found != metrics_by_hand("test", torch.from_numpy(points), images)
+    assert found == pytest.approx(expected)
+    with pytest.raises(UserError, match="--eval_pca 17 is more than 24 embeddings of dimension 16"):
+        evaluated(copied, "--eval_pca", "17")
+
+
+def test_tsne_is_drawn(copied: Path) -> None:
+    evaluated(copied, "--eval_size_of_tsne", "12")
+    with Image.open(copied / "tsne_test.png") as picture:
+        width, height = picture.size
+    events = EventAccumulator(str(copied / "tensorboard" / "evaluation")).Reload()
+    (tag,) = events.Tags()["images"]
+    (image,) = events.Images(tag)
+    assert (tag, image.width, image.height) == ("t-SNE test", width, height)
+
+
+REFUSED: Sequence[tuple[list[str], str]] = [
+    (["--evaluate", "--splits_to_eval", "val"], "these splits have no val classes"),
+    (["--evaluate", "--reproduce_results", "x"], "contradict each other"),
+    (
+        ["--evaluate", "--arch", "squeezenet1_1"],
+        "was trained with --arch shufflenet_v2_x0_5, which must stay the same: drop the flag",
+    ),
+    (["--evaluate", "nowhere"], "nowhere is not a run folder"),
+    (["--splits_to_eval", "test"], "--splits_to_eval says how to --evaluate"),
+    (["--eval_reference_set", "compared_to_self"], "--eval_reference_set says how to --evaluate"),
+    (["--no-eval_normalize_embeddings"], "--eval_normalize_embeddings says how to --evaluate"),
+    (["--eval_use_trunk_output"], "--eval_use_trunk_output says how to --evaluate"),
+    (["--eval_size_of_tsne", "10"], "--eval_size_of_tsne says how to --evaluate"),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), REFUSED)
+def test_evaluation_refused(copied: Path, go_on: Run, flags: list[str], words: str) -> None:
+    with pytest.raises(UserError) as error:
+        go_on(*flags)
+    assert words in str(error.value)
+    assert not (copied / "evaluation.json").exists()
+
+
+def test_evaluation_before_the_first_checkpoint(copied: Path) -> None:
+    for name in ("last.pth.tar", "checkpoint.pth.tar"):
+        (copied / name).unlink()
+    with pytest.raises(UserError, match="stopped before its first evaluation"):
+        evaluated(copied)
+
+
+def test_evaluation_of_one_fold(crossed: CrossValidated) -> None:
+    expected = auxiliaries.load_json(crossed.folds[1] / "summary.json")["selected"]["test"]
+    found = evaluated(crossed.folder, "--fold", "1")
+    assert found == {f"test {name}": value for name, value in expected.items()}
+
+
+def test_damaged_evaluations_are_noticed_first(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copied / "evaluation.json").write_text("")
+    with pytest.raises(UserError, match=r"is not valid JSON.*move it away"):
+        evaluated(copied)
+    assert "test |" not in capsys.readouterr().out

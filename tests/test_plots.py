@@ -1,0 +1,225 @@
+"""plots.py: texts, panels and frames of everything that is drawn."""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage
+
+import plots
+from plots import (
+    Retrieval,
+    draw_retrievals,
+    save_bands,
+    save_curve,
+    save_info_plot,
+    save_recoveries,
+    save_scatter,
+)
+from records import Row
+
+
+def higher_is_better(name: str) -> bool:
+    return False
+
+
+def svg_texts(path: Path) -> list[str]:
+    """All texts of a figure: matplotlib writes them as comments beside the glyphs."""
+    tree = ET.fromstring(path.read_text(encoding="utf-8"), ET.XMLParser(target=ET.TreeBuilder(insert_comments=True)))
+    comments = [element.text or "" for element in tree.iter() if element.tag is ET.Comment]
+    return [html.unescape(text).replace("\N{NO-BREAK SPACE}", " ").strip() for text in comments]
+
+
+def metric_rows(names: list[str], epochs: int = 3) -> list[dict[str, float]]:
+    values = np.random.default_rng(0).random((epochs, len(names)))
+    return [{"Epochs": i + 1, "Time": 9.0, **dict(zip(names, row.tolist()))} for i, row in enumerate(values)]
+
+
+RECALLS = [f"Recall @ {k}" for k in (1, 2, 4, 8, 16)]
+SETS = [f"Set {position} {name}" for position in range(3) for name in ("NMI", "F1", "Recall @ 1", "Recall @ 5")]
+
+
+@pytest.mark.parametrize(
+    ("names", "panels"),
+    [
+        (["Recall @ 1"], ["Recall"]),
+        (["NMI", "F1", *RECALLS], ["NMI", "F1", "Recall"]),
+        ([f"Measure {i % 10} @ {i}" for i in range(30)], [f"Measure {i}" for i in range(10)]),
+        (SETS, ["NMI", "F1", "Recall"]),
+    ],
+    ids=["1 metric", "7 metrics", "30 metrics", "3 sets"],
+)
+def test_info_plot(names: list[str], panels: list[str], tmp_path: Path) -> None:
+    open_figures, path = plt.get_fignums(), tmp_path / "InfoPlot_Base.svg"
+    losses = [{"Epochs": epoch, "Train Loss": 1 / epoch} for epoch in (1, 2, 3)]
+    rows = metric_rows(names)
+    save_info_plot(path, losses, rows, 2, "tiny_data, resnet18 & <margin>", higher_is_better)
+    texts = svg_texts(path)
+    assert "tiny_data, resnet18 & <margin>" in texts
+    start, middle = (
+        texts.index("selected epoch 2:"),
+        texts.index("each metric's best value (its epoch), not one model's:"),
+    )
+    header, footer = "    ".join(texts[start + 1 : middle]), "    ".join(texts[middle + 1 :])
+    assert re.split(" {2,}", header) == [f"{name} {rows[1][name]:.4f}" for name in names]
+    best = {name: max(rows, key=lambda row: row[name]) for name in names}
+    assert re.split(" {2,}", footer) == [f"{name} {row[name]:.4f} ({row['Epochs']})" for name, row in best.items()]
+    assert len(re.findall(r'id="axes_\d+"', path.read_text(encoding="utf-8"))) == 1 + len(panels)
+    assert all(texts.count(panel) >= 1 for panel in ["Train Loss", *panels])
+    assert plt.get_fignums() == open_figures
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_title_is_drawn_as_it_is(tmp_path: Path) -> None:
+    """A data set's folder may have a name that matplotlib would read as a formula."""
+    save_info_plot(tmp_path / "plot.svg", [], metric_rows(["NMI"]), 1, r"$\cost$_of", higher_is_better)
+    assert r"$\cost$_of" in svg_texts(tmp_path / "plot.svg")
+
+
+def test_a_curve(tmp_path: Path) -> None:
+    save_curve(tmp_path / "curve.svg", [{"Epochs": 1, "Ratio": 0.5}, {"Epochs": 2, "Ratio": 0.25}], "Ratio")
+    assert {"epoch", "Ratio"} <= set(svg_texts(tmp_path / "curve.svg"))
+
+
+def test_bands_are_means_with_their_intervals(tmp_path: Path) -> None:
+    curves = {"lr $0.1$": [(1, 0.5, 0.1), (2, 0.75, math.nan)], "never in common": []}
+    save_bands(tmp_path / "bands.svg", curves, "MAP@R")
+    texts = svg_texts(tmp_path / "bands.svg")
+    assert {"MAP@R of the classes that select the epoch", "epoch", "lr $0.1$", "never in common"} <= set(texts)
+    save_bands(tmp_path / "bands.svg", {"never in common": []}, "MAP@R")
+    assert "never in common" in svg_texts(tmp_path / "bands.svg")
+
+
+def test_the_best_value_of_a_metric_may_be_its_lowest_and_is_never_nan(tmp_path: Path) -> None:
+    rows: list[Row] = [
+        {"Epochs": epoch, "Set 0 Alignment": alignment, "Set 0 Recall @ 1": recall}
+        for epoch, alignment, recall in ((1, 0.5, math.nan), (2, 0.25, 0.125), (3, math.nan, 0.5), (4, 0.25, 0.5))
+    ]
+    save_info_plot(tmp_path / "plot.svg", [], rows, 2, "", lambda name: name == "Set 0 Alignment")
+    footer = svg_texts(tmp_path / "plot.svg")[-1]
+    assert re.split(" {2,}", footer) == ["Set 0 Alignment 0.2500 (2)", "Set 0 Recall @ 1 0.5000 (3)"]
+
+
+def test_rows_may_have_other_metrics_than_the_last(tmp_path: Path) -> None:
+    """A run may have been resumed with more or fewer metrics."""
+    rows: list[Row] = [{"Epochs": 1, "NMI": 0.5}, {"Epochs": 2, "NMI": 0.25, "F1": 0.75}]
+    save_info_plot(tmp_path / "plot.svg", [], rows, 1, "", higher_is_better)
+    texts = svg_texts(tmp_path / "plot.svg")
+    assert "NMI 0.5000    F1 nan" in texts
+    assert "NMI 0.5000 (1)    F1 0.7500 (2)" in texts
+
+
+def test_a_scatter_is_colored_by_label(tmp_path: Path) -> None:
+    points = np.random.default_rng(0).normal(size=(30, 2))
+    save_scatter(tmp_path / "tsne.png", points, np.array([5, 900, -3])[np.arange(30) % 3], "$three_ classes")
+    with Image.open(tmp_path / "tsne.png") as image:
+        assert image.format == "PNG"
+        assert image.width == image.height == 960
+
+
+def frames(pixels: np.ndarray, color: tuple[int, int, int]) -> list[tuple[int, int]]:
+    """Top left corners (row, column) of the frames of one color, row by row."""
+    regions, _ = ndimage.label((pixels == color).all(axis=2))
+    boxes = [box for box in ndimage.find_objects(regions) if min(side.stop - side.start for side in box) > 50]
+    return sorted((rows.start, columns.start) for rows, columns in boxes)
+
+
+def test_sample_retrievals_are_framed_by_what_they_are(tmp_path: Path) -> None:
+    blue = np.full((40, 40, 3), (0, 0, 255), np.uint8)
+    retrievals = [
+        Retrieval(
+            blue, "Laysan_Albatross", [blue] * 3, ["Laysan_Albatross", "Crow", "Laysan_Albatross"], [True, False, True]
+        ),
+        Retrieval(blue, "Crow", [blue], ["Laysan_Albatross"], [False]),  # fewer neighbors
+    ]
+    save_recoveries(tmp_path / "sample_recoveries.png", retrievals)
+    with Image.open(tmp_path / "sample_recoveries.png") as image:
+        assert image.format == "PNG"
+        pixels = np.asarray(image.convert("RGB"))
+    red, green, gray = (frames(pixels, color) for color in ((214, 39, 40), (44, 160, 44), (176, 176, 176)))
+    (top, left), (bottom, below_left) = red
+    assert left == below_left
+    assert top < bottom
+    (green_row, second), (other_row, fourth) = green
+    assert green_row == other_row == top
+    (gray_row, third), (last_row, last) = gray
+    assert (gray_row, last_row) == (top, bottom)
+    assert left < second == last < third < fourth
+
+
+@dataclass
+class Space:
+    """An embedding space whose neighbors are given."""
+
+    query_labels: np.ndarray
+    gallery_labels: np.ndarray
+    has_positive: np.ndarray
+    nearest: np.ndarray
+
+    def neighbors(self, chosen: np.ndarray, k: int) -> np.ndarray:
+        return self.nearest[chosen, :k]
+
+
+@pytest.mark.parametrize("with_gallery", [False, True])
+def test_queries_are_drawn_with_their_neighbors(
+    with_gallery: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    colors = rng.integers(0, 256, (40, 3)).astype(np.uint8)
+    paths = [str(tmp_path / f"{i}.png") for i in range(40)]
+    for path, color in zip(paths, colors):
+        Image.fromarray(np.full((7, 5, 3), color)).save(path)
+    names = [f"class {label}" for label in range(4)]
+    query_of, gallery_of = (slice(0, 20), slice(20, 40)) if with_gallery else (slice(0, 40), slice(0, 40))
+    query, gallery = (
+        SimpleNamespace(paths=paths[part], labels=np.arange(40)[part] % 4, class_names=[names])
+        for part in (query_of, gallery_of)
+    )
+    has_positive = rng.random(len(query.paths)) < 0.7
+    nearest = np.argsort(rng.random((len(query.paths), len(gallery.paths))), axis=1)
+    space: Any = Space(query.labels, gallery.labels, has_positive, nearest)
+    images: Any = SimpleNamespace(query=query, gallery=gallery if with_gallery else None)
+
+    drawn: list[list[Retrieval]] = []
+    monkeypatch.setattr(plots, "save_recoveries", lambda path, retrievals: drawn.append(list(retrievals)))
+    for seed in (1, 1, 2):
+        draw_retrievals(tmp_path / "sample_recoveries.png", space, images, seed)
+    positions = []
+    for retrieval in drawn[0]:
+        assert retrieval.query.shape == (7, 5, 3)
+        (position,) = np.flatnonzero((colors[query_of] == retrieval.query[0, 0]).all(axis=1))
+        positions.append(position)
+        found = nearest[position, :6]
+        assert retrieval.query_class == f"class {query.labels[position]}"
+        assert [tuple(pixels[0, 0]) for pixels in retrieval.neighbors] == [tuple(colors[gallery_of][i]) for i in found]
+        assert retrieval.neighbor_classes == [f"class {gallery.labels[i]}" for i in found]
+        assert retrieval.correct == [gallery.labels[i] == query.labels[position] for i in found]
+    assert len(drawn[0]) == 8
+    assert positions == sorted(set(positions))
+    assert has_positive[positions].all()
+    first, again, other = ([retrieval.query.tolist() for retrieval in retrievals] for retrievals in drawn)
+    assert first == again != other
+
+
+def test_fewer_queries_than_places_are_all_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "0.png")
+    Image.new("L", (5, 7)).save(path)
+    query = SimpleNamespace(paths=[path] * 3, class_names=[["a", "b"]])
+    labels = np.array([0, 0, 1])
+    space: Any = Space(labels, labels, np.array([True, True, False]), np.array([[1, 2], [0, 2], [0, 1]]))
+    images: Any = SimpleNamespace(query=query, gallery=None)
+    drawn: list[Retrieval] = []
+    monkeypatch.setattr(plots, "save_recoveries", lambda path, retrievals: drawn.extend(retrievals))
+    draw_retrievals(tmp_path / "sample_recoveries.png", space, images, seed=0)
+    assert [retrieval.correct for retrieval in drawn] == [[True, False], [True, False]]
