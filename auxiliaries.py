@@ -1,6 +1,6 @@
 """What any training script needs: errors, flag types, seeds, device, locks and atomic files.
 
-Knows no data set, loss or metric, and imports no sibling module.
+Knows no dataset, loss or metric, and imports no sibling module.
 """
 
 from __future__ import annotations

@@ -72,9 +72,9 @@ def add_arguments(parser: FlagParser) -> None:
     add("--gpu", type=number(int, -1), default=0, machine=True, compared=False,
         help="number of the CUDA device; -1: the CPU")
     add("--savename", machine=True, compared=False,
-        help="name of the run folder (default: data set, architecture and time)")
+        help="name of the run folder (default: dataset, architecture and time)")
     add("--save_path", default="Training_Results", machine=True, compared=False,
-        help="folder of all run folders, which are sorted into it by data set")
+        help="folder of all run folders, which are sorted into it by dataset")
 
     add = parser.add_argument_group("configuration", stored=False).add_argument
     add("--config", nargs="+", metavar="FILE",

@@ -35,7 +35,7 @@ def add_arguments(parser: FlagParser) -> None:
     add("--eval_metrics", nargs="+", default=list(LITERATURE), choices=METRICS, metavar="METRIC", compared=False,
         help=f"metrics that every evaluation computes: {', '.join(METRICS)}; Recall @ 1 is always among them")
     add("--k_vals", type=number(int, 1), nargs="+", metavar="K", compared=False,
-        help="the k of Recall @ k; 1 is always among them (default: depends on the data set)")
+        help="the k of Recall @ k; 1 is always among them (default: depends on the dataset)")
     add("--testing_method", choices=TESTING_METHODS, default=TESTING_METHODS[0],
         help="WithSameParentLabel: metrics inside each class of the next coarser label level, and their mean")
     add("--meta_testing_method", choices=("ConcatenateEmbeddings",), compared=False, needs="cross_validation",

@@ -241,7 +241,7 @@ def _processor() -> str:
 
 
 def find_run(opt: argparse.Namespace, given: Mapping[str, Any]) -> Path:
-    """The folder of the run that --savename names, of any data set unless --dataset says which.
+    """The folder of the run that --savename names, of any dataset unless --dataset says which.
 
     Raises:
         UserError: there is none, or more than one.

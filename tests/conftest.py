@@ -55,7 +55,7 @@ def make_tree(images: Path, classes: int = 8, per_class: int = 6, seed: int = 0)
 
 @pytest.fixture(scope="session")
 def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A --source_path with the data set `tiny`: 8 classes of 6 images, half of them for training."""
+    """A --source_path with the dataset `tiny`: 8 classes of 6 images, half of them for training."""
     source = tmp_path_factory.mktemp("source")
     make_tree(source / "tiny" / "images")
     return source

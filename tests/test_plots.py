@@ -82,7 +82,7 @@ def test_info_plot(names: list[str], panels: list[str], tmp_path: Path) -> None:
 
 
 def test_a_title_is_drawn_as_it_is(tmp_path: Path) -> None:
-    """A data set's folder may have a name that matplotlib would read as a formula."""
+    """A dataset's folder may have a name that matplotlib would read as a formula."""
     save_info_plot(tmp_path / "plot.svg", [], metric_rows(["NMI"]), 1, r"$\cost$_of", higher_is_better)
     assert r"$\cost$_of" in svg_texts(tmp_path / "plot.svg")
 

@@ -177,7 +177,7 @@ def test_demo_needs_neither_data_nor_weights() -> None:
 
 @pytest.fixture(scope="module")
 def some_glyphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the data set glyphs, of which there are 48 characters in eight fonts."""
+    """A folder with the dataset glyphs, of which there are 48 characters in eight fonts."""
     folder = tmp_path_factory.mktemp("glyphs")
     images = folder / "Datasets" / "glyphs" / "images"
     for code in range(ord("A"), ord("A") + 24):
