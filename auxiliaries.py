@@ -6,8 +6,11 @@ Knows no dataset, loss or metric, and imports no sibling module.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import errno
+import inspect
+import io
 import json
 import math
 import os
@@ -15,8 +18,10 @@ import random
 import secrets
 import shutil
 import sys
+import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +50,11 @@ def notice(text: str) -> None:
 
 
 def run_command(command: Callable[[], object]) -> NoReturn:
-    """Runs `command` as a program: a `UserError` becomes one line and exit code 2, Ctrl-C exit code 130."""
+    """Runs `command` as a program: a `UserError` becomes one line and exit code 2, Ctrl-C exit code 130.
+
+    Text that the terminal can't show is escaped, and a reader that goes away, as in `| head`, stops nothing.
+    """
+    sys.stdout, sys.stderr = _SturdyStream(sys.stdout), _SturdyStream(sys.stderr)
     try:
         command()
     except UserError as error:
@@ -57,10 +66,40 @@ def run_command(command: Callable[[], object]) -> NoReturn:
     sys.exit(0)
 
 
-def nearest_name(name: str, names: Iterable[str]) -> str:
-    """` (did you mean …?)` with the most similar of `names`, or an empty string when none is similar."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
+class _SturdyStream(io.TextIOBase):
+    """A text stream that escapes what its encoding lacks, and drops what nobody reads any more."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._abandon()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._abandon()
+
+    def _abandon(self) -> None:
+        # The file descriptor goes to the null device, too: Python flushes the stream once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+def nearest_name(name: str, names: Iterable[str], cutoff: float = 0.7) -> str:
+    """` (did you mean …?)` with the most similar of `names`, or an empty string when none is similar enough."""
+    by_lower_case = {other.lower(): other for other in names}
+    close = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=cutoff)
+    return f" (did you mean {by_lower_case[close[0]]}?)" if close else ""
 
 
 def disk_advice(error: Exception) -> str:
@@ -76,6 +115,8 @@ def disk_advice(error: Exception) -> str:
 # Flags
 
 MAX_NUMBER = 1e15  # far beyond every flag, and within an int64
+OVERRIDE = "~OVERRIDE~"
+UNSET: Any = object()  # stands for a flag that nobody gave
 
 
 def number(
@@ -94,6 +135,92 @@ def number(
 
     parse.__name__ = getattr(kind, "__name__", "number")  # argparse names the type in "invalid int value"
     return parse
+
+
+def user_path(text: str) -> str:
+    """An argparse type: a path, in which a leading `~` stands for the home folder."""
+    return os.path.expanduser(text)
+
+
+def parse_value(text: str) -> Any:
+    """A parameter's value from what the user typed: a number, true, false, null, a list of these, or text."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError):
+        return text
+    if isinstance(value, list):
+        return [parse_value(entry) if isinstance(entry, str) else entry for entry in value]
+    return value if value is None or isinstance(value, bool) else text
+
+
+def check_params(
+    flag: str, params: Mapping[str, str], target: Callable[..., Any], reserved: Collection[str] = ()
+) -> dict[str, Any]:
+    """Checks `key=value` parameters against the signature of what they go to.
+
+    Args:
+        flag: where they were given, such as `--loss_params`.
+        params: the parameters as the user typed them.
+        target: the class or function that takes them.
+        reserved: its parameters that are filled in by other flags or by the run.
+
+    Returns:
+        The parameters with typed values.
+
+    Raises:
+        UserError: `target` has no such parameter (the nearest one is named), or it takes another type.
+    """
+    name = target.__name__
+    known = {key: one for key, one in _signature(target).items() if key not in reserved}
+    values = {}
+    for key, text in params.items():
+        if key not in known:
+            listed = f"; it takes {', '.join(known)}" if known else "; it takes none"
+            raise UserError(f"{flag}: {name} has no parameter {key}{nearest_name(key, known)}{listed}")
+        wanted = _expected_type(known[key])
+        values[key] = text if wanted is str else parse_value(text)
+        if wanted and not _has_type(values[key], wanted):
+            raise UserError(f"{flag}: {key} of {name} takes {TYPE_NAMES[wanted]}, not {text}")
+    return values
+
+
+TYPE_NAMES: dict[type, str] = {bool: "true or false", int: "an integer", float: "a number", str: "text", list: "a list"}
+
+
+def _signature(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The named parameters of a function, or of a class and those of its bases that it passes keywords on to."""
+    parameters: dict[str, inspect.Parameter] = {}
+    for owner in getattr(target, "__mro__", [target]):
+        if owner is object or (isinstance(owner, type) and "__init__" not in vars(owner)):
+            continue
+        own = inspect.signature(vars(owner)["__init__"] if isinstance(owner, type) else owner).parameters
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        parameters |= {k: p for k, p in own.items() if p.kind in named and k not in ("self", *parameters)}
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in own.values()):
+            break
+    return parameters
+
+
+def _expected_type(parameter: inspect.Parameter) -> type | None:
+    """The type that a parameter takes, by its annotation or else its default; None where neither says."""
+    hints = {"int": int, "float": float, "bool": bool, "str": str}
+    annotation = getattr(parameter.annotation, "__name__", parameter.annotation)
+    if annotation in hints:
+        return hints[annotation]
+    default = parameter.default
+    if isinstance(default, tuple):
+        return list
+    kind: type = float if type(default) is int else type(default)  # a default of 2 doesn't mean that 2.5 is wrong
+    return kind if kind in TYPE_NAMES else None
+
+
+def _has_type(value: Any, wanted: type) -> bool:
+    return type(value) in ((int, float) if wanted is float else (wanted,))
 
 
 class FrozenNamespace(argparse.Namespace):
@@ -155,6 +282,38 @@ class SwitchAction(argparse.Action):
         setattr(namespace, self.dest, option_string == self.option_strings[0])
 
 
+class MappingAction(argparse.Action):
+    """A flag of `key=value …`, which merges key by key with what earlier layers gave.
+
+    With the suffix `~OVERRIDE~` on the flag it replaces what they gave.
+    """
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any):
+        names = [name for option in option_strings for name in (option, option + OVERRIDE)]
+        super().__init__(names, dest, nargs="*", metavar="key=value", **kwargs)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        before = self.default if before is UNSET else before
+        merged = {} if str(option_string).endswith(OVERRIDE) else dict(before or {})
+        for entry in values:
+            key, equals, value = entry.partition("=")
+            if not equals or not key:
+                raise UserError(f"{option_string} {entry} is not of the form key=value")
+            merged[key] = value
+        setattr(namespace, self.dest, merged)
+
+
+class NamesAction(argparse.Action):
+    """A flag of one name, which is stored as text, or of several, which are stored as a list."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any):
+        super().__init__(option_strings, dest, nargs="+", **kwargs)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
 class _ManualFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Appends each flag's default to its help, unless the help says in words what it depends on."""
 
@@ -168,12 +327,16 @@ class FlagParser(argparse.ArgumentParser):
 
     Attributes:
         traits: the `FlagTraits` of every flag, by its name in the namespace.
+        known_elsewhere: names that other projects give to some flags, and these flags.
     """
 
-    def __init__(self, **kwargs: Any):
+    def __init__(self, known_elsewhere: Mapping[str, str] | None = None, **kwargs: Any):
         self.traits: dict[str, FlagTraits] = {}
+        self.known_elsewhere = known_elsewhere or {}
         super().__init__(formatter_class=_ManualFormatter, allow_abbrev=False, **kwargs)
         self.register("action", "switch", SwitchAction)
+        self.register("action", "params", MappingAction)
+        self.register("action", "names", NamesAction)
 
     def add_argument_group(self, title: str, **traits: Any) -> FlagGroup:  # type: ignore[override]
         """A titled group of flags; `traits` are `FlagTraits` that all of them have."""
@@ -193,9 +356,17 @@ class FlagParser(argparse.ArgumentParser):
         opt, unknown = self.parse_known_args(args, namespace)
         if unknown:
             kind = "flag" if unknown[0].startswith("-") else "argument"
-            near = nearest_name(unknown[0].split("=")[0], self.flags())
+            near = self.nearest_flag(unknown[0].split("=")[0])
             raise UserError(f"unknown {kind} {unknown[0]}{near}: {self.prog} --help lists all flags")
         return opt
+
+    def nearest_flag(self, flag: str) -> str:
+        """` (did you mean …?)` with the flag that other projects call so, or the most similar one."""
+        name = flag.lstrip("-").replace("-", "_")
+        known = self.known_elsewhere.get(name.lower())
+        if known:
+            return f" (did you mean {known}?)"
+        return nearest_name(name, (known.lstrip("-") for known in self.flags())).replace("mean ", "mean --")
 
     def flags(self) -> dict[str, argparse.Action]:
         """All flags, such as `--lr`, with their actions."""
@@ -246,26 +417,34 @@ def seeded(*numbers: int) -> Iterator[None]:
             np.random.set_bit_generator(numpy_generator)  # type: ignore[attr-defined]
 
 
-def pick_device(gpu: int) -> torch.device:
-    """The CUDA device with that number, or the CPU for -1 and, with a notice, where there is no CUDA device.
+def find_device(gpu: int) -> torch.device:
+    """The CUDA device with that number, or the CPU for -1 and where there is no CUDA device."""
+    return torch.device("cuda", gpu) if gpu >= 0 and torch.cuda.is_available() else torch.device("cpu")
 
-    A CUDA device becomes the current one, and cuDNN is told to use deterministic algorithms.
+
+def pick_device(gpu: int) -> torch.device:
+    """`find_device`, prepared for use; a notice says when the CPU stands in for a CUDA device.
+
+    A CUDA device becomes the current one, and cuDNN is told to use deterministic algorithms. On the CPU some cores are
+    left to data-loading workers; the number of threads, on which the last bits of sums depend, follows from the machine
+    alone, not from --kernels.
 
     Raises:
         UserError: there are CUDA devices, but none with that number.
     """
-    if gpu < 0:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        notice("no CUDA device was found: running on the CPU")
-        return torch.device("cpu")
+    device = find_device(gpu)
+    if device.type == "cpu":
+        if gpu >= 0:
+            notice("no CUDA device was found: running on the CPU")
+        torch.set_num_threads(cpu_cores() - cpu_cores() // 4)
+        return device
     if gpu >= torch.cuda.device_count():
         raise UserError(
             f"--gpu {gpu} does not exist: this machine has CUDA devices 0 to {torch.cuda.device_count() - 1}"
         )
     torch.cuda.set_device(gpu)
     torch.backends.cudnn.deterministic = True
-    return torch.device("cuda", gpu)
+    return device
 
 
 def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -278,8 +457,17 @@ def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tens
 
 
 def cpu_cores() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The number of cores that this process may use, by its affinity and its control group's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    return max(1, cores)
+
+
+def default_workers(device: torch.device) -> int:
+    """Number of data-loading workers: one per core beside a CUDA device; a quarter of the cores where they train."""
+    return min(8, cpu_cores() if device.type == "cuda" else cpu_cores() // 4)
 
 
 def peak_memory(device: torch.device, reset: bool = False) -> float:
@@ -293,6 +481,25 @@ def peak_memory(device: torch.device, reset: bool = False) -> float:
         return math.nan
     unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def check_memory(needed: float, what: str) -> None:
+    """Makes sure, before anything is allocated, that this machine has that many bytes at all.
+
+    Args:
+        needed: bytes.
+        what: the flag and its value that ask for them.
+
+    Raises:
+        UserError: it hasn't.
+    """
+    if not hasattr(os, "sysconf"):  # Windows
+        return
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > total:
+        raise UserError(
+            f"{what} would take {needed / 2**30:,.0f} GiB of memory, and this machine has {total / 2**30:.0f}: lower it"
+        )
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -347,38 +554,76 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, name: str = ".lock", wait: bool = False) -> Iterator[None]:
     """Keeps other processes out of a folder; the lock ends with this process, however that ends.
 
     A process holds it once: leaving a block inside a block gives the lock up.
 
+    Args:
+        folder: an existing folder.
+        name: the lock's file; the default one also removes what a process that was killed left half written.
+        wait: whether to wait for the other process.
+
     Raises:
-        UserError: another process has it.
+        UserError: another process has it, or the folder can't be written to.
     """
     try:
-        file = open(folder / ".lock", "w")  # noqa: SIM115 (closed below)
+        file = open(folder / name, "w")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise UserError(f"{folder} can't be written to ({error.strerror}): {disk_advice(error)}") from None
     with file:
         if fcntl is not None:
             try:
                 # A record lock: unlike flock's, data-loading workers, which may live longer, don't inherit it.
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except OSError:
                 raise UserError(f"another process is using {folder}: wait for it, or stop it first") from None
-        for unfinished in folder.glob(".part-*"):  # left by a process that was killed
+        for unfinished in folder.glob(".part-*") if name == ".lock" else ():
             shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink(missing_ok=True)
         yield
 
 
+def check_schema(file: Path, value: Any, schema: Mapping[str, Any], advice: str) -> None:
+    """Makes sure that what was read from a file is what a JSON schema says.
+
+    Args:
+        file: where it was read from.
+        value: what was read.
+        schema: see json-schema.org.
+        advice: what to do when it isn't.
+
+    Raises:
+        UserError: it isn't, with the place in the file.
+    """
+    import jsonschema
+
+    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(value))
+    if error is not None:
+        problem = textwrap.shorten(f"{error.json_path}: {error.message}", 200)
+        raise UserError(f"{file} is damaged ({problem}): {advice}")
+
+
+def as_json(value: Any) -> str:
+    """Plain values as JSON, indented; NaN and the infinities, which JSON doesn't have, become null."""
+
+    def without_nan(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: without_nan(entry) for name, entry in value.items()}
+        if isinstance(value, list):
+            return [without_nan(entry) for entry in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(without_nan(to_builtin(value)), indent=1, ensure_ascii=False, allow_nan=False)
+
+
 def save_json(path: Path, value: Any) -> None:
-    """Writes plain values as JSON, indented."""
+    """Writes plain values as JSON, see `as_json`."""
     with atomic_write(path) as beside:
-        beside.write_text(json.dumps(to_builtin(value), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        beside.write_text(f"{as_json(value)}\n", encoding="utf-8")
 
 
 def load_json(path: Path) -> Any:
-    """Reads what `save_json` wrote.
+    """Reads what `save_json` wrote; what it wrote as null is None.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -387,7 +632,7 @@ def load_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): move it away") from None
 
 
@@ -422,11 +667,16 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads what `torch.save` wrote, tensors and built-in types only, onto the CPU.
 
     Raises:
-        UserError: there is no such file, it is incomplete, or it holds something other than tensors and plain values.
+        UserError: there is no such file, it is incomplete or corrupt (a single flipped bit is found), or it holds
+            something other than tensors and plain values.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as archive:
+                    if archive.testzip() is not None:  # torch.load itself ignores the checksums
+                        raise ValueError("wrong checksum")
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path} can't be opened: {error.strerror or error}") from None

@@ -321,7 +321,7 @@ def benchmark_records() -> list[Row]:
     method = methods.build_training(config.resolve(config.parse(flags)), 314, torch.device("cpu"))
     images = torch.randint(0, 256, (56, 3, 48, 48), dtype=torch.uint8)
     labels = torch.arange(14).repeat_interleave(4)
-    method.start_epoch()
+    method.start_epoch(epoch=1)
     loss = method.step(images, labels, epoch=1)["loss"]
     every = training_run.READ_LOSSES_EVERY
     with tempfile.TemporaryDirectory() as folder:

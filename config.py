@@ -7,9 +7,9 @@ of `012` stays what it is.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,43 +23,54 @@ import netlib
 import records
 import transforms
 from auxiliaries import (
+    OVERRIDE,
+    UNSET,
     FlagParser,
     FrozenNamespace,
+    MappingAction,
     SwitchAction,
     UserError,
     atomic_write,
+    check_memory,
+    default_workers,
+    find_device,
     nearest_name,
     number,
     to_builtin,
+    user_path,
 )
 
-OVERRIDE = "~OVERRIDE~"
 PRESETS = Path(__file__).parent / "configs"
-UNSET: Any = object()  # stands for a flag that nobody gave
+COMPLETE = "# Complete if the last line is three dots.\n"
+MAX_SAVENAME = 200  # bytes: with what is put before and after it, it must fit into 255
+
+# What runs did that were stored before these flags existed: a stored configuration that lacks one of them means this.
+MEANT_BEFORE = {"crop_scale": 0.08, "flip": True, "redraw_images": True}
+
+# What users bring along from other projects, and what it is here.
+KNOWN_ELSEWHERE = {
+    "learning_rate": "--lr", "base_lr": "--lr", "batch_size": "--bs", "train_batch_size": "--bs",
+    "eval_batch_size": "--eval_bs", "epochs": "--n_epochs", "num_epochs": "--n_epochs", "max_epochs": "--n_epochs",
+    "num_epochs_train": "--n_epochs", "num_workers": "--kernels", "workers": "--kernels",
+    "dataloader_num_workers": "--kernels", "eval_dataloader_num_workers": "--kernels", "weight_decay": "--decay",
+    "wd": "--decay", "model": "--arch", "backbone": "--arch", "embedding_size": "--embed_dim",
+    "embedding_dim": "--embed_dim", "data_path": "--source_path", "data_dir": "--source_path",
+    "data_root": "--source_path", "dataset_root": "--source_path", "root": "--source_path", "output_dir": "--save_path",
+    "save_dir": "--save_path", "log_dir": "--save_path", "root_experiment_folder": "--save_path",
+    "experiment_name": "--savename", "exp_name": "--savename", "name": "--savename", "run_name": "--savename",
+    "resume": "--resume_training", "pretrained_weights": "--weights", "checkpoint": "--weights",
+    "device": "--gpu", "gpu_id": "--gpu", "gpus": "--gpu", "random_seed": "--seed", "manual_seed": "--seed",
+    "image_size": "--crop_size", "img_size": "--crop_size", "input_size": "--crop_size",
+    "loss_funcs": "--loss", "criterion": "--loss", "mining_funcs": "--sampling", "miner": "--sampling",
+    "sampler": "--batch_sampler", "m_per_class": "--samples_per_class", "images_per_class": "--samples_per_class",
+    "num_instances": "--samples_per_class", "lr_scheduler": "--scheduler", "milestones": "--tau", "lr_steps": "--tau",
+    "lr_decay_gamma": "--gamma", "eval_every": "--save_interval", "save_every": "--save_interval",
+    "eval_metric": "--eval_metric_for_best_epoch", "primary_metric": "--eval_metric_for_best_epoch",
+    "test": "--evaluate", "eval_only": "--evaluate", "eval": "--evaluate", "reproduce": "--reproduce_results",
+    "special_split_scheme_name": "--split_scheme", "config_file": "--config", "cfg": "--config",
+}  # fmt: skip
 
 Layer = list[tuple[str, list[str]]]  # flags with what a user would have typed for them; nothing: back to the default
-
-
-class MappingAction(argparse.Action):
-    """A flag of `key=value …`, which merges key by key with what earlier layers gave.
-
-    With the suffix `~OVERRIDE~` on the flag it replaces what they gave.
-    """
-
-    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any):
-        names = [name for option in option_strings for name in (option, option + OVERRIDE)]
-        super().__init__(names, dest, nargs="*", metavar="key=value", **kwargs)
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        before = getattr(namespace, self.dest)
-        before = self.default if before is UNSET else before
-        merged = {} if str(option_string).endswith(OVERRIDE) else dict(before or {})
-        for entry in values:
-            key, equals, value = entry.partition("=")
-            if not equals or not key:
-                raise UserError(f"{option_string} {entry} is not of the form key=value")
-            merged[key] = value
-        setattr(namespace, self.dest, merged)
 
 
 def add_arguments(parser: FlagParser) -> None:
@@ -73,20 +84,23 @@ def add_arguments(parser: FlagParser) -> None:
         help="number of the CUDA device; -1: the CPU")
     add("--savename", machine=True, compared=False,
         help="name of the run folder (default: dataset, architecture and time)")
-    add("--save_path", default="Training_Results", machine=True, compared=False,
+    add("--save_path", type=user_path, default="Training_Results", machine=True, compared=False,
         help="folder of all run folders, which are sorted into it by dataset")
 
     add = parser.add_argument_group("configuration", stored=False).add_argument
-    add("--config", nargs="+", metavar="FILE",
+    add("--config", nargs="+", type=user_path, metavar="FILE",
         help="YAML files of flags, later ones over earlier ones; a bare name is looked up in configs/; other flags win")
 
     add = parser.add_argument_group("finished and interrupted runs", stored=False).add_argument
     add("--resume_training", nargs="?", const="latest", choices=("latest", "best"),
         help="continue the run --savename, with its own flags and those given beside this one, after its latest or its "
         "best epoch")
-    add("--reproduce_results", metavar="FOLDER", help="run the configuration of a run folder again, and compare")
-    add("--evaluate", nargs="?", const="", metavar="FOLDER",
+    add("--reproduce_results", type=user_path, metavar="FOLDER",
+        help="run the configuration of a run folder again, and compare")
+    add("--evaluate", nargs="?", const="", type=user_path, metavar="FOLDER",
         help="evaluate the best network of a run, in FOLDER or of --savename, without training")
+    add("--accept_changed_data", action="switch",
+        help="continue or evaluate a run although its images or their classes have changed since it began")
     add("--splits_to_eval", nargs="+", choices=("train", "val", "test"), needs="evaluate",
         help="--evaluate: on which images (default: test)")
     add("--eval_reference_set", choices=("compared_to_self", "compared_to_sets_combined", "compared_to_training_set"),
@@ -104,6 +118,11 @@ def add_arguments(parser: FlagParser) -> None:
     # fmt: on
 
 
+def read_version() -> str:
+    """The version of this repository, as CITATION.cff has it."""
+    return str(read_yaml(Path(__file__).parent / "CITATION.cff")["version"])
+
+
 @cache
 def build_parser() -> FlagParser:
     """The parser of all modules' flags."""
@@ -111,7 +130,9 @@ def build_parser() -> FlagParser:
         prog="main.py",
         description="Trains an embedding network on labeled images and evaluates it by retrieval on classes it has "
         "never seen.",
+        known_elsewhere=KNOWN_ELSEWHERE,
     )
+    parser.add_argument("--version", action="version", version=f"{parser.prog} {read_version()}")
     for module in (datasets, transforms, netlib, losses, methods, evaluate, records):
         module.add_arguments(parser)
     add_arguments(parser)
@@ -131,8 +152,23 @@ def parse(argv: Sequence[str], stored: Path | None = None) -> argparse.Namespace
     Raises:
         UserError: a flag is unknown or its value is invalid; for a file it names the line and the nearest flag.
     """
-    opt = _parse_given(build_parser(), argv, stored)
-    return argparse.Namespace(**{name: get_default(name) if opt[name] is UNSET else opt[name] for name in opt})
+    given = _parse_given(build_parser(), argv, stored)
+    values = {name: get_default(name) if value is UNSET else value for name, value in given.items()}
+    values["dataset"], values["source_path"] = datasets.find_dataset(values["dataset"], values["source_path"])
+    for name, value in values.items():
+        if isinstance(value, str):
+            _check_text(name, value)
+    opt = argparse.Namespace(**values)
+    if opt.optim_params or opt.scheduler_params:
+        methods.refuse_doubles(given_flags(argv), opt)
+    return opt
+
+
+def _check_text(name: str, text: str) -> None:
+    """Refuses text that can't be written to files or be part of a path."""
+    is_unicode = text.encode("utf-8", errors="replace").decode("utf-8") == text
+    if "\0" in text or not is_unicode:
+        raise UserError(f"--{name} {text!a} is not valid text: it has a NUL character or is not UTF-8")
 
 
 def given_flags(argv: Sequence[str]) -> dict[str, Any]:
@@ -154,6 +190,11 @@ def _parse_given(parser: FlagParser, argv: Sequence[str], stored: Path | None = 
     if not files:
         return given
     layers: Layer = []
+    if stored:
+        layers = [
+            (f"--{name}", [f"--{name}" if value is True else f"--{name}={value}"])
+            for name, value in MEANT_BEFORE.items()
+        ]
     for name in files:
         layers = _merge(layers, read_layer(name, parser))
     return _parse_tokens(parser, [*(token for _, tokens in layers for token in tokens), *argv])
@@ -163,6 +204,23 @@ def _parse_tokens(parser: FlagParser, tokens: Sequence[str]) -> dict[str, Any]:
     return vars(parser.parse_args(tokens, argparse.Namespace(**dict.fromkeys(parser.traits, UNSET))))
 
 
+def read_yaml(path: Path, load: Callable[[str], Any] = yaml.safe_load) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        UserError: it can't be read, is not a YAML file, or is one of `save_config`'s that was cut off.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if text.startswith(COMPLETE) and not text.endswith("\n...\n"):
+            raise UserError(f"{path} is incomplete: its last line, three dots, is missing")
+        return load(text)
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
+
+
 def read_layer(name: str, parser: FlagParser) -> Layer:
     """Reads a file's entries.
 
@@ -170,12 +228,7 @@ def read_layer(name: str, parser: FlagParser) -> Layer:
         UserError: it can't be read, or an entry is invalid.
     """
     path = _find_file(name)
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
+    root = read_yaml(path, partial(yaml.compose, Loader=yaml.SafeLoader))
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path} is not a mapping of flags to values")
     layer: Layer = []
@@ -219,8 +272,11 @@ def _find_file(name: str) -> Path:
     if path.suffix or path.name != name:
         raise UserError(f"--config {name} does not exist or is not a file")
     if not preset.is_file():
-        near = nearest_name(name, [file.stem for file in PRESETS.glob("*.yaml")])
-        raise UserError(f"--config {name} is neither a file nor one in configs/{near}")
+        names = sorted(file.stem for file in PRESETS.glob("*.yaml"))
+        raise UserError(
+            f"--config {name} is neither a file nor one in configs/{nearest_name(name, names)}, which has "
+            f"{', '.join(names)}"
+        )
     return preset
 
 
@@ -229,13 +285,16 @@ def _as_tokens(key: str, node: yaml.Node, parser: FlagParser) -> tuple[str, list
     flag = f"--{key}"
     action = parser.flags().get(flag)
     if action is None or key in ("config", "help"):
-        raise UserError(f"unknown flag {flag}{nearest_name(flag, parser.flags())}")
+        raise UserError(f"unknown flag {flag}{parser.nearest_flag(flag)}")
     if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null":
         return flag, []
     if isinstance(node, yaml.MappingNode | yaml.SequenceNode):
         parts = [part for entry in node.value for part in (entry if isinstance(entry, tuple) else [entry])]
         if not all(isinstance(part, yaml.ScalarNode) for part in parts):
             raise UserError(f"{flag} takes plain values, not lists or mappings of more lists or mappings")
+        odd = [part.value for part in parts if part.value.startswith("-") and not _is_number(part.value)]
+        if odd:
+            raise UserError(f"{flag} takes values, not {odd[0]}, which looks like a flag")
     if isinstance(node, yaml.MappingNode) and isinstance(action, MappingAction):
         return flag, [flag, *(f"{name.value}={value.value}" for name, value in node.value)]
     if isinstance(node, yaml.SequenceNode) and action.nargs in ("*", "+"):
@@ -247,7 +306,15 @@ def _as_tokens(key: str, node: yaml.Node, parser: FlagParser) -> tuple[str, list
             raise UserError(f"{flag} takes true or false, not {node.value}")
         on, off = action.option_strings
         return flag, [off if (node.value.lower() == "true") == (flag == off) else on]
-    return flag, [flag, node.value] if action.nargs in ("*", "+") else [f"{flag}={node.value}"]
+    return flag, [f"{flag}={node.value}"]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 # What follows from what
@@ -266,23 +333,53 @@ def resolve(opt: argparse.Namespace) -> argparse.Namespace:
         if getattr(opt, name) is None:
             setattr(opt, name, value)
 
-    if opt.savename is not None and (opt.savename in ("", ".", "..") or Path(opt.savename).name != opt.savename):
-        raise UserError(f"--savename '{opt.savename}' is not a folder name: give a plain name, without slashes")
+    _refuse_savename(opt.savename)
     opt.sampling = losses.choose_sampling(opt.loss, opt.sampling)
-    opt.normalize = needs.normalize
-    fill("samples_per_class", needs.samples_per_class)
+    keeps_lengths = opt.distance_params.get("normalize_embeddings", "").lower() == "false"
+    opt.normalize = needs.normalize and not keeps_lengths
+    fill("proxy_lr", losses.default_proxy_lr(opt.loss, opt.lr))
+    fill("samples_per_class", methods.METHODS[opt.training_method].samples_per_class or needs.samples_per_class)
     fill("batch_sampler", "shuffled" if opt.samples_per_class == 1 else "class_balanced")
     fill("eval_bs", opt.bs)
+    fill("kernels", default_workers(find_device(opt.gpu)))
     fill("k_vals", list(datasets.default_k_vals(opt.dataset)))
+    fill("crop_scale", datasets.find_spec(opt.dataset).crop_scale)
+    fill("flip", datasets.find_spec(opt.dataset).flip)
+    _compute_what_selects(opt)
     fill("embed_dim", arch.embed_dim)
     fill("resize", arch.resize if opt.crop_size is None else round(opt.crop_size * arch.resize / arch.crop_size))
     fill("crop_size", arch.crop_size)
     if opt.split_scheme == "cross_validation":
         fill("num_training_sets", min(4, opt.num_training_partitions))
+    fill("not_pretrained", not (arch.has_weights or opt.weights))
     fill("freeze_batchnorm", not opt.not_pretrained)
+    methods.resolve_optimization(opt)
     fill("savename", f"{opt.dataset}_{opt.arch}_{datetime.now():%Y-%m-%d_%H-%M-%S}")
     refuse_contradictions(opt)
     return FrozenNamespace(**vars(opt))
+
+
+def _compute_what_selects(opt: argparse.Namespace) -> None:
+    """Adds the metric that selects the epoch to those that are computed.
+
+    Raises:
+        UserError: there is no such metric.
+    """
+    metric = opt.eval_metric_for_best_epoch
+    if metric in evaluate.chosen_metrics(opt.k_vals, opt.eval_metrics):
+        return
+    name, _, k = metric.partition(" @ ")
+    if metric in evaluate.METRICS:
+        opt.eval_metrics = list(dict.fromkeys([*opt.eval_metrics, metric]))
+    elif name in evaluate.METRICS and k.isdecimal() and int(k) > 0:
+        opt.eval_metrics = list(dict.fromkeys([*opt.eval_metrics, name]))
+        opt.k_vals = list(dict.fromkeys([*opt.k_vals, int(k)]))
+    if metric not in evaluate.chosen_metrics(opt.k_vals, opt.eval_metrics):
+        names = list(evaluate.chosen_metrics(opt.k_vals, list(evaluate.METRICS)))
+        raise UserError(
+            f"--eval_metric_for_best_epoch {metric} is unknown{nearest_name(metric, names)}; it takes one of "
+            f"{', '.join(names)}"
+        )
 
 
 def refuse_contradictions(opt: argparse.Namespace) -> None:
@@ -294,27 +391,37 @@ def refuse_contradictions(opt: argparse.Namespace) -> None:
     if opt.weights and opt.not_pretrained:
         raise UserError("--weights and --not_pretrained contradict each other: drop one")
     if opt.not_pretrained and opt.freeze_batchnorm:
-        raise UserError("--freeze_batchnorm needs pretrained statistics to keep: drop it or --not_pretrained")
+        of_arch = " or --not_pretrained" if netlib.find_arch(opt.arch).has_weights else f"; --arch {opt.arch} has none"
+        raise UserError(f"--freeze_batchnorm needs pretrained statistics to keep: drop it{of_arch}")
     if opt.resize < opt.crop_size:
         raise UserError(
             f"--resize {opt.resize} is less than --crop_size {opt.crop_size}: the crop must fit into the image"
         )
+    for name in ("bs", "eval_bs"):  # as uint8 and as float32
+        pixels = getattr(opt, name) * 3 * opt.crop_size**2
+        check_memory(5 * pixels, f"--{name} {getattr(opt, name)} at --crop_size {opt.crop_size}")
     if opt.bs % opt.samples_per_class:
         raise UserError(
             f"--bs {opt.bs} is not a multiple of --samples_per_class {opt.samples_per_class}: change one of them"
         )
-    if opt.sampling and opt.samples_per_class == 1:
-        raise UserError(f"--loss {opt.loss} needs two images per class in a batch: raise --samples_per_class")
-    if opt.sampling and opt.bs < 2 * opt.samples_per_class:
-        raise UserError(f"--loss {opt.loss} needs two classes of {opt.samples_per_class} images in a batch: raise --bs")
+    loss = " ".join(losses.names_of(opt.loss))
+    if losses.needs_positives(opt.loss) and opt.samples_per_class == 1:
+        raise UserError(f"--loss {loss} needs two images per class in a batch: raise --samples_per_class")
+    if losses.needs_positives(opt.loss) and opt.bs < 2 * opt.samples_per_class:
+        raise UserError(f"--loss {loss} needs two classes of {opt.samples_per_class} images in a batch: raise --bs")
+    losses.check(opt, get_default)
+    methods.refuse_contradictions(opt)
     _refuse_folds(opt)
-    computed = list(evaluate.chosen_metrics(opt.k_vals, opt.eval_metrics))
-    if opt.evaluate is None and opt.eval_metric_for_best_epoch not in computed:
-        near = nearest_name(opt.eval_metric_for_best_epoch, computed)
-        raise UserError(
-            f"--eval_metric_for_best_epoch {opt.eval_metric_for_best_epoch} is not computed{near}: choose one of "
-            f"{', '.join(computed)}, or add it to --eval_metrics and --k_vals"
-        )
+
+
+def _refuse_savename(name: str | None) -> None:
+    """Refuses what can't be a folder's name."""
+    if name is None:
+        return
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise UserError(f"--savename '{name}' is not a folder name: give a plain name, without slashes")
+    if len(name.encode()) > MAX_SAVENAME:
+        raise UserError(f"--savename '{name[:20]}…' is longer than {MAX_SAVENAME} bytes: give a shorter name")
 
 
 def _refuse_folds(opt: argparse.Namespace) -> None:
@@ -377,4 +484,5 @@ def save_config(path: Path, values: Mapping[str, Any]) -> None:
     """Writes flags as YAML; with all those of a resolved `opt`, `--config path` gives the same run."""
     flags = {name: value for name, value in values.items() if f"--{name}" in build_parser().flags()}
     with atomic_write(path) as beside:
-        beside.write_text(yaml.safe_dump(flags, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        text = yaml.safe_dump(flags, sort_keys=False, allow_unicode=True, explicit_end=True)
+        beside.write_text(COMPLETE + text, encoding="utf-8")

@@ -7,23 +7,46 @@ Batches are formed by a function in `BATCH_SAMPLERS`, which `BaseTripletDataset`
 from __future__ import annotations
 
 import argparse
+import contextlib
+import csv
 import itertools
+import math
 import os
 import re
 import secrets
 import shutil
+import signal
+import socket
+import stat
+import threading
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
+from tqdm import tqdm
 
 import transforms
-from auxiliaries import FlagParser, UserError, cpu_cores, nearest_name, notice, number, seeded
+from auxiliaries import (
+    FlagParser,
+    UserError,
+    check_memory,
+    cpu_cores,
+    locked,
+    nearest_name,
+    notice,
+    number,
+    seeded,
+    user_path,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,6 +56,9 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+TEST_SIZE = 0.5  # of the classes
+DOWNLOAD_TIMEOUT = 60.0  # seconds without an answer
+BYTES_PER_DRAW = 200  # of an epoch's list of images
 
 
 def add_arguments(parser: FlagParser) -> None:
@@ -40,27 +66,34 @@ def add_arguments(parser: FlagParser) -> None:
     # fmt: off
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="cub200", metavar="NAME", fixed=True,
-        help=f"{', '.join(DATASETS)}, or any folder <source_path>/NAME/images/<class>/*")
-    add("--source_path", default="Datasets", machine=True, compared=False, help="folder that contains the datasets")
+        help=f"{', '.join(DATASETS)}, or any folder of class folders: its name in --source_path, or its path")
+    add("--source_path", type=user_path, default="Datasets", machine=True, compared=False,
+        help="folder that contains the datasets")
     add("--download", action="switch", machine=True, compared=False, help="download the dataset first if it is missing")
     add("--download_url", metavar="URL", machine=True, compared=False,
         help="with --download: address of a folder that contains the archives (default: where they are published)")
-    add("--kernels", type=number(int, 0), default=8, machine=True, compared=False,
-        help="data-loading workers, at most one per core; 0: the main process loads the data")
+    add("--check_images", action="switch", default=True, machine=True, compared=False,
+        help="make sure that all images can be opened before training begins")
+    add("--kernels", type=number(int, 0), machine=True, compared=False,
+        help="data-loading workers, at most one per core (default: 8 beside a GPU; on the CPU a quarter of the cores)")
     add("--bs", type=number(int, 1), default=112, help="images per training batch")
     add("--eval_bs", type=number(int, 1), compared=False, help="images per batch in evaluation (default: --bs)")
     add("--samples_per_class", type=number(int, 1),
         help="images of each class in a batch; 1: batches don't depend on classes (default: by --loss, 4 or 1)")
     add("--batch_sampler", choices=BATCH_SAMPLERS,
         help="how batches are formed (default: shuffled with --samples_per_class 1, otherwise class_balanced)")
+    add("--redraw_images", action="switch",
+        help="class_balanced: draw the images of a class anew for each batch, as the MPerClassSampler of "
+        "pytorch-metric-learning does; by default all of them are drawn before any is drawn again")
     add("--iterations_per_epoch", type=number(int, 1), help="batches per epoch (default: training images // bs)")
 
     add = parser.add_argument_group("protocol").add_argument
     add("--split_scheme", choices=SPLIT_SCHEMES, default="predefined", fixed=True,
         help="predefined: the literature's training and test images; cross_validation: some classes are set aside for "
         "testing, the others are divided into partitions, and each fold validates on one and trains on the rest")
-    add("--test_size", type=number(float, 0, exclusive=True, below=1), default=0.5, fixed=True,
-        needs="cross_validation", help="cross_validation: fraction of the classes used for testing")
+    add("--test_size", type=number(float, 0, below=1), default=TEST_SIZE, fixed=True,
+        help="fraction of the classes used for testing, in cross_validation and of any folder of class folders; "
+        "0, for such a folder: train on all classes, and evaluate on the same ones")
     add("--test_start_idx", type=number(float, 0, below=1), default=0.5, fixed=True, needs="cross_validation",
         help="cross_validation: where the test classes begin among the sorted classes, as a fraction of their number")
     add("--num_training_partitions", type=number(int, 2), default=4, fixed=True, needs="cross_validation",
@@ -129,6 +162,19 @@ class Splits:
     val: Sequence[RetrievalSet[ImageSet]] = ()
     test: Sequence[RetrievalSet[ImageSet]] = ()
 
+    def named_sets(self) -> Iterator[tuple[str, ImageSet]]:
+        """Every set of images with a name."""
+        yield "train", self.train
+        for one in (*self.val, *self.test):
+            yield one.name, one.query
+            if one.gallery is not None:
+                yield f"{one.name} gallery", one.gallery
+
+    def map(self, function: Callable[[ImageSet], ImageSet]) -> Splits:
+        """The splits with `function` applied to every set of images."""
+        val, test = ([one.map(function) for one in sets] for sets in (self.val, self.test))
+        return Splits(function(self.train), val, test)
+
     def at_level(self, level: int) -> Splits:
         """The same images without the levels finer than `level`.
 
@@ -140,8 +186,7 @@ class Splits:
             raise UserError(
                 f"--label_hierarchy_level {level} does not exist: the dataset's labels have levels 0 to {levels - 1}"
             )
-        val, test = ([one.map(lambda images: images.at_level(level)) for one in sets] for sets in (self.val, self.test))
-        return Splits(self.train.at_level(level), val, test)
+        return self.map(lambda images: images.at_level(level))
 
 
 def make_image_set(paths: Sequence[str], *levels: Sequence[str], key: Callable[[str], Any] | None = None) -> ImageSet:
@@ -157,35 +202,59 @@ def make_image_set(paths: Sequence[str], *levels: Sequence[str], key: Callable[[
         ordered = sorted(set(names), key=None if level else key)
         numbers = {name: label for label, name in enumerate(ordered)}
         columns.append(np.array([numbers[name] for name in names], dtype=np.int64))
-        class_names.append(ordered)
+        class_names.append([printable(name) for name in ordered])
     order = sorted(range(len(paths)), key=lambda i: (columns[0][i], paths[i]))
     return ImageSet([paths[i] for i in order], np.stack(columns, axis=1)[order], class_names)
 
 
-def split_in_half(images: ImageSet) -> Splits:
-    """Trains on the first half of the classes and tests on the second."""
-    is_train = images.labels[:, 0] < len(images.class_names[0]) // 2
+def printable(name: str) -> str:
+    """A file's name as text: bytes in it that are not UTF-8 are escaped."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def split_classes(images: ImageSet, test_size: float = TEST_SIZE) -> Splits:
+    """Tests on the last classes, a fraction `test_size` of all, and trains on the others."""
+    num_classes = len(images.class_names[0])
+    is_train = images.labels[:, 0] < math.floor(num_classes * (1 - test_size) + 1e-9)
     return Splits(images.subset(is_train), test=[RetrievalSet("test", images.subset(~is_train))])
 
 
 def split_by_part(
-    paths: Sequence[str], parts: Sequence[str], *levels: Sequence[str], key: Callable[[str], Any] = str
+    paths: Sequence[str],
+    parts: Sequence[str],
+    *levels: Sequence[str],
+    key: Callable[[str], Any] = str,
+    origins: Sequence[str] | None = None,
 ) -> Splits:
-    """Splits by each image's part: `train`; `query` and `gallery`, or any other parts, each a test set of its own."""
+    """Splits by each image's part: `train`; `val`; `query` and `gallery`, or any others, each a test set of its own.
+
+    Args:
+        paths: N image files.
+        parts: the part of each.
+        levels: for each label level, the finest first, the class name of every image.
+        key: sort key of the finest level's names.
+        origins: for each image, the row that lists it: repeated rows are dropped then.
+
+    Raises:
+        UserError: an image has two classes, or is for training and for testing.
+    """
+    if origins is not None:
+        paths, kept = check_repeats(paths, levels[0], parts, origins)
+        paths, parts, *levels = ([column[i] for i in kept] for column in (paths, parts, *levels))  # type: ignore[assignment]
     images = make_image_set(paths, *levels, parts, key=key)
     part_labels = images.labels[:, -1]
     images = ImageSet(images.paths, images.labels[:, :-1], images.class_names[:-1])
-    sets = {part: images.subset(part_labels == label) for label, part in enumerate(sorted(set(parts)))}
+    sets = {part: images.subset(part_labels == sorted(set(parts)).index(part)) for part in dict.fromkeys(parts)}
     train = sets.pop("train")
     if "gallery" in sets:
         return Splits(train, test=[RetrievalSet("test", sets["query"], sets["gallery"])])
-    return Splits(train, test=[RetrievalSet(part, sets[part]) for part in dict.fromkeys(parts) if part != "train"])
+    val, test = ([RetrievalSet(part, sets[part]) for part in sets if (part == "val") == is_val] for is_val in (1, 0))
+    return Splits(train, val, test)
 
 
 def pool(splits: Splits) -> ImageSet:
     """All images of a dataset, each once, sorted by class and path."""
-    held_out = [images for one in (*splits.val, *splits.test) for images in (one.query, one.gallery)]
-    sets = [images for images in (splits.train, *held_out) if images is not None]
+    sets = [images for _, images in splits.named_sets()]
     labels = {path: label for images in sets for path, label in zip(images.paths, images.labels)}
     paths = sorted(labels, key=lambda path: (labels[path][0], path))
     return ImageSet(paths, np.stack([labels[path] for path in paths]), splits.train.class_names)
@@ -215,14 +284,14 @@ def class_disjoint_splits(
     start, size = int(len(classes) * test_start_idx), int(len(classes) * test_size)
     test = classes[np.arange(start, start + size) % len(classes)]
     others = np.setdiff1d(classes, test)
-    partitions = np.array_split(others, num_training_partitions)
-    val, train = partitions[fold], np.concatenate([p for i, p in enumerate(partitions) if i != fold])
-    for name, chosen in (("test", test), ("validation", min(partitions, key=len)), ("training", train)):
-        if len(chosen) < 2:
+    for name, count in (("test", len(test)), ("validation", len(others) // num_training_partitions)):
+        if count < 2:  # and then each partition has two or more, which leaves enough to train on
             raise UserError(
-                f"cross_validation leaves {len(chosen)} {name} class(es) of {len(classes)}, and two are needed: change "
+                f"cross_validation leaves {count} {name} class(es) of {len(classes)}, and two are needed: change "
                 "--test_size or --num_training_partitions"
             )
+    partitions = np.array_split(others, num_training_partitions)
+    val, train = partitions[fold], np.concatenate([p for i, p in enumerate(partitions) if i != fold])
     assert len(train) + len(val) + len(test) == len(set(train) | set(val) | set(test)), "sets share classes"
     train_set, val_set, test_set = (images.subset(np.isin(labels, chosen)) for chosen in (train, val, test))
     return Splits(train_set, val=[RetrievalSet("val", val_set)], test=[RetrievalSet("test", test_set)])
@@ -242,7 +311,8 @@ def give_splits(opt: argparse.Namespace) -> Splits:
     Raises:
         UserError: the data can't be read, or can't be split as the flags say.
     """
-    splits = read_splits(opt.dataset, opt.source_path, opt.download, opt.download_url)
+    test_size = opt.test_size if opt.split_scheme == "predefined" else TEST_SIZE
+    splits = read_splits(opt.dataset, opt.source_path, opt.download, opt.download_url, test_size)
     splits = SPLIT_SCHEMES[opt.split_scheme](splits, opt).at_level(opt.label_hierarchy_level)
     check_splits(opt.dataset, splits)
     if opt.testing_method == "WithSameParentLabel" and len(splits.train.class_names) < 2:
@@ -274,26 +344,103 @@ def read_class_folders(folder: Path, key: Callable[[str], Any] | None = None) ->
     """Reads `folder/<class>/<image>`; classes are sorted by `key(name)`, and the images of a class by name.
 
     Raises:
-        UserError: a class folder has no images, or there are fewer than two classes.
+        UserError: a class folder has no images, there are fewer than two classes, or a link leads nowhere.
+    """
+    paths, classes = list_class_folders(folder)
+    if len(set(classes)) < 2:
+        raise UserError(f"{folder} contains {len(set(classes))} class folder(s): at least two are needed")
+    return make_image_set(paths, classes, key=key)
+
+
+def list_class_folders(folder: Path) -> tuple[list[str], list[str]]:
+    """The images `folder/<class>/<image>` and their classes; a notice counts other files.
+
+    Raises:
+        UserError: a class folder has no images, or a link leads nowhere.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder of class folders: Datasets/README.md shows the layouts")
     paths: list[str] = []
     classes: list[str] = []
-    others: list[str] = []
-    for class_folder in (entry for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."):
-        files = [entry.path for entry in os.scandir(class_folder) if entry.is_file() and entry.name[0] != "."]
-        images = [path for path in files if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES]
-        others += set(files) - set(images)
+    ignored: dict[str, list[str]] = defaultdict(list)
+    class_folders, files = _list_entries(folder)
+    ignored["images that are in no class folder"] = list(filter(_has_image_suffix, files))
+    for class_folder in class_folders:
+        subfolders, files = _list_entries(class_folder)
+        below = [os.path.join(at, name) for top in subfolders for at, _, names in os.walk(top) for name in names]
+        ignored["images in subfolders of class folders"] += filter(_has_image_suffix, below)
+        images = list(filter(_has_image_suffix, files))
+        ignored["files without an image's suffix"] += set(files) - set(images)
         if not images:
-            raise UserError(f"{class_folder.path} contains no images: add some, or remove the folder")
+            raise UserError(
+                f"{class_folder} contains no images{' itself' if below else ''}: add some, or remove the folder"
+            )
         paths += images
-        classes += [class_folder.name] * len(images)
-    if others:
-        notice(f"{len(others)} files in {folder} don't have an image's suffix and are ignored, e.g. {min(others)}")
-    if len(set(classes)) < 2:
-        raise UserError(f"{folder} contains {len(set(classes))} class folder(s): at least two are needed")
-    return make_image_set(paths, classes, key=key)
+        classes += [os.path.basename(class_folder)] * len(images)
+    for what, files in ignored.items():
+        if files:
+            notice(f"{len(files)} {what} of {folder} are ignored, e.g. {min(files)}")
+    return paths, classes
+
+
+def _has_image_suffix(file: str) -> bool:
+    return os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and not os.path.basename(file).startswith(".")
+
+
+def _list_entries(folder: str | Path) -> tuple[list[str], list[str]]:
+    """The folders and the files in a folder, without hidden ones.
+
+    Raises:
+        UserError: an image, or what may be a folder, is a link that leads nowhere.
+    """
+    folders, files = [], []
+    for entry in os.scandir(folder):
+        suffix = os.path.splitext(entry.name)[1].lower()
+        if entry.name.startswith("."):
+            continue
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            if not suffix or suffix in IMAGE_SUFFIXES:
+                raise UserError(f"{entry.path} is a link that leads nowhere: mend or remove it")
+        elif entry.is_dir():
+            folders.append(entry.path)
+        elif entry.is_file():
+            files.append(entry.path)
+    return folders, files
+
+
+def read_folder(root: Path, test_size: float = TEST_SIZE) -> Splits:
+    """Reads class folders in `root` or `root/images`, or in folders `train` and `test` or `val` there.
+
+    Args:
+        root: the dataset's folder.
+        test_size: fraction of the classes to test on, where there are no such folders.
+
+    Raises:
+        UserError: there are no such folders, or they leave nothing to train or to evaluate on.
+    """
+    subfolders = [path for path in root.iterdir() if path.is_dir() and path.name[0] != "."]
+    is_class = root / "images" in subfolders and len(subfolders) > 1 and not _list_entries(root / "images")[0]
+    folder = root / "images" if (root / "images").exists() and not is_class else root
+    parts = [part for part in ("train", "val", "test") if _holds_class_folders(folder / part)]
+    if "train" not in parts:
+        return split_classes(read_class_folders(folder), test_size)
+    if len(parts) == 1:
+        raise UserError(f"{folder} has a folder train, but neither val nor test beside it: add one to evaluate on")
+    if test_size != TEST_SIZE:
+        raise UserError(f"--test_size {test_size} contradicts the folders {', '.join(parts)} of {folder}: drop it")
+    listed = {part: list_class_folders(folder / part) for part in parts}
+    return split_by_part(
+        [path for paths, _ in listed.values() for path in paths],
+        [part for part, (paths, _) in listed.items() for _ in paths],
+        [name for _, classes in listed.values() for name in classes],
+    )
+
+
+def _holds_class_folders(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    folders, files = _list_entries(folder)
+    return bool(folders) and not any(map(_has_image_suffix, files))
 
 
 def read_table(path: Path, columns: Sequence[str], skip_lines: int = 0, header: bool = True) -> pd.DataFrame:
@@ -305,12 +452,21 @@ def read_table(path: Path, columns: Sequence[str], skip_lines: int = 0, header: 
     import pandas as pd
 
     try:
-        table = pd.read_csv(path, sep=r"\s+", dtype=str, skiprows=skip_lines, header=0 if header else None)
+        table = pd.read_csv(
+            path,
+            sep=r"\s+",
+            dtype=str,
+            skiprows=skip_lines,
+            header=0 if header else None,
+            quoting=csv.QUOTE_NONE,
+            keep_default_na=False,  # NA may be a name
+            na_values=[""],
+        )
     except OSError as error:
         problem = "does not exist" if isinstance(error, FileNotFoundError) else f"can't be read ({error.strerror})"
         raise UserError(f"{path} {problem}: Datasets/README.md shows the layouts") from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a table of {', '.join(columns)}: {str(error).strip()}") from None
+    except ValueError as error:  # pandas' own errors, and of the encoding
+        raise UserError(f"{path} is not a table of {', '.join(columns)}: {' '.join(str(error).split())}") from None
     if not header and table.shape[1] == len(columns):
         table.columns = pd.Index(columns)
     if table.empty:
@@ -321,34 +477,124 @@ def read_table(path: Path, columns: Sequence[str], skip_lines: int = 0, header: 
         if table[column].isna().any():
             row = int(table[column].isna().to_numpy().argmax()) + 1
             raise UserError(f"{path} has no {column} in row {row} of its table: replace it with a complete one")
-    return table
+    return table.assign(origin=[f"row {row} of {path}" for row in range(1, len(table) + 1)])
 
 
-def locate_images(folder: Path, names: Sequence[str], listed_in: Path) -> list[str]:
+def locate_images(folder: Path, names: Sequence[str], origins: Sequence[str]) -> list[str]:
     """The paths of listed images; a name in the list and its file may differ in case.
 
+    Args:
+        folder: what the names are relative to.
+        names: of N images.
+        origins: for each of them, the row of the list, to be named in errors.
+
     Raises:
-        UserError: a listed image does not exist.
+        UserError: a listed image does not exist, or is not in `folder`.
     """
     listings: dict[str, dict[str, str]] = {}
     paths = []
-    for name in names:
+    for name, origin in zip(names, origins):
         parent, file = os.path.split(name)
         if parent not in listings:
-            below = folder / parent
-            entries = os.listdir(below) if below.is_dir() else []
-            listings[parent] = {**{entry.lower(): entry for entry in entries}, **{entry: entry for entry in entries}}
+            if os.path.isabs(name) or ".." in Path(name).parts:
+                raise UserError(f"{printable(name)}, {origin}, leads out of {folder}: correct the list")
+            listings[parent] = _list_file_names(folder / parent)
         actual = listings[parent].get(file) or listings[parent].get(file.lower())
         if actual is None:
-            raise UserError(
-                f"{folder / name}, listed in {listed_in}, does not exist: add it, or remove it from the list"
-            )
+            shown = f"{folder / name}" if len(name) < 500 else f"{folder / name[:100]}…"
+            raise UserError(f"{shown}, {origin}, does not exist: add it, or remove it from the list")
         paths.append(os.path.join(folder, parent, actual))
     return paths
 
 
+def _list_file_names(folder: Path) -> dict[str, str]:
+    """The names of a folder's files by these names and, where none is called so, by these names in lower case."""
+    if not os.path.isdir(folder):
+        return {}
+    entries = os.scandir(folder)
+    names = [one.name for one in entries if (os.path.isfile(one.path) if one.is_symlink() else one.is_file())]
+    return {**{name.lower(): name for name in names}, **{name: name for name in names}}
+
+
+def real_files(paths: Sequence[str]) -> list[str]:
+    """The file that each path leads to: all spellings of a path, and links to a file, lead to one."""
+    folders: dict[str, str] = {}
+    files = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        file = os.path.join(folders[folder], name)
+        files.append(os.path.realpath(file) if os.path.islink(file) else file)
+    return files
+
+
+def check_repeats(
+    paths: Sequence[str], classes: Sequence[str], parts: Sequence[str], origins: Sequence[str]
+) -> tuple[list[str], list[int]]:
+    """Finds images that occur more than once; in several sets to test on they may.
+
+    Args:
+        paths: N image files.
+        classes: the class of each.
+        parts: the set that each belongs to, `train` or others.
+        origins: where each is listed, to be named in errors.
+
+    Returns:
+        The paths, a file's first spelling in place of all others; and the positions without those that repeat an image
+        within a set, which a notice counts.
+
+    Raises:
+        UserError: an image has two classes, or is for training and for testing.
+    """
+    first: dict[str, int] = {}
+    seen: set[tuple[int, str]] = set()
+    spellings: list[str] = []
+    kept: list[int] = []
+    repeated: list[int] = []
+    for i, file in enumerate(real_files(paths)):
+        j = first.setdefault(file, i)
+        torn = ""
+        if classes[i] != classes[j]:
+            torn = printable(f"the classes {classes[j]} and {classes[i]}")
+        elif parts[i] != parts[j] and "train" in (parts[i], parts[j]):
+            torn = f"{parts[j]} and {parts[i]}"
+        if torn:
+            same = "" if paths[i] == paths[j] else f" (the same file as {paths[j]})"
+            raise UserError(f"{paths[i]}{same} belongs to {torn} ({origins[j]}; {origins[i]}): remove one of the two")
+        (repeated if (j, parts[i]) in seen else kept).append(i)
+        seen.add((j, parts[i]))
+        spellings.append(paths[j])
+    if repeated:
+        example = f"{paths[repeated[0]]} ({origins[repeated[0]]})"
+        notice(f"images that are listed again count once: {len(repeated)}, e.g. {example}")
+    return spellings, kept
+
+
+def drop_repeats(splits: Splits) -> Splits:
+    """The splits without images that occur twice in a set; every file has one spelling.
+
+    Raises:
+        UserError: an image has two classes, or is for training and for testing.
+    """
+    sets = list(splits.named_sets())
+    paths = [path for _, images in sets for path in images.paths]
+    classes = [images.class_names[0][label] for _, images in sets for label in images.labels[:, 0]]
+    parts = [name for name, images in sets for _ in images.paths]
+    spellings, kept = check_repeats(paths, classes, parts, parts)
+    if len(kept) == len(paths) and spellings == paths:
+        return splits
+    is_kept = np.isin(np.arange(len(paths)), kept)
+    ends = np.cumsum([len(images) for _, images in sets])
+    rebuilt = {}
+    for (_, images), end in zip(sets, ends):
+        here = slice(end - len(images), end)
+        rebuilt[id(images)] = ImageSet(spellings[here], images.labels, images.class_names).subset(is_kept[here])
+    return splits.map(lambda images: rebuilt[id(images)])
+
+
 def read_cub200(root: Path) -> Splits:
-    """CUB-200-2011: trains on the first 100 classes, sorted by the number in the folder's name."""
+    """CUB-200-2011: trains on the classes up to 100, by the number in the folder's name."""
     folder = find_layout(root, "images", "CUB_200_2011/images")
 
     def class_number(name: str) -> tuple[int, str]:
@@ -357,13 +603,18 @@ def read_cub200(root: Path) -> Splits:
             raise UserError(f"{folder / name} doesn't begin with a class number, as 001.Black_footed_Albatross does")
         return int(match.group()), name
 
-    return split_in_half(read_class_folders(folder, key=class_number))
+    images = read_class_folders(folder, key=class_number)
+    numbers = np.array([class_number(name)[0] for name in images.class_names[0]])
+    is_train = numbers[images.labels[:, 0]] <= 100
+    if is_train.all() or not is_train.any():
+        raise UserError(f"{folder} lacks the classes {'above' if is_train.all() else 'up to'} 100: download it again")
+    return Splits(images.subset(is_train), test=[RetrievalSet("test", images.subset(~is_train))])
 
 
 def read_cars196(root: Path) -> Splits:
     """Cars196: trains on the first 98 classes, sorted by name."""
     if (root / "images").is_dir():
-        return split_in_half(read_class_folders(root / "images"))
+        return split_classes(read_class_folders(root / "images"))
     find_layout(root, "images", "car_ims")
     info_file = root / "cars_annos.mat"
     if not info_file.is_file():
@@ -376,11 +627,19 @@ def read_cars196(root: Path) -> Splits:
         names = [str(name) for name in np.atleast_1d(mat["class_names"])]
         rows = np.atleast_1d(mat["annotations"])
         images = [str(row["relative_im_path"]) for row in rows]
-        classes = [names[int(row["class"]) - 1] for row in rows]
+        numbers = [float(row["class"]) for row in rows]
     except Exception as error:  # scipy raises anything at all on a damaged file
         raise UserError(f"{info_file} can't be read as Cars196's annotations ({error}): download it again") from None
-    folder_names = [name.replace("/", "-") for name in classes]  # the names of the class folders in the other layout
-    return split_in_half(make_image_set(locate_images(root, images, info_file), folder_names))
+    origins = [f"row {row} of {info_file}" for row in range(1, len(rows) + 1)]
+    for class_number, origin in zip(numbers, origins):
+        if class_number not in range(1, len(names) + 1):
+            raise UserError(
+                f"{origin} has class {class_number:g}, but classes are 1 to {len(names)}: download it again"
+            )
+    # the names of the class folders in the other layout
+    classes = [names[int(class_number) - 1].replace("/", "-") for class_number in numbers]
+    files, kept = check_repeats(locate_images(root, images, origins), classes, [""] * len(rows), origins)
+    return split_classes(make_image_set([files[i] for i in kept], [classes[i] for i in kept]))
 
 
 def read_online_products(root: Path) -> Splits:
@@ -394,12 +653,13 @@ def read_online_products(root: Path) -> Splits:
     for part in ("train", "test"):
         info_file = lists / f"Ebay_{part}.txt"
         table = read_table(info_file, ("image_id", "class_id", "super_class_id", "path"))
-        tables.append(table.assign(part=part, file=locate_images(images, table["path"].tolist(), info_file)))
+        tables.append(
+            table.assign(part=part, file=locate_images(images, table["path"].tolist(), table["origin"].tolist()))
+        )
     rows = pd.concat(tables)
-    super_classes = [os.path.dirname(path).removesuffix("_final") for path in rows["path"]]
-    return split_by_part(
-        rows["file"].tolist(), rows["part"].tolist(), rows["class_id"].tolist(), super_classes, key=by_number
-    )
+    super_classes = [os.path.dirname(os.path.normpath(path)).removesuffix("_final") for path in rows["path"]]
+    files, parts, class_ids, origins = (rows[name].tolist() for name in ("file", "part", "class_id", "origin"))
+    return split_by_part(files, parts, class_ids, super_classes, key=by_number, origins=origins)
 
 
 def read_in_shop(root: Path) -> Splits:
@@ -413,9 +673,10 @@ def read_in_shop(root: Path) -> Splits:
     parts, names = rows["evaluation_status"].tolist(), rows["image_name"].tolist()
     if set(parts) != {"train", "query", "gallery"}:
         raise UserError(f"{info_file} assigns {', '.join(sorted(set(parts)))}: it must assign train, query and gallery")
-    files = locate_images(find_layout(root, "img", "Img/img").parent, names, info_file)
-    categories = ["/".join(name.split("/")[1:3]) for name in names]
-    return split_by_part(files, parts, rows["item_id"].tolist(), categories)
+    origins = rows["origin"].tolist()
+    files = locate_images(find_layout(root, "img", "Img/img").parent, names, origins)
+    categories = ["/".join(os.path.normpath(name).split("/")[1:3]) for name in names]
+    return split_by_part(files, parts, rows["item_id"].tolist(), categories, origins=origins)
 
 
 def read_vehicle_id(root: Path) -> Splits:
@@ -427,9 +688,10 @@ def read_vehicle_id(root: Path) -> Splits:
         info_file = root / "train_test_split" / ("train_list.txt" if part == "train" else f"test_list_{part}.txt")
         table = read_table(info_file, ("image_number", "class_id"), header=False)
         files = [f"{image.zfill(7)}.jpg" for image in table["image_number"]]
-        tables.append(table.assign(part=part, file=locate_images(root / "image", files, info_file)))
+        tables.append(table.assign(part=part, file=locate_images(root / "image", files, table["origin"].tolist())))
     rows = pd.concat(tables)
-    return split_by_part(rows["file"].tolist(), rows["part"].tolist(), rows["class_id"].tolist(), key=by_number)
+    files, parts, class_ids, origins = (rows[name].tolist() for name in ("file", "part", "class_id", "origin"))
+    return split_by_part(files, parts, class_ids, key=by_number, origins=origins)
 
 
 GLYPH_FONTS = (
@@ -454,7 +716,7 @@ def read_glyphs(root: Path) -> Splits:
         ) from None
     finest = [images.class_names[0][label] for label in images.labels[:, 0]]
     coarser = [scripts[label] for label in images.labels[:, 0]]
-    return split_in_half(make_image_set(images.paths, finest, coarser, key=by_number))
+    return split_classes(make_image_set(images.paths, finest, coarser, key=by_number))
 
 
 def render_glyphs(folder: Path) -> None:
@@ -486,7 +748,11 @@ def render_glyphs(folder: Path) -> None:
             class_folder.mkdir(parents=True)
             for name, rendering in renderings.items():
                 rendering.save(class_folder / f"{name}.png")
-        os.replace(beside, folder)
+        try:
+            os.replace(beside, folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was quicker
+                raise
     except OSError as error:
         raise UserError(f"{folder} can't be written ({error.strerror}): choose another --source_path") from None
     finally:
@@ -521,6 +787,8 @@ class DatasetSpec:
         archives: what --download downloads and unpacks.
         license: for data that must be requested: from whom, and what to put into the folder.
         made_here: whether `read` creates missing data itself.
+        crop_scale: the default of --crop_scale.
+        flip: the default of --flip.
     """
 
     read: Callable[[Path], Splits]
@@ -529,6 +797,8 @@ class DatasetSpec:
     archives: tuple[Archive, ...] = ()
     license: str = ""
     made_here: bool = False
+    crop_scale: float = transforms.CROP_SCALE
+    flip: bool = True
 
 
 DATASETS: dict[str, DatasetSpec] = {
@@ -572,41 +842,87 @@ DATASETS: dict[str, DatasetSpec] = {
         license="ask the National Engineering Laboratory for Video Technology of Peking University for PKU VehicleID "
         "and put image/ and train_test_split/ there",
     ),
-    "glyphs": DatasetSpec(read_glyphs, made_here=True),
+    "glyphs": DatasetSpec(read_glyphs, made_here=True, crop_scale=0.5, flip=False),
 }
+
+
+def find_spec(dataset: str) -> DatasetSpec:
+    """A dataset's row; for a folder of any other name the usual one."""
+    return DATASETS.get(dataset, DatasetSpec(read_folder))
 
 
 def default_k_vals(dataset: str) -> tuple[int, ...]:
     """The k of Recall @ k that the dataset's literature reports."""
-    return DATASETS[dataset].k_vals if dataset in DATASETS else DatasetSpec.k_vals
+    return find_spec(dataset).k_vals
 
 
-def read_splits(dataset: str, source_path: str, download: bool = False, download_url: str | None = None) -> Splits:
+def find_dataset(dataset: str, source_path: str) -> tuple[str, str]:
+    """Name and parent folder of a dataset that is given by its name in `source_path`, or by a path to its folder."""
+    if os.sep not in dataset and dataset not in (".", "..") and not dataset.startswith("~"):
+        return dataset, source_path
+    folder = Path(os.path.normpath(os.path.expanduser(dataset)))
+    if not os.path.isdir(folder) and os.path.isdir(Path(source_path) / folder):
+        folder = Path(source_path) / folder
+    if folder.name in ("", ".."):
+        folder = Path(os.path.abspath(folder))
+    return folder.name, str(folder.parent)
+
+
+def read_splits(
+    dataset: str,
+    source_path: str,
+    download: bool = False,
+    download_url: str | None = None,
+    test_size: float = TEST_SIZE,
+) -> Splits:
     """Reads a dataset's protocol, with `download` after downloading the dataset if it is missing.
+
+    Args:
+        dataset: its name.
+        source_path: the folder that contains its folder.
+        download: whether to download it if it is missing.
+        download_url: from where, in place of where it is published.
+        test_size: the fraction of the classes to test on, of a folder of class folders; 0: train and test on all.
 
     Raises:
         UserError: the data is missing, incomplete, or not in a layout of the dataset.
     """
     if dataset in ("", "..") or Path(dataset).name != dataset:
         raise UserError(f"--dataset {dataset} is not a name: give the folder's name, and its parent as --source_path")
+    if dataset in DATASETS and test_size != TEST_SIZE:
+        raise UserError(
+            f"--test_size {test_size} contradicts {dataset}'s own split: drop it, or choose cross_validation"
+        )
     root = Path(source_path) / dataset
-    spec = DATASETS.get(dataset)
-    is_missing = not root.is_dir() or all(entry.name.startswith(".") for entry in root.iterdir())
-    if is_missing and download and spec and not spec.made_here:
-        download_archives(dataset, root, download_url)
-    elif is_missing and not (spec and spec.made_here):
-        raise UserError(_how_to_get(dataset, root))
-    splits = spec.read(root) if spec else split_in_half(read_class_folders(find_layout(root, "images")))
+    try:
+        if _is_missing(root) and not find_spec(dataset).made_here:
+            if not (download and dataset in DATASETS):
+                raise UserError(_how_to_get(dataset, root))
+            download_archives(dataset, root, download_url)
+        splits = DATASETS[dataset].read(root) if dataset in DATASETS else read_folder(root, test_size)
+    except OSError as error:
+        where = os.fsdecode(error.filename) if error.filename else root
+        raise UserError(f"{where} can't be used ({error.strerror}): see to its permissions and its name") from None
+    splits = drop_repeats(splits)
     compare_counts(dataset, splits)
+    if test_size == 0:
+        notice(f"--test_size 0: {dataset} is evaluated on its training classes, which says nothing about unseen ones")
+        return Splits(splits.train, test=[RetrievalSet("test", splits.train)])
     return splits
+
+
+def _is_missing(root: Path) -> bool:
+    return not root.is_dir() or all(entry.name.startswith(".") for entry in root.iterdir())
 
 
 def _how_to_get(dataset: str, root: Path) -> str:
     spec = DATASETS.get(dataset)
     demo = "`bash Sample_Runs.sh demo` needs neither data nor pretrained weights"
     if spec is None:
-        near = nearest_name(dataset, DATASETS)
-        return f"no images were found in {root.resolve() / 'images'}, where --dataset {dataset}{near} would be; {demo}"
+        others = sorted(path.name for path in root.parent.glob("[!.]*") if path.is_dir() and path != root)
+        near = nearest_name(dataset, [*DATASETS, *others])
+        there = f"; {root.parent} contains {', '.join(others)}" if 0 < len(others) <= 12 else ""
+        return f"no images were found in {root.absolute()}, where --dataset {dataset}{near} would be{there}; {demo}"
     if spec.license:
         how = f"--download can't download it: {spec.license}"
     elif not spec.archives:
@@ -615,48 +931,111 @@ def _how_to_get(dataset: str, root: Path) -> str:
         how = "--download --download_url URL downloads its archives, or Datasets/README.md says where to put them"
     else:
         how = "--download downloads it"
-    return f"no data of {dataset} was found in {root.resolve()}; {how}; {demo}"
+    return f"no data of {dataset} was found in {root.absolute()}; {how}; {demo}"
 
 
 def download_archives(dataset: str, root: Path, base_url: str | None = None) -> None:
     """Downloads, checks and unpacks a dataset's archives; nothing appears in `root` until all of them are there.
 
+    Where another process is downloading them, it waits for that process.
+
     Raises:
         UserError: the dataset needs a license, no address is known, or the download failed.
     """
+    archives = DATASETS[dataset].archives
+    if not archives or (base_url is None and "://" not in archives[0].url):
+        raise UserError(_how_to_get(dataset, root))
+    folder = root.with_name(f".download-{dataset}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder))
+        except UserError:
+            notice(f"waiting for another process that is downloading {dataset}")
+            stack.enter_context(locked(folder, wait=True))
+        if _is_missing(root):  # otherwise the other process has downloaded it
+            _download_and_unpack(dataset, archives, folder, root, base_url)
+
+
+def _download_and_unpack(
+    dataset: str, archives: Sequence[Archive], folder: Path, root: Path, base_url: str | None
+) -> None:
     import http.client
     import tarfile
     import zipfile
     import zlib
 
-    from torchvision.datasets.utils import download_url, extract_archive
+    from torchvision.datasets.utils import download_url
 
     failures = (  # of the connection, by a wrong --download_url, or in unpacking
         *(OSError, RuntimeError, ValueError, http.client.HTTPException),
         *(EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error),
     )
-    archives = DATASETS[dataset].archives
-    if not archives or (base_url is None and "://" not in archives[0].url):
-        raise UserError(_how_to_get(dataset, root))
-    downloaded = root.with_name(f".download-{dataset}")
-    unpacked = downloaded / "unpacked"
+    unpacked = folder / "unpacked"
     try:
-        unpacked.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(unpacked, ignore_errors=True)  # of a process that was killed
+        unpacked.mkdir(parents=True)
         for archive in archives:
             file = archive.url.rsplit("/", 1)[-1]
             url = f"{base_url.rstrip('/')}/{file}" if base_url else archive.url
-            download_url(url, str(downloaded), file, archive.md5)  # skips intact files, so a second try continues
-            if file.endswith((".tgz", ".zip")):
-                extract_archive(str(downloaded / file), str(unpacked))
-            else:
-                shutil.copy(downloaded / file, unpacked)
+            with _timeout(DOWNLOAD_TIMEOUT):
+                # skips intact files, so a second try continues
+                download_url(url, str(folder), file, archive.md5)
+            unpack(folder / file, unpacked)
         shutil.rmtree(root, ignore_errors=True)  # contains hidden files at most
         os.replace(unpacked, root)
-        shutil.rmtree(downloaded)
+        shutil.rmtree(folder)
     except failures as error:
         raise UserError(
             f"{dataset} can't be downloaded ({error}): try again, or see Datasets/README.md for where to put its files"
         ) from None
+
+
+@contextlib.contextmanager
+def _timeout(seconds: float) -> Iterator[None]:
+    """Makes connections give up when nothing has arrived for so long."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpacks a .tgz or .zip file, and copies any other one.
+
+    Raises:
+        ValueError: it contains something other than files and folders that stay in `folder`.
+    """
+    import tarfile
+    import zipfile
+
+    def refuse(name: str) -> NoReturn:
+        raise ValueError(f"{archive.name} contains {name!a}, which is not a plain file or folder within it")
+
+    # Python 3.10 and 3.11 have it in their later releases.
+    extra: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+    if archive.suffix == ".tgz":
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                if not (member.isfile() or member.isdir()) or _leaves(member.name):
+                    refuse(member.name)
+                tar.extract(member, folder, **extra)
+    elif archive.suffix == ".zip":
+        with zipfile.ZipFile(archive) as packed:
+            for info in packed.infolist():
+                kind = stat.S_IFMT(info.external_attr >> 16)
+                if kind not in (0, stat.S_IFREG, stat.S_IFDIR) or _leaves(info.filename):
+                    refuse(info.filename)
+            packed.extractall(folder)
+    else:
+        shutil.copy(archive, folder)
+
+
+def _leaves(name: str) -> bool:
+    """Whether a path leads out of the folder that it is relative to."""
+    return name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name)
 
 
 def compare_counts(dataset: str, splits: Splits) -> None:
@@ -683,10 +1062,19 @@ def check_splits(dataset: str, splits: Splits) -> None:
         raise UserError(f"{dataset} has {splits.train.num_classes()} training class(es): at least two are needed")
     for test in [*splits.val, *splits.test]:
         gallery = test.query if test.gallery is None else test.gallery
-        if np.isin(gallery.labels[:, 0], splits.train.labels[:, 0]).any():
+        if gallery.num_classes() < 2:
+            raise UserError(
+                f"{dataset}, {test.name}: {gallery.num_classes()} class(es) to search: at least two are needed"
+            )
+        in_gallery = set(gallery.paths)
+        is_shared = np.array([path in in_gallery for path in test.query.paths])
+        if test.gallery and is_shared.any():
+            count = f"{is_shared.sum()} of {len(test.query)} queries"
+            notice(f"{dataset}, {test.name}: {count} are in the gallery, too, and don't find themselves there")
+        if gallery.paths is not splits.train.paths and np.isin(gallery.labels[:, 0], splits.train.labels[:, 0]).any():
             notice(f"{dataset}, {test.name}: some of its classes are training classes, too")
         sizes = np.bincount(gallery.labels[:, 0], minlength=len(gallery.class_names[0]))
-        alone = int((sizes[test.query.labels[:, 0]] <= (test.gallery is None)).sum())
+        alone = int((sizes[test.query.labels[:, 0]] <= is_shared).sum())
         if alone == len(test.query):
             raise UserError(f"{dataset}, {test.name}: no query has another image of its class to find: add images")
         if alone:
@@ -694,6 +1082,52 @@ def check_splits(dataset: str, splits: Splits) -> None:
                 f"{dataset}, {test.name}: {alone} of {len(test.query)} queries have no other image of their class and "
                 "don't count in retrieval metrics"
             )
+
+
+def check_images(splits: Splits, exif_orientation: bool = False) -> None:
+    """Makes sure that every image can be opened, without decoding it: headers are read, in parallel, with a bar.
+
+    Args:
+        splits: the images.
+        exif_orientation: whether images will be turned as their EXIF data say; otherwise a notice counts those.
+
+    Raises:
+        UserError: some can't be read; it names the first, and how many there are.
+    """
+    paths = list(dict.fromkeys(path for _, images in splits.named_sets() for path in images.paths))
+    parts = [paths[start : start + 64] for start in range(0, len(paths), 64)]
+    results: list[bool | UserError] = []
+    with (
+        ThreadPoolExecutor(min(16, 4 * cpu_cores())) as threads,  # they wait for the disk
+        warnings.catch_warnings(),
+        tqdm(desc="checking images", total=len(paths), leave=False, unit=" images", disable=None) as bar,
+    ):
+        warnings.simplefilter("ignore")  # about oddities that Pillow copes with
+        for part in threads.map(_check_images, parts):
+            results += part
+            bar.update(len(part))
+    errors = [result for result in results if isinstance(result, UserError)]
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise UserError(f"{len(errors)} of {len(paths)} images can't be read, of which the first is: {errors[0]}")
+    turned = sum(result is True for result in results)
+    if turned and not exif_orientation:
+        notice(
+            f"{turned} of {len(paths)} images are to be turned, by their EXIF data, which is ignored, as in the "
+            "literature: --exif_orientation turns them"
+        )
+
+
+def _check_images(paths: Sequence[str]) -> list[bool | UserError]:
+    """For each image whether it is to be turned, or why it can't be read."""
+    results: list[bool | UserError] = []
+    for path in paths:
+        try:
+            results.append(transforms.check_image(path))
+        except UserError as error:
+            results.append(error)
+    return results
 
 
 class ImageDataset(Dataset):
@@ -704,9 +1138,10 @@ class ImageDataset(Dataset):
         parents: `(N,)` labels of the next coarser level, if there is one.
     """
 
-    def __init__(self, images: ImageSet, transform: transforms.Transform):
+    def __init__(self, images: ImageSet, transform: transforms.Transform, exif_orientation: bool = False):
         self.images = images
         self.transform = transform
+        self.exif_orientation = exif_orientation
         self.labels = images.labels[:, 0]
         self.parents: np.ndarray | None = images.labels[:, 1] if images.labels.shape[1] > 1 else None
 
@@ -716,7 +1151,8 @@ class ImageDataset(Dataset):
     def load(self, idx: int) -> tuple[torch.Tensor, int, int] | UserError:
         """One item: image `(3, crop, crop)` uint8, label, index."""
         try:
-            return self.transform(transforms.load_image(self.images.paths[idx])), int(self.labels[idx]), idx
+            image = transforms.load_image(self.images.paths[idx], self.exif_orientation)
+            return self.transform(image), int(self.labels[idx]), idx
         except UserError as error:  # raised by the main process: raised in a worker it would arrive as a traceback
             return error
 
@@ -724,27 +1160,66 @@ class ImageDataset(Dataset):
         return self.load(idx)
 
 
-def class_balanced(
-    labels: np.ndarray, bs: int, samples_per_class: int, rng: np.random.Generator
-) -> Iterator[np.ndarray]:
+class Deck:
+    """Cards 0 … size - 1, which are drawn without replacement until all are used up, and then shuffled again.
+
+    A draw that goes beyond the end of a round holds each card as seldom as possible.
+    """
+
+    def __init__(self, size: int, rng: np.random.Generator):
+        self.size, self.rng = size, rng
+        self.waiting: list[int] = []
+
+    def draw(self, count: int) -> list[int]:
+        """The next `count` cards."""
+        while len(self.waiting) < count:
+            # What is left of this round opens the draw, so the next round begins with cards that are not in it.
+            times = Counter(self.waiting)
+            self.waiting += sorted(self.rng.permutation(self.size).tolist(), key=times.__getitem__)
+        drawn, self.waiting = self.waiting[:count], self.waiting[count:]
+        return drawn
+
+
+def members_of_classes(labels: np.ndarray) -> list[np.ndarray]:
+    """For each class, in the order of labels, the positions of its images."""
+    sizes = np.unique(labels, return_counts=True)[1]
+    return np.split(np.argsort(labels, kind="stable"), np.cumsum(sizes)[:-1])
+
+
+class class_balanced:
     """Batches of `bs / samples_per_class` distinct classes with `samples_per_class` images each.
 
-    Every class is drawn before any is drawn again. Within a batch, an image occurs once if its class has enough images.
+    Every class is drawn before any is drawn again, and likewise, within a class, every image. Within a batch, an image
+    occurs once if its class has enough images. Each iteration gives `(bs,)` positions, max(1, images // bs) times, and
+    goes on where the one before it ended.
+    """
+
+    def __init__(self, labels: np.ndarray, bs: int, samples_per_class: int, rng: np.random.Generator):
+        self.samples_per_class = samples_per_class
+        self.classes_per_batch, self.num_batches = bs // samples_per_class, max(1, len(labels) // bs)
+        self.members = members_of_classes(labels)
+        self.classes = Deck(len(self.members), rng)
+        self.images = [Deck(len(members), rng) for members in self.members]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for _ in range(self.num_batches):
+            classes = self.classes.draw(self.classes_per_batch)
+            yield np.concatenate([self.members[one][self.images[one].draw(self.samples_per_class)] for one in classes])
+
+
+def class_balanced_redrawn(
+    labels: np.ndarray, bs: int, samples_per_class: int, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """As `class_balanced`, but images of a class are drawn anew for each batch: in an epoch, many are never drawn.
 
     Yields:
         `(bs,)` positions, max(1, images // bs) times.
     """
-    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    classes_per_batch = bs // samples_per_class
-    waiting: list[int] = []
+    members = members_of_classes(labels)
+    classes = Deck(len(members), rng)
     for _ in range(max(1, len(labels) // bs)):
-        if len(waiting) < classes_per_batch:
-            # What is left of this round opens the batch, so the next round begins with classes that are not in it.
-            upcoming = rng.permutation(len(members))
-            repeated = np.isin(upcoming, waiting)
-            waiting += [*upcoming[~repeated], *upcoming[repeated]]
-        classes, waiting = waiting[:classes_per_batch], waiting[classes_per_batch:]
-        yield np.concatenate([_draw(members[label], samples_per_class, rng) for label in classes])
+        chosen = [members[one] for one in classes.draw(bs // samples_per_class)]
+        yield np.concatenate([_draw(images, samples_per_class, rng) for images in chosen])
 
 
 def _draw(members: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -765,11 +1240,12 @@ def shuffled(labels: np.ndarray, bs: int, samples_per_class: int, rng: np.random
 
 
 # labels (N,), bs, samples_per_class, generator -> batches of image positions, one pass over the images
-BatchSampler = Callable[[np.ndarray, int, int, np.random.Generator], Iterator[np.ndarray]]
+BatchSampler = Callable[[np.ndarray, int, int, np.random.Generator], Iterable[np.ndarray]]
 BATCH_SAMPLERS: dict[str, BatchSampler] = {
     "class_balanced": class_balanced,
     "shuffled": shuffled,
 }
+REDRAWING: dict[str, BatchSampler] = {"class_balanced": class_balanced_redrawn}  # in its place, with --redraw_images
 
 Draw = tuple[int, int, int]  # a training image to load: (position in the dataset, epoch, position in the epoch)
 
@@ -779,6 +1255,17 @@ class BaseTripletDataset(ImageDataset):
 
     Batches and augmentation depend only on the seed, the epoch and the position in the epoch. All that a worker needs
     is in the draws it gets, since workers live longer than an epoch and don't see what changes in the main process.
+
+    Args:
+        images: the training images.
+        transform: the random transform.
+        bs: images per batch.
+        samples_per_class: images of each class in a batch.
+        batch_sampler: a key of `BATCH_SAMPLERS`.
+        seed: of batches and transforms.
+        iterations: batches per epoch (default: one pass of the batch sampler).
+        redraw_images: whether `class_balanced` draws the images of a class anew for each batch.
+        exif_orientation: whether to turn images as their EXIF data say.
 
     Attributes:
         labels: `(N,)` training labels 0 … num_classes - 1.
@@ -793,8 +1280,10 @@ class BaseTripletDataset(ImageDataset):
         batch_sampler: str = "class_balanced",
         seed: int = 1,
         iterations: int | None = None,
+        redraw_images: bool = False,
+        exif_orientation: bool = False,
     ):
-        super().__init__(images, transform)
+        super().__init__(images, transform, exif_orientation)
         classes, self.labels = np.unique(self.labels, return_inverse=True)
         self.num_classes = len(classes)
         self.bs = bs
@@ -802,9 +1291,10 @@ class BaseTripletDataset(ImageDataset):
         self.batch_sampler = batch_sampler
         self.seed = seed
         self.iterations = iterations
+        self.redraw_images = redraw_images
         self._batches: list[list[Draw]] = []
-        self._warn_about_repeats()
         self.set_epoch(1)
+        self._warn_about_repeats()
 
     @property
     def batches(self) -> list[list[Draw]]:
@@ -822,6 +1312,17 @@ class BaseTripletDataset(ImageDataset):
             notice(
                 f"--bs {self.bs} is more than the {len(self)} training images: images repeat, or batches are smaller"
             )
+        num_draws = sum(map(len, self.batches))
+        shown = np.minimum(sizes, num_draws / len(sizes)).sum()  # where each class is drawn equally often
+        if self.batch_sampler == "class_balanced" and shown < 0.9 * min(num_draws, len(self)):
+            notice(
+                f"an epoch shows {self.num_images_shown()} of the {len(self)} training images: classes are drawn "
+                "equally often, so that images of small ones repeat and some of large ones wait for later epochs"
+            )
+
+    def num_images_shown(self) -> int:
+        """The number of different images in the current epoch's batches."""
+        return len({idx for batch in self.batches for idx, _, _ in batch})
 
     def form_batches(self, epoch: int) -> list[np.ndarray]:
         """The epoch's batches of image positions; a subclass may form others.
@@ -830,9 +1331,15 @@ class BaseTripletDataset(ImageDataset):
             UserError: the batch sampler forms none.
         """
         rng = np.random.default_rng((self.seed, epoch))
+        rows = {**BATCH_SAMPLERS, **(REDRAWING if self.redraw_images else {})}
+        begin = partial(rows[self.batch_sampler], self.labels, self.bs, self.samples_per_class, rng)
+        sampler = begin()
         batches: list[np.ndarray] = []
         while not batches or len(batches) < (self.iterations or 0):
-            one_pass = [*BATCH_SAMPLERS[self.batch_sampler](self.labels, self.bs, self.samples_per_class, rng)]
+            one_pass = [*sampler]
+            if not one_pass:  # a generator ends with its pass; class_balanced goes on with the next one
+                sampler = begin()
+                one_pass = [*sampler]
             if not one_pass:
                 what = f"--batch_sampler {self.batch_sampler} forms no batch of {self.bs}"
                 raise UserError(f"{what} from {len(self)} images: lower --bs")
@@ -862,6 +1369,63 @@ def collate(items: list) -> Any:
     return images.permute(0, 3, 1, 2), labels, indices
 
 
+def collate_arrays(items: list) -> Any:
+    """As `collate`, but arrays, images as `(B, H, W, 3)`: they go through a pipe, and tensors through shared memory."""
+    error = next((item for item in items if isinstance(item, UserError)), None)
+    if error is not None:
+        return error
+    images, labels, indices = zip(*items)
+    return np.stack([image.permute(1, 2, 0).numpy() for image in images]), np.array(labels), np.array(indices)
+
+
+def free_shared_memory() -> float:
+    """The bytes that are free for the batches that workers pass on; containers often have no more than 64 MB."""
+    try:
+        status = os.statvfs("/dev/shm")
+    except (OSError, AttributeError):  # systems that have no such folder, or no such function
+        return math.inf
+    return status.f_bavail * status.f_frsize
+
+
+def refuse_dead_worker(error: Exception) -> None:
+    """Raises a `UserError` in place of an error by which PyTorch tells of a data-loading worker that died.
+
+    Any other error is left to the caller.
+    """
+    if isinstance(error.__cause__, UserError):  # of the signal handler, which knows more
+        raise error.__cause__ from None
+    text = str(error)
+    if text.startswith("Caught") and "shared memory" not in text:
+        return  # raised in a worker that lives
+    if isinstance(error, ConnectionError | EOFError | FileNotFoundError):
+        threading.Event().wait(1)  # the worker's batch can't be fetched any more: in a moment the signal says why
+        causes = ["connection lost"]
+    else:
+        causes = re.findall(r"killed by signal: [\w ]+|exited unexpectedly|unable to allocate shared memory", text)
+    if causes:
+        raise UserError(
+            f"a data-loading worker died ({causes[0]}), perhaps for lack of memory: lower --kernels or --bs, and "
+            "continue with --resume_training"
+        ) from None
+
+
+def _on_dead_worker(pytorchs_handler: Callable[[int, Any], object], number: int, frame: Any) -> None:
+    try:
+        pytorchs_handler(number, frame)
+    except RuntimeError as error:
+        refuse_dead_worker(error)
+        raise
+
+
+def handle_dead_workers() -> None:
+    """Wraps PyTorch's signal handler, which interrupts the main process wherever it is when a worker dies."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    if callable(handler) and getattr(handler, "func", None) is not _on_dead_worker:
+        signal.signal(signal.SIGCHLD, partial(_on_dead_worker, handler))
+
+
 class ImageLoader(DataLoader):
     """A DataLoader whose main process raises the `UserError` that a worker met."""
 
@@ -887,13 +1451,25 @@ class ImageLoader(DataLoader):
             # DataLoader draws a random number when it starts workers, but not when it uses them again. Training must be
             # the same whether they were started in this epoch, as in a resumed run, or in an earlier one.
             torch.empty((), dtype=torch.int64).random_(generator=self.generator)
-        for batch in super().__iter__():
-            if isinstance(batch, UserError):
-                try:
-                    raise batch
-                finally:
-                    del batch  # or the error would refer to itself, and its loader's workers stop much later
-            yield batch
+        try:
+            batches = super().__iter__()
+            handle_dead_workers()
+            for batch in batches:
+                if isinstance(batch, UserError):
+                    try:
+                        raise batch
+                    finally:
+                        del batch  # or the error would refer to itself, and its loader's workers stop much later
+                if isinstance(batch[0], np.ndarray):
+                    images, labels, indices = map(torch.from_numpy, batch)
+                    batch = images.permute(0, 3, 1, 2), labels, indices
+                yield batch
+        except UserError:
+            raise
+        except Exception as error:
+            if self.num_workers:
+                refuse_dead_worker(error)
+            raise
 
 
 @dataclass(frozen=True)
@@ -918,6 +1494,8 @@ def build_train_dataset(opt: argparse.Namespace, images: ImageSet) -> BaseTriple
             f"--bs {opt.bs} with --samples_per_class {opt.samples_per_class} needs {classes_per_batch} classes per "
             f"batch, and {opt.dataset} trains on {num_classes}: lower --bs or raise --samples_per_class"
         )
+    iterations = f"--iterations_per_epoch {opt.iterations_per_epoch} with --bs {opt.bs}"
+    check_memory((opt.iterations_per_epoch or 0) * opt.bs * BYTES_PER_DRAW, iterations)
     return BaseTripletDataset(
         images,
         transforms.build_train_transform(opt),
@@ -926,6 +1504,8 @@ def build_train_dataset(opt: argparse.Namespace, images: ImageSet) -> BaseTriple
         opt.batch_sampler,
         opt.seed,
         opt.iterations_per_epoch,
+        opt.redraw_images,
+        opt.exif_orientation,
     )
 
 
@@ -935,23 +1515,30 @@ def give_dataloaders(opt: argparse.Namespace, splits: Splits, pin_memory: bool =
     Raises:
         UserError: batches of --bs images can't be formed.
     """
-    train = build_train_dataset(opt, splits.train)
     workers = min(opt.kernels, cpu_cores())
     if workers < opt.kernels:
         notice(f"--kernels {opt.kernels} is more than this machine's {workers} cores: {workers} workers load data")
+    loaded_ahead = 2 + 2 * workers  # two per worker, and two that the main process has
+    eval_transform = transforms.build_eval_transform(opt)
+    train = build_train_dataset(opt, splits.train)
+    free = free_shared_memory()
+    needs_pipes = workers > 0 and loaded_ahead * max(opt.bs, opt.eval_bs) * 3 * opt.crop_size**2 > free
+    if needs_pipes:
+        notice(
+            f"/dev/shm has only {free / 1e6:.0f} MB: workers send batches through pipes instead, which takes a little "
+            "longer; a container gets more by --shm-size"
+        )
     common: dict[str, Any] = {
         "num_workers": workers,
         "persistent_workers": workers > 0,
-        "collate_fn": collate,
+        "collate_fn": collate_arrays if needs_pipes else collate,
         "pin_memory": pin_memory,
     }
-    eval_transform = transforms.build_eval_transform(opt)
 
     def in_order(images: ImageSet) -> ImageLoader:
+        dataset = ImageDataset(images, eval_transform, opt.exif_orientation)
         # a generator of its own, so that evaluation draws nothing from training's
-        return ImageLoader(
-            ImageDataset(images, eval_transform), batch_size=opt.eval_bs, generator=torch.Generator(), **common
-        )
+        return ImageLoader(dataset, batch_size=opt.eval_bs, generator=torch.Generator(), **common)
 
     return Loaders(
         train=ImageLoader(train, batch_sampler=train.batches, **common),

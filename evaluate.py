@@ -8,11 +8,13 @@ network.
 from __future__ import annotations
 
 import inspect
+import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,7 +27,10 @@ from auxiliaries import FlagParser, UserError, notice, number
 if TYPE_CHECKING:
     from datasets import ImageLoader, RetrievalSet
 
-QUERY_TILE, GALLERY_TILE = 512, 4096  # products of this shape stay in the cache
+QUERY_TILE, GALLERY_TILE = 512, 2048  # products of this shape stay in the cache
+MAX_IN_TURN = 16  # thresholds that are compared with one after the other
+MAX_DIFFERENCES = 2**19  # coordinates that are subtracted at once
+TIE = 1 + 1e-14  # distances in float64 that differ by less are equal: their last bits depend on the order of sums
 
 
 def add_arguments(parser: FlagParser) -> None:
@@ -86,7 +91,7 @@ class EmbeddingSpace:
         has_positive: `(Q,)` bool, whether there are any; queries without don't count in retrieval metrics.
 
     Raises:
-        UserError: an embedding is not finite.
+        UserError: an embedding is not finite, or a query has another label in the gallery.
     """
 
     def __init__(
@@ -104,12 +109,15 @@ class EmbeddingSpace:
         if query_in_gallery is None:
             query_in_gallery = np.arange(len(self.query)) if gallery is None else np.full(len(self.query), -1)
         self.query_in_gallery = np.asarray(query_in_gallery)  # (Q,)
-        if not all(points.square().sum(dim=1).isfinite().all() for points in (self.query, self.gallery)):
+        if not all(points.isfinite().all() for points in (self.query, self.gallery)):
             raise UserError("the network's embeddings are not finite: lower --lr, or check the weights it started from")
+        is_inside = self.query_in_gallery >= 0  # (Q,)
+        if (self.query_labels[is_inside] != self.gallery_labels[self.query_in_gallery[is_inside]]).any():
+            raise UserError("an image has one label as a query and another one in the gallery: give it one of them")
         classes, counts = np.unique(self.gallery_labels, return_counts=True)
         size = dict(zip(classes.tolist(), counts.tolist()))
         self.num_positives = np.array([size.get(label, 0) for label in self.query_labels.tolist()], np.int64)  # (Q,)
-        self.num_positives -= (self.num_positives > 0) & (self.query_in_gallery >= 0)
+        self.num_positives -= is_inside
         self.has_positive = self.num_positives > 0  # (Q,)
 
     @cached_property
@@ -148,39 +156,75 @@ class EmbeddingSpace:
     def _count_negatives(self, nearest_only: bool) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """Counts, for positives of each query, the items of other classes that are at least as near.
 
-        Works tile by tile, so that memory stays small. A value is only compared with values of products of the same
-        shape, since another shape may round differently.
+        Products in float32 tell most distances apart. Where embeddings crowd around several points they don't: these
+        queries are counted by products in float64, and those that are still left by differences.
 
         Yields:
-            A tile of queries: their positions `(rows,)`, and counts `(rows, M)`, for the nearest positive only or for
-            all of them, nearest first; a query with fewer positives has counts without meaning at the end.
+            Some queries: their positions `(rows,)`, and counts `(rows, M)`, for the nearest positive only or for all
+            of them, nearest first; a query with fewer positives has counts without meaning at the end.
         """
-        center = self._center()  # (D,)
-        queries = _sort_into_tiles(self.query - center, self.query_labels, QUERY_TILE, is_gallery=False)
-        gallery = _sort_into_tiles(self.gallery - center, self.gallery_labels, GALLERY_TILE, is_gallery=True)
-        place = self.query_in_gallery[queries.order]  # (Q,)
-        own_column = np.full(len(queries.points), -1)  # where the sorted gallery holds each of the sorted queries
-        own_column[: len(place)] = np.where(place < 0, -1, np.argsort(gallery.order)[place])
-        scores = queries.points.new_empty(QUERY_TILE, GALLERY_TILE)  # the one memory for the scores of all tiles
-        for row in range(0, len(queries.points), QUERY_TILE):
-            rows = slice(row, row + QUERY_TILE)
-            tile = _QueryTile(queries.points[rows], queries.labels[rows], gallery, scores)
-            positives = tile.score_positives(own_column[rows])  # (QUERY_TILE, M)
-            if nearest_only:
-                positives = positives.amax(1, keepdim=True)  # (QUERY_TILE, 1)
-            else:
-                positives = positives.sort(dim=1, descending=True).values
-            order = queries.order[rows]
-            yield order, tile.count_negatives(positives)[: len(order)]
+        waiting = torch.from_numpy(np.argsort(self.query_labels, kind="stable")).to(self.query.device)  # by label
+        is_search = not nearest_only and self.num_positives.max(initial=0) > MAX_IN_TURN  # float64 costs it little more
+        for dtype in (torch.float64,) if is_search else (torch.float32, torch.float64):
+            if len(waiting) == 0:
+                return
+            products, crowded = _Products(self, dtype), []
+            for queries in waiting.split(QUERY_TILE):
+                tile = _QueryTile(products, queries, nearest_only)
+                tile.count()
+                yield queries[~tile.is_crowded].cpu().numpy(), tile.counts[~tile.is_crowded]
+                crowded.append(queries[tile.is_crowded])
+            waiting = torch.cat(crowded)
+        if len(waiting):
+            yield from self._count_by_differences(waiting, nearest_only)
 
-    def _center(self) -> torch.Tensor:
-        """The vector `(D,)` to subtract before products are taken: the mean where points crowd around it, else zero.
+    def _count_by_differences(
+        self, queries: torch.Tensor, nearest_only: bool
+    ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """The same as `_count_negatives`, slowly, in float64, and with equal points of the gallery compared once."""
+        first, place, repeats = (torch.from_numpy(array).to(queries.device) for array in _distinct_rows(self.gallery))
+        points = self.gallery[first].double()  # (U, D)
+        for rows in queries.split(max(1, 4 * MAX_DIFFERENCES // len(points))):
+            distances = _cdist(self.query[rows], points)  # (rows, U)
+            start, end, own = (columns[rows][:, None] for columns in self.class_columns)  # (rows, 1) each
+            columns = start + torch.arange(int((end - start).max().clamp(min=1)), device=rows.device)  # (rows, M)
+            items = self.gallery_order[columns.clamp(max=len(self.gallery) - 1)]  # (rows, M)
+            positives = distances.gather(1, place[items])  # (rows, M)
+            positives = positives.masked_fill_((columns >= end) | (columns == own), torch.inf).sort(dim=1).values
+            reached = TIE * (positives[:, :1] if nearest_only else positives)  # (rows, M)
+            distances, order = distances.sort(dim=1)  # (rows, U)
+            as_near = torch.searchsorted(distances, reached, right=True)  # (rows, M)
+            counts = F.pad(repeats[order].cumsum(dim=1), (1, 0)).gather(1, as_near)  # (rows, M), of the whole gallery
+            own_class = torch.searchsorted(positives, reached, right=True) + (own >= 0)  # (rows, M)
+            yield rows.cpu().numpy(), counts - own_class
 
-        Distances stay the same, but in products of points that nearly coincide float32 keeps no digit that differs.
-        """
-        mean = self.gallery.mean(dim=0, dtype=torch.float64)
-        crowded = mean.square().sum() > 0.9 * self.gallery.square().sum(dim=1).mean(dtype=torch.float64)
-        return (mean * crowded).float()
+    @cached_property
+    def gallery_order(self) -> torch.Tensor:
+        """`(G,)` the gallery's positions, sorted by label."""
+        return torch.from_numpy(np.argsort(self.gallery_labels, kind="stable")).to(self.gallery.device)
+
+    @cached_property
+    def class_columns(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Where in `gallery_order` each query's class starts and ends, and where the query is (-1: nowhere): `(Q,)`."""
+        order = self.gallery_order.cpu().numpy()
+        labels = self.gallery_labels[order]
+        bounds = [np.searchsorted(labels, self.query_labels, side) for side in ("left", "right")]
+        own = np.where(self.query_in_gallery < 0, -1, np.argsort(order)[self.query_in_gallery])
+        start, end, own_place = torch.from_numpy(np.stack([*bounds, own])).to(self.query.device)
+        return start, end, own_place
+
+    def distances(self, queries: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+        """Distances of pairs: queries `(P,)` and items of the gallery `(P,)`, `(P,)` float64."""
+        step = max(1, MAX_DIFFERENCES // self.query.shape[1])
+        pairs = zip(queries.split(step), items.split(step))
+        parts = [_cdist(self.query[some][:, None], self.gallery[others][:, None]) for some, others in pairs]
+        return torch.cat([part.flatten() for part in parts]) if parts else self.query.new_empty(0, dtype=torch.float64)
+
+    @cached_property
+    def scale(self) -> float:
+        """A power of two by which the points are neither very small nor very large."""
+        largest = max(max(map(abs, map(float, points.aminmax()))) for points in (self.query, self.gallery))
+        return 2.0 ** -min(max(math.frexp(largest)[1], -126), 126)
 
     def neighbors(self, chosen: np.ndarray, k: int) -> np.ndarray:
         """Finds the nearest gallery items of some queries, without the queries themselves.
@@ -192,25 +236,14 @@ class EmbeddingSpace:
         Returns:
             `(C, k)` positions in the gallery, nearest first.
         """
-        place = self.query_in_gallery[np.asarray(chosen)][:, None]  # (C, 1)
-        excludes_query = bool((self.query_in_gallery >= 0).any())
-        wanted = min(k + excludes_query, len(self.gallery))
-        gallery, query = _to_numpy(self.gallery), _to_numpy(self.query[torch.as_tensor(chosen)])
-        if import_faiss() is None:
-            from sklearn.neighbors import NearestNeighbors
-
-            search = NearestNeighbors(algorithm="brute").fit(gallery)
-            found = search.kneighbors(query, wanted, return_distance=False)  # (C, wanted)
-        else:
-            index = self._faiss_index()
-            index.add(gallery)
-            _, found = index.search(query, wanted)  # (C, wanted)
-        if not excludes_query:
-            return found
-        is_query = found == place  # (C, wanted)
-        # A query that is not in its own list, perhaps because exact duplicates pushed it out, loses the last entry.
-        is_query[~is_query.any(axis=1), -1] = True
-        return found[~is_query].reshape(len(found), wanted - 1)
+        wanted = min(k, len(self.gallery) - bool((self.query_in_gallery >= 0).any()))
+        gallery, found = self.gallery.double(), []
+        for queries in np.array_split(np.asarray(chosen), math.ceil(len(chosen) / 64) or 1):
+            distances = _cdist(self.query[torch.from_numpy(queries)], gallery)  # (rows, G)
+            place = self.query_in_gallery[queries]
+            distances[np.flatnonzero(place >= 0), place[place >= 0]] = torch.inf
+            found.append(distances.argsort(dim=1, stable=True)[:, :wanted].cpu().numpy())
+        return np.concatenate(found)
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -230,26 +263,37 @@ class EmbeddingSpace:
         """`(N,)` the k-means cluster of every point: 20 iterations on all points, k = number of their classes.
 
         It starts from k random points, which differ as far as possible: otherwise classes whose points coincide would
-        not be told apart.
+        not be told apart. Points that float32 can't tell from their cluster's center are clustered in float64.
         """
-        points = _to_numpy(self.points)  # (N, D)
+        points = _to_numpy(self.points if 1e-9 < self.scale < 1e9 else self.points * self.scale)  # (N, D)
         k = len(np.unique(self.labels))
         rng = np.random.default_rng(0)
-        rows = points.view(np.dtype((np.void, points.strides[0]))).ravel()  # (N,)
-        start = rng.permutation(np.unique(rows, return_index=True)[1])[:k]
+        distinct, _, _ = _distinct_rows(self.points)
+        start = rng.permutation(distinct)[:k]
         start = np.concatenate([start, rng.choice(len(points), k - len(start), replace=False)])  # (k,)
-        faiss = import_faiss()
-        if faiss is None:
-            from sklearn.cluster import KMeans
+        if import_faiss() is not None:
+            clusters, squared_distances = self._cluster_with_faiss(points, points[start])
+            squared_norms = np.einsum("nd,nd->n", points, points)  # (N,)
+            if np.median(squared_distances) > 1e-5 * np.median(squared_norms) or len(distinct) <= k:
+                return clusters
+        from sklearn.cluster import KMeans
 
-            return KMeans(k, init=points[start], max_iter=20, n_init=1, random_state=0).fit_predict(points)
-        kmeans = faiss.Clustering(points.shape[1], k)
+        kmeans = KMeans(k, init=points[start].astype(np.float64), max_iter=20, n_init=1, random_state=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about equal points
+            return kmeans.fit_predict(points.astype(np.float64))
+
+    def _cluster_with_faiss(self, points: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Clusters of points `(N, D)`, starting from centers `(k, D)`, and squared distances to the final centers."""
+        faiss = import_faiss()
+        kmeans = faiss.Clustering(points.shape[1], len(start))
         kmeans.niter, kmeans.seed = 20, 0
         kmeans.min_points_per_centroid, kmeans.max_points_per_centroid = 1, 10**9  # or it drops points
-        faiss.copy_array_to_vector(points[start].ravel(), kmeans.centroids)
+        faiss.copy_array_to_vector(start.ravel(), kmeans.centroids)
         index = self._faiss_index()
         kmeans.train(points, index)
-        return index.search(points, 1)[1][:, 0]
+        squared_distances, clusters = index.search(points, 1)  # (N, 1) each
+        return clusters[:, 0], squared_distances[:, 0]
 
     def _faiss_index(self) -> Any:
         """An empty index for exact search, on the embeddings' own CUDA device where faiss can use it."""
@@ -260,95 +304,197 @@ class EmbeddingSpace:
         return index
 
 
-class _Tiles(NamedTuple):
-    """Points sorted by label, filled up to whole tiles."""
-
-    points: torch.Tensor  # (whole tiles, D + 1)
-    order: np.ndarray  # (N,) positions before sorting
-    labels: np.ndarray  # (N,) sorted
+def _cdist(some: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Euclidean distances by differences in float64: `(…, A, D)` and `(…, B, D)` to `(…, A, B)`."""
+    return torch.cdist(some.double(), others.double(), compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def _sort_into_tiles(points: torch.Tensor, labels: np.ndarray, tile: int, is_gallery: bool) -> _Tiles:
-    """Sorts points `(N, D)` by label, fills them up, and adds a dimension that makes products distances.
+def _distinct_rows(points: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where each distinct point first stands `(U,)`, which of them every point is `(N,)`, and how often `(U,)`."""
+    rows = _to_numpy(points)
+    rows = rows.view(np.dtype((np.void, rows.strides[0]))).ravel()  # (N,)
+    _, first, which, repeats = np.unique(rows, return_index=True, return_inverse=True, return_counts=True)
+    return first, which, repeats
 
-    For gallery items it is -‖g‖²/2 and for queries 1, so that q·g - ‖g‖²/2 is the larger the nearer g is to q.
+
+class _Products:
+    """The gallery, for comparing distances by products in one precision.
+
+    Points are moved by the gallery's mean and scaled, which changes no comparison. The score of an item g for a query q
+    is q·g - ‖g‖²/2: the larger, the nearer.
+
+    Args:
+        space: the points.
+        dtype: the precision.
     """
-    order = np.argsort(labels, kind="stable")  # (N,)
-    sorted_points = points[torch.from_numpy(order).to(points.device)]  # (N, D)
-    lengths = sorted_points.square().sum(dim=1, keepdim=True)  # (N, 1)
-    extra = -0.5 * lengths if is_gallery else torch.ones_like(lengths)  # (N, 1)
-    padding = -len(order) % tile
-    filled = F.pad(torch.cat([sorted_points, extra], dim=1), (0, 0, 0, padding))  # (N + padding, D + 1)
-    if is_gallery and padding:
-        filled[-padding:, -1] = torch.finfo(filled.dtype).min  # farther than anything
-    return _Tiles(filled, order, labels[order])
+
+    def __init__(self, space: EmbeddingSpace, dtype: torch.dtype):
+        self.space, self.dtype, self.scale = space, dtype, space.scale
+        self.center = (space.gallery.mean(dim=0, dtype=torch.float64) * self.scale).to(dtype)  # (D,)
+        self.gallery = self.prepare(space.gallery[space.gallery_order])  # (G, D + 1), sorted by label
+        self.gallery[:, -1] = -0.5 * torch.linalg.vector_norm(self.gallery[:, :-1], dim=1).square()
+        self.memory = self.gallery.new_empty(2, QUERY_TILE * GALLERY_TILE)  # for the scores of all tiles
+
+    def prepare(self, points: torch.Tensor) -> torch.Tensor:
+        """Points `(N, D)`, moved and scaled, with a one behind each: `(N, D + 1)`."""
+        prepared = torch.ones(len(points), points.shape[1] + 1, dtype=self.dtype, device=points.device)
+        torch.mul(points.to(self.dtype), self.scale, out=prepared[:, :-1]).sub_(self.center)
+        return prepared
+
+    def score(self, queries: torch.Tensor, column: int) -> torch.Tensor:
+        """Scores `(rows, columns)` of the gallery's tile from a column on, for prepared queries `(rows, D + 1)`."""
+        items = self.gallery[column : column + GALLERY_TILE]
+        scores = self.memory[0, : len(queries) * len(items)].view(len(queries), len(items))
+        return torch.mm(queries, items.T, out=scores)
+
+    def spare(self, scores: torch.Tensor) -> torch.Tensor:
+        """More memory of the shape of scores."""
+        return self.memory[1, : scores.numel()].view(scores.shape)
 
 
 class _QueryTile:
-    """A tile of queries and the gallery; sorted by label, it holds each query's class from `start` to `end`.
+    """Some queries, compared with the gallery.
+
+    Scores are scaled so that rounding is far below 1. An item whose score is more than 1 above a threshold is at least
+    as near as the positive, one whose score is below it is not. In between it is in doubt, and its distance is computed
+    from differences. A query with many items in doubt is crowded, and given up.
 
     Args:
-        queries: `(QUERY_TILE, D + 1)` sorted by label.
-        labels: `(rows,)` their labels; the last tile of queries has fewer than QUERY_TILE.
-        gallery: all tiles of the gallery.
-        scores: `(QUERY_TILE, GALLERY_TILE)` memory for the scores of one tile of the gallery.
+        products: the gallery.
+        queries: `(rows,)` positions of at most QUERY_TILE queries, sorted by label.
+        nearest_only: whether items are compared with each query's nearest positive only, or with all its positives.
+
+    Attributes:
+        counts: `(rows, M)` int64, for each positive, nearest first, the items of other classes at least as near.
+        is_crowded: `(rows,)` bool, which queries' counts are not valid.
     """
 
-    def __init__(self, queries: torch.Tensor, labels: np.ndarray, gallery: _Tiles, scores: torch.Tensor):
-        self.queries, self.gallery, self.scores = queries, gallery.points, scores
-        bounds = np.zeros((2, QUERY_TILE), np.int64)
-        bounds[:, : len(labels)] = [np.searchsorted(gallery.labels, labels, side) for side in ("left", "right")]
-        self.start, self.end = torch.from_numpy(bounds).to(queries.device)[:, :, None]  # (QUERY_TILE, 1) each
-        self.largest_class = max(1, int((bounds[1] - bounds[0]).max()))  # M
-        self.tiles_with_positives = range(bounds[0, 0] // GALLERY_TILE * GALLERY_TILE, bounds.max(), GALLERY_TILE)
+    def __init__(self, products: _Products, queries: torch.Tensor, nearest_only: bool):
+        self.products, self.queries, self.nearest_only = products, queries, nearest_only
+        start, end, own = (columns[queries][:, None] for columns in products.space.class_columns)  # (rows, 1) each
+        self.start, self.end, self.first, self.last = start, end, int(start.min()), int(end.max())
+        points = products.prepare(products.space.query[queries])  # (rows, D + 1)
+        positives = self._score_positives(points, own)  # (rows, M)
+        nearest = positives.amax(dim=1, keepdim=True)  # (rows, 1)
+        ranked, self.places = positives.sort(dim=1, descending=True)  # (rows, M) each
+        wanted = nearest if nearest_only else ranked  # (rows, M), for a nearest positive (rows, 1)
 
-    def _score(self, column: int) -> torch.Tensor:
-        """Scores `(QUERY_TILE, GALLERY_TILE)` of the gallery's tile from a column on: the larger, the nearer."""
-        return torch.mm(self.queries, self.gallery[column : column + GALLERY_TILE].T, out=self.scores)
+        # An item about as far away as a positive at distance d has ‖g‖ ≤ ‖q‖ + d, and products of D terms are off by up
+        # to about eps √D ‖q‖ ‖g‖. Equal distances must be in doubt, too.
+        precision = torch.finfo(products.dtype)
+        squared = points[:, :-1].square().sum(dim=1, keepdim=True)  # (rows, 1)
+        lowest = wanted.masked_fill(wanted.isinf(), torch.inf).amin(dim=1, keepdim=True)  # (rows, 1)
+        squared_distance = (squared - 2 * lowest).clamp(min=0)  # (rows, 1)
+        margin = 4 * precision.eps * math.sqrt(points.shape[1]) * (squared + squared_distance)  # (rows, 1)
+        margin += 2 * (TIE - 1) * squared_distance + 1e6 * precision.tiny
+        self.points = points * (0.5 / margin)  # (rows, D + 1)
+        self.thresholds = (wanted * (0.5 / margin) - 0.5).masked_fill_(wanted.isinf(), torch.inf)  # (rows, M)
+        self.may_be_nearest = positives.isfinite() & (positives >= nearest - 2 * margin)  # (rows, M)
 
-    def score_positives(self, own_column: np.ndarray) -> torch.Tensor:
-        """Scores each query's positives.
+        self.counts = torch.zeros(wanted.shape, dtype=torch.int64, device=queries.device)
+        self.is_crowded = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
+        self.num_doubts = points.new_zeros(len(queries))  # (rows,) about as many
+        self.max_doubts = 64 + len(products.gallery) // 32
+        self.doubts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # rows, positives and columns
 
-        Args:
-            own_column: `(QUERY_TILE,)` where the query itself stands in the gallery; -1 where it doesn't.
-
-        Returns:
-            `(QUERY_TILE, M)`; -∞ for the query itself, and where its class has fewer than M items.
-        """
-        device = self.queries.device
-        columns = self.start + torch.arange(self.largest_class, device=device)  # (QUERY_TILE, M)
-        positives = self.queries.new_full(columns.shape, -torch.inf)  # (QUERY_TILE, M)
-        for column in self.tiles_with_positives:
-            in_tile = (columns >= column) & (columns < column + GALLERY_TILE) & (columns < self.end)
-            found = self._score(column).gather(1, (columns - column).clamp(0, GALLERY_TILE - 1))  # (QUERY_TILE, M)
+    def _score_positives(self, points: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """Scores `(rows, M)` of each query's class; -∞ for the query itself, and where its class has fewer items."""
+        columns = self.start + torch.arange(int((self.end - self.start).max().clamp(min=1)), device=points.device)
+        positives = torch.full(columns.shape, -torch.inf, dtype=points.dtype, device=points.device)  # (rows, M)
+        for column in range(self.first, self.last, GALLERY_TILE):
+            scores = self.products.score(points, column)  # (rows, columns)
+            in_tile = (columns >= column) & (columns < column + scores.shape[1]) & (columns < self.end)
+            found = scores.gather(1, (columns - column).clamp(0, scores.shape[1] - 1))  # (rows, M)
             positives = torch.where(in_tile, found, positives)
-        return positives.masked_fill_(columns == torch.from_numpy(own_column).to(device)[:, None], -torch.inf)
+        return positives.masked_fill_(columns == own, -torch.inf)
 
-    def count_negatives(self, thresholds: torch.Tensor) -> torch.Tensor:
-        """Counts the items of other classes whose score reaches each threshold `(QUERY_TILE, M)`, descending."""
-        counts = torch.zeros_like(thresholds, dtype=torch.int64)  # (QUERY_TILE, M)
-        for column in range(0, len(self.gallery), GALLERY_TILE):
-            scores = self._score(column)
-            if column in self.tiles_with_positives:
-                columns = torch.arange(column, column + GALLERY_TILE, device=scores.device)  # (GALLERY_TILE,)
+    def count(self) -> None:
+        """Counts the items of other classes that are at least as near as each positive."""
+        compare = self._compare_in_turn if self.thresholds.shape[1] <= MAX_IN_TURN else self._compare_by_search
+        for column in range(0, len(self.products.gallery), GALLERY_TILE):
+            scores = self.products.score(self.points, column)  # (rows, columns)
+            if self.first < column + scores.shape[1] and column < self.last:
+                columns = torch.arange(column, column + scores.shape[1], device=scores.device)  # (columns,)
                 scores.masked_fill_((columns >= self.start) & (columns < self.end), -torch.inf)
-            counts += _count_at_least(scores, thresholds)
-        return counts
+            compare(scores, column)
+            if self.is_crowded.all():
+                return
+        self._settle_doubts()
+
+    def _compare_in_turn(self, scores: torch.Tensor, column: int) -> None:
+        """Compares a tile's scores `(rows, columns)` with one threshold after the other; overwrites a single one's."""
+        is_single = self.thresholds.shape[1] == 1
+        reached = scores if is_single else self.products.spare(scores)  # (rows, columns): 0, 1, or between in doubt
+        totals, norms = torch.empty_like(self.thresholds.T), torch.empty_like(self.thresholds.T)  # (M, rows)
+        for threshold, total, norm in zip(self.thresholds.T, totals, norms):
+            torch.sub(scores, threshold[:, None], out=reached).clamp_(0, 1)
+            torch.sum(reached, dim=1, out=total)
+            torch.linalg.vector_norm(reached, dim=1, out=norm)
+        self.counts += totals.T.round().long()
+        doubt = (totals - norms.square()).T  # (rows, M) Σ r (1 - r), above zero where any item is in doubt
+        self._add_doubts(4 * doubt.sum(dim=1))
+        in_doubt = ((doubt > 0.01) & ~self.is_crowded[:, None]).nonzero()  # (pairs, 2)
+        for rows, positives in (pairs.T for pairs in in_doubt.split(QUERY_TILE)):
+            reached = scores[rows]  # (some, columns)
+            if not is_single:
+                reached.sub_(self.thresholds[rows, positives][:, None]).clamp_(0, 1)
+            self.counts[rows, positives] += (reached == 1).sum(dim=1) - totals[positives, rows].round().long()
+            places, columns = ((reached > 0) & (reached < 1)).nonzero(as_tuple=True)
+            self.doubts.append((rows[places], positives[places], columns + column))
+
+    def _compare_by_search(self, scores: torch.Tensor, column: int) -> None:
+        """The same with all thresholds at once, which is quicker where there are many."""
+        num_positives = self.thresholds.shape[1]
+        ascending = self.thresholds.masked_fill(self.thresholds.isinf(), -torch.inf).flip(1)  # (rows, M)
+        ascending = F.pad(ascending, (0, 1), value=torch.inf)  # (rows, M + 1)
+        certain = torch.sub(scores, 1, out=self.products.spare(scores))  # (rows, columns)
+        passed = torch.searchsorted(ascending[:, :-1].contiguous(), certain, right=True)  # (rows, columns)
+        histogram = torch.zeros(ascending.shape, dtype=torch.int64, device=scores.device)
+        histogram.scatter_add_(1, passed, torch.ones_like(passed))  # (rows, M + 1)
+        self.counts += histogram.flip(1).cumsum(dim=1)[:, :-1]
+        rows, columns = (ascending.gather(1, passed) < scores).nonzero(as_tuple=True)
+        self._add_doubts(torch.bincount(rows, minlength=len(scores)))
+        for chosen in (~self.is_crowded[rows]).nonzero()[:, 0].split(max(1, MAX_DIFFERENCES // num_positives)):
+            above = scores[rows[chosen], columns[chosen]][:, None] - self.thresholds[rows[chosen]]  # (some, M)
+            places, positives = ((above > 0) & (above < 1)).nonzero(as_tuple=True)
+            self.doubts.append((rows[chosen][places], positives, columns[chosen][places] + column))
+
+    def _add_doubts(self, numbers: torch.Tensor) -> None:
+        """Adds up the items in doubt of each query `(rows,)`."""
+        self.num_doubts += numbers
+        self.is_crowded |= self.num_doubts > self.max_doubts
+
+    def _settle_doubts(self) -> None:
+        """Counts the items in doubt, by their distances."""
+        if not self.doubts:
+            return
+        rows, positives, columns = (torch.cat(parts) for parts in zip(*self.doubts))
+        kept = ~self.is_crowded[rows]
+        rows, positives, columns = rows[kept], positives[kept], columns[kept]
+        space = self.products.space
+        distances = space.distances(self.queries[rows], space.gallery_order[columns])
+        is_near = distances <= TIE * self._measure_positives(rows, positives)
+        self.counts.index_put_((rows, positives), is_near.long(), accumulate=True)
+        if not self.nearest_only:  # two positives may have stood in the wrong order
+            self.counts = self.counts.masked_fill_(self.thresholds.isinf(), len(space.gallery)).sort(dim=1).values
+
+    def _measure_positives(self, rows: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+        """Distances `(some,)` float64 of queries `(some,)` to those of their positives `(some,)`."""
+        space, shape = self.products.space, self.may_be_nearest.shape
+        if self.nearest_only:
+            asking, place = rows.unique(return_inverse=True)
+            rows, places = self.may_be_nearest[asking].nonzero(as_tuple=True)
+            distances = torch.full((len(asking), shape[1]), torch.inf, dtype=torch.float64, device=rows.device)
+            items = space.gallery_order[self.start[asking[rows], 0] + places]
+            distances[rows, places] = space.distances(self.queries[asking[rows]], items)
+            return distances.amin(dim=1)[place]
+        asked, place = (rows * shape[1] + positives).unique(return_inverse=True)
+        rows, positives = asked // shape[1], asked % shape[1]
+        items = space.gallery_order[self.start[rows, 0] + self.places[rows, positives]]
+        return space.distances(self.queries[rows], items)[place]
 
 
-def _count_at_least(scores: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
-    """Counts, for each threshold `(rows, M)`, the scores `(rows, columns)` that reach it; overwrites the scores."""
-    if thresholds.shape[1] == 1:
-        return scores.ge_(thresholds).sum(dim=1, keepdim=True).long()  # 0 and 1 in the scores' own memory
-    if thresholds.shape[1] <= 16:
-        reached = torch.empty_like(scores)  # (rows, columns)
-        each = [torch.ge(scores, column[:, None], out=reached).sum(dim=1) for column in thresholds.T]
-        return torch.stack(each, dim=1).long()  # (rows, M)
-    # Thresholds descend: a score that stands behind `passed` of the ascending ones reaches those, the last of the row.
-    passed = torch.searchsorted(thresholds.flip(1).contiguous(), scores, right=True)  # (rows, columns)
-    histogram = torch.zeros(len(scores), thresholds.shape[1] + 1, dtype=torch.int64, device=scores.device)
-    histogram.scatter_add_(1, passed, torch.ones_like(passed))  # (rows, M + 1)
-    return histogram.flip(1).cumsum(dim=1)[:, :-1]  # (rows, M)
+_notice_once = cache(notice)  # not at every evaluation
 
 
 def _to_numpy(points: torch.Tensor) -> np.ndarray:
@@ -361,30 +507,48 @@ def import_faiss() -> Any:
     try:
         import faiss
     except ImportError:
-        notice("faiss can't be imported: scikit-learn clusters and searches, more slowly")
+        notice("faiss can't be imported: scikit-learn clusters, more slowly")
         return None
     return faiss
 
 
+def has_several_classes(space: EmbeddingSpace) -> bool:
+    """Whether there is more than one class: a clustering of a single one says nothing."""
+    return len(np.unique(space.labels)) > 1
+
+
 def nmi(space: EmbeddingSpace) -> float:
-    """Normalized mutual information of clusters and labels, normalized by the arithmetic mean of their entropies."""
+    """Normalized mutual information of clusters and labels, normalized by the arithmetic mean of their entropies.
+
+    NaN where there is only one class.
+    """
     from sklearn.metrics import normalized_mutual_info_score
 
-    return float(normalized_mutual_info_score(space.labels, space.clusters))
+    return float(normalized_mutual_info_score(space.labels, space.clusters)) if has_several_classes(space) else math.nan
 
 
 def f1(space: EmbeddingSpace) -> float:
-    """F1 over pairs of points: precision of pairs in one cluster, recall of pairs of one class."""
+    """F1 over pairs of points: precision of pairs in one cluster, recall of pairs of one class.
+
+    NaN where there is only one class, or no pair.
+    """
     from sklearn.metrics.cluster import pair_confusion_matrix
 
+    if not has_several_classes(space):
+        return math.nan
     (_, only_in_cluster), (only_in_class, in_both) = pair_confusion_matrix(space.labels, space.clusters)
     total = 2 * in_both + only_in_cluster + only_in_class
-    return float(2 * in_both / total) if total else 0.0
+    return float(2 * in_both / total) if total else math.nan
+
+
+def mean_over_queries(space: EmbeddingSpace, values: np.ndarray) -> float:
+    """The mean of values `(Q,)` over the queries that have a positive; NaN where none has."""
+    return float(values[space.has_positive].mean()) if space.has_positive.any() else math.nan
 
 
 def recall_at_k(space: EmbeddingSpace, k: int) -> float:
     """Share of the queries with an item of their class among the k nearest."""
-    return float((space.num_negatives_ahead[space.has_positive] < k).mean())
+    return mean_over_queries(space, space.num_negatives_ahead < k)
 
 
 def precision_at_1(space: EmbeddingSpace) -> float:
@@ -394,75 +558,98 @@ def precision_at_1(space: EmbeddingSpace) -> float:
 
 def r_precision(space: EmbeddingSpace) -> float:
     """Share of the R nearest items that are of the query's class, R being the number of its positives."""
-    return float(space.precisions["r_precision"][space.has_positive].mean())
+    return mean_over_queries(space, space.precisions["r_precision"])
 
 
 def map_at_r(space: EmbeddingSpace) -> float:
     """(1 / R) Σ_{i ≤ R} P@i · rel(i). Musgrave et al., A Metric Learning Reality Check, ECCV 2020, section 3.2."""
-    return float(space.precisions["map_at_r"][space.has_positive].mean())
+    return mean_over_queries(space, space.precisions["map_at_r"])
 
 
 def mean_average_precision(space: EmbeddingSpace) -> float:
     """Mean over queries of the mean precision at the ranks of all their positives."""
-    return float(space.precisions["map"][space.has_positive].mean())
+    return mean_over_queries(space, space.precisions["map"])
 
 
 def ami(space: EmbeddingSpace) -> float:
-    """Mutual information of clusters and labels, adjusted for chance."""
+    """Mutual information of clusters and labels, adjusted for chance; NaN where there is only one class."""
     from sklearn.metrics import adjusted_mutual_info_score
 
-    return float(adjusted_mutual_info_score(space.labels, space.clusters))
+    return float(adjusted_mutual_info_score(space.labels, space.clusters)) if has_several_classes(space) else math.nan
 
 
 def rho_spectrum(space: EmbeddingSpace) -> float:
-    """KL(U‖S) of the uniform distribution and the normalized singular values. Roth et al., ICML 2020, section 5."""
+    """KL(U‖S) of the uniform distribution and the normalized singular values. Roth et al., ICML 2020, section 5.
+
+    NaN where there is only one singular value, or all are zero.
+    """
     values = torch.linalg.svdvals(space.points.double())  # (min(N, D),)
+    if len(values) < 2 or not values.any():
+        return math.nan
     share = (values / values.sum()).clamp(min=1e-12)
     return float(-(share * len(share)).log().mean())
 
 
+def directions(space: EmbeddingSpace) -> tuple[torch.Tensor, np.ndarray]:
+    """All points but zeros, scaled to length 1, `(N, D)` float64, and their labels `(N,)`."""
+    points = space.points.double()
+    norms = torch.linalg.vector_norm(points, dim=1)  # (N,)
+    kept = norms > 0  # (N,)
+    return points[kept] / norms[kept, None], space.labels[kept.cpu().numpy()]
+
+
 def uniformity(space: EmbeddingSpace) -> float:
-    """log mean exp(-2 ‖x - y‖²) over pairs of normalized points. Wang & Isola, ICML 2020, equation 2."""
-    points = F.normalize(space.points, dim=1)  # (N, D)
+    """log mean exp(-2 ‖x - y‖²) over pairs of normalized points. Wang & Isola, ICML 2020, equation 2.
+
+    NaN where there is no pair.
+    """
+    points = directions(space)[0].float()  # (N, D)
+    count = len(points)
+    if count < 2:
+        return math.nan
     total = sum(
         (4 * (rows @ points.T - 1)).exp().sum(dtype=torch.float64)  # ‖x - y‖² = 2 - 2 x·y
         for rows in points.split(QUERY_TILE)
     )
-    count = len(points)
     return float(((total - count) / (count * (count - 1))).log())
 
 
 def alignment(space: EmbeddingSpace) -> float:
-    """Mean ‖x - y‖² over pairs of normalized points of a class. Wang & Isola, ICML 2020, equation 1 with α = 2."""
-    sums, counts = class_sums(space)  # (C, D), (C,)
+    """Mean ‖x - y‖² over pairs of normalized points of a class. Wang & Isola, ICML 2020, equation 1 with α = 2.
+
+    NaN where there is no pair.
+    """
+    _, spread, counts = class_means(*directions(space))  # (C,) each
     num_pairs = (counts * (counts - 1)).sum() / 2
-    return float((counts**2 - sums.square().sum(dim=1).cpu().numpy()).sum() / num_pairs)
+    return float((counts * spread).sum() / num_pairs) if num_pairs else math.nan
 
 
 def intra_inter_ratio(space: EmbeddingSpace) -> float:
     """Mean over classes of the mean cosine distance of their pairs, over the mean cosine distance of class means.
 
-    Classes of one image are left out of the first.
+    Classes of one image are left out of the first. NaN below two classes, or where their means are the same.
     """
-    sums, counts = class_sums(space)  # (C, D), (C,)
-
-    # n unit vectors with sum s have n (n - 1) ordered pairs, whose cosines sum to ‖s‖² - n
-    def mean_distance(squared_norm_of_sum: np.ndarray, n: np.ndarray) -> np.ndarray:
-        return 1 - (squared_norm_of_sum - n) / (n * (n - 1))
-
+    means, spread, counts = class_means(*directions(space))  # (C, D), (C,), (C,)
+    norms = torch.linalg.vector_norm(means, dim=1, keepdim=True)  # (C, 1)
+    means = means / norms.clamp(min=torch.finfo(norms.dtype).tiny)  # (C, D)
     several = counts > 1
-    intra = mean_distance(sums.square().sum(dim=1).cpu().numpy()[several], counts[several]).mean()
-    means = F.normalize(sums, dim=1)  # (C, D)
-    inter = mean_distance(np.asarray(means.sum(dim=0).square().sum().item()), np.asarray(len(counts)))
-    return float(intra / inter)
+    if len(counts) < 2 or not several.any():
+        return math.nan
+    # n unit vectors x with mean m have a mean cosine distance of Σ ‖x - m‖² / (n - 1)
+    intra = (spread[several] / (counts[several] - 1)).mean()
+    inter = (means - means.mean(dim=0)).square().sum().item() / (len(counts) - 1)
+    is_rounding = inter < 1e-14  # of float32 embeddings
+    return math.nan if is_rounding else float(intra / inter)
 
 
-def class_sums(space: EmbeddingSpace) -> tuple[torch.Tensor, np.ndarray]:
-    """Sums each class's normalized points, `(C, D)` float64, and counts them, `(C,)`."""
-    classes, labels, counts = np.unique(space.labels, return_inverse=True, return_counts=True)
-    points = F.normalize(space.points.double(), dim=1)  # (N, D)
+def class_means(points: torch.Tensor, labels: np.ndarray) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+    """The mean m of each class's points x, `(C, D)`, Σ ‖x - m‖² `(C,)`, and the number of its points `(C,)`."""
+    classes, place, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    of_point = torch.from_numpy(place).to(points.device)  # (N,)
     sums = torch.zeros(len(classes), points.shape[1], dtype=points.dtype, device=points.device)
-    return sums.index_add_(0, torch.from_numpy(labels).to(points.device), points), counts
+    means = sums.index_add_(0, of_point, points) / torch.from_numpy(counts).to(points)[:, None]  # (C, D)
+    squared = (points - means[of_point]).square().sum(dim=1)  # (N,)
+    return means, sums.new_zeros(len(classes)).index_add_(0, of_point, squared).cpu().numpy(), counts
 
 
 @dataclass(frozen=True)
@@ -529,7 +716,10 @@ def evaluate_within_parents(
     k_vals: Sequence[int],
     names: Sequence[str] = LITERATURE,
 ) -> dict[str, float]:
-    """Computes the metrics inside each coarser class, and their mean; classes without anything to find are left out.
+    """Computes the metrics inside each coarser class, and their mean.
+
+    Coarser classes in which every item is right, since they hold a single class, or in which no query has anything to
+    find, are left out, with a notice that counts them.
 
     Args:
         space: all points.
@@ -539,12 +729,15 @@ def evaluate_within_parents(
         names: keys of `METRICS`.
 
     Raises:
-        UserError: no class has anything to find.
+        UserError: no coarser class is left.
     """
     metrics_by_parent = []
-    for parent in np.unique(query_parents):
+    parents = np.unique(query_parents)
+    for parent in parents:
         queries, items = np.flatnonzero(query_parents == parent), np.flatnonzero(gallery_parents == parent)
         place = space.query_in_gallery[queries]
+        if len(np.unique(space.gallery_labels[items])) < 2:
+            continue
         inside = EmbeddingSpace(
             space.query[torch.from_numpy(queries)],
             space.query_labels[queries],
@@ -554,9 +747,19 @@ def evaluate_within_parents(
         )
         if inside.has_positive.any():
             metrics_by_parent.append(evaluate_space(inside, k_vals, names))
+    num_left_out = len(parents) - len(metrics_by_parent)
+    what = "coarser classes hold a single class, or no query with another image of its class"
     if not metrics_by_parent:
-        raise UserError("inside the coarser classes no query has another image of its class to find")
-    return {name: float(np.mean([metrics[name] for metrics in metrics_by_parent])) for name in metrics_by_parent[0]}
+        raise UserError(f"all {num_left_out} {what}: WithSameParentLabel has nothing to compare")
+    if num_left_out:
+        _notice_once(f"{num_left_out} of {len(parents)} {what}: they are left out of every metric")
+    return {name: nanmean([metrics[name] for metrics in metrics_by_parent]) for name in metrics_by_parent[0]}
+
+
+def nanmean(values: Sequence[float]) -> float:
+    """The mean of the values that are not NaN; NaN where all are."""
+    defined = [value for value in values if not math.isnan(value)]
+    return float(np.mean(defined)) if defined else math.nan
 
 
 @dataclass(frozen=True)
@@ -614,7 +817,7 @@ def evaluate_points(
         The metrics in one flat dict, named `Set 0 Recall @ 1`, … where there are several sets; and the sets' spaces.
 
     Raises:
-        UserError: no query of a set has anything to find.
+        UserError: no query of a set has anything to find, or it can find nothing else.
     """
     metrics: dict[str, float] = {}
     spaces = [build_space(one_set) for one_set in points]
@@ -624,6 +827,8 @@ def evaluate_points(
                 f"{one_set.name}: no query's class is among the images that it is compared to: choose another "
                 "--eval_reference_set, or other --splits_to_eval"
             )
+        if len(np.unique(space.gallery_labels)) < 2:
+            raise UserError(f"{one_set.name}: all images are of one class, so there is nothing to tell apart")
         if testing_method == "WithSameParentLabel":
             query_parents, gallery_parents = one_set.query.parents, (one_set.gallery or one_set.query).parents
             assert query_parents is not None, "the labels have no coarser level"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,8 +60,7 @@ def evaluate_checkpoint(folder: Path, opt: argparse.Namespace) -> dict[str, floa
     """Evaluates one training run's best network, and adds the result to its evaluation.json."""
     opt = config.resolve(opt)
     runs.check_flags(folder, opt)
-    path = folder / "evaluation.json"
-    earlier = auxiliaries.load_json(path) if path.exists() else []
+    read_evaluations(folder)  # a damaged file is reported before anything expensive
     metrics: dict[str, float] = {}
     for split, sets in embed_splits(folder, opt).items():
         split_metrics, _ = evaluate.evaluate_points(sets, opt.k_vals, opt.eval_metrics, opt.testing_method)
@@ -66,11 +68,47 @@ def evaluate_checkpoint(folder: Path, opt: argparse.Namespace) -> dict[str, floa
         metrics |= {f"{split} {name}": value for name, value in split_metrics.items()}
         if opt.eval_size_of_tsne:
             draw_tsne(folder, split, sets[0].query, opt.eval_size_of_tsne, opt.seed)
-    names = ("k_vals", "testing_method", *config.build_parser().names_with(needs="evaluate"))
-    settings = {name: getattr(opt, name) for name in names}
-    auxiliaries.save_json(path, [*earlier, {"settings": settings, "metrics": metrics}])
-    print(f"also in {path}")
+    add_evaluation(folder, opt, metrics)
     return metrics
+
+
+EVALUATIONS_SCHEMA = {
+    "type": "array",
+    "items": {"type": "object", "required": ["settings", "metrics"], "properties": {"metrics": {"type": "object"}}},
+}
+
+
+def read_evaluations(folder: Path) -> list[dict[str, Any]]:
+    """The entries of a run's evaluation.json, oldest first.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = folder / "evaluation.json"
+    if not path.exists():
+        return []
+    evaluations = auxiliaries.load_json(path)
+    auxiliaries.check_schema(path, evaluations, EVALUATIONS_SCHEMA, "move it away")
+    return evaluations
+
+
+def add_evaluation(folder: Path, opt: argparse.Namespace, metrics: Mapping[str, float]) -> None:
+    """Adds an entry to a run's evaluation.json; where it can't be written, a notice says so."""
+    names = ("k_vals", "testing_method", *config.build_parser().names_with(needs="evaluate"))
+    entry = {
+        "settings": {name: getattr(opt, name) for name in names},
+        "epoch": runs.best_state(folder)["epoch"],
+        "date": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
+        "command": sys.argv,
+        "metrics": metrics,
+    }
+    try:
+        with auxiliaries.locked(folder, ".evaluation.lock", wait=True):
+            auxiliaries.save_json(folder / "evaluation.json", [*read_evaluations(folder), entry])
+    except UserError as error:
+        notice(f"the result is not kept: {error}")
+    else:
+        print(f"also in {folder / 'evaluation.json'}")
 
 
 def embed_splits(folder: Path, opt: argparse.Namespace) -> dict[str, list[RetrievalSet[Points]]]:
@@ -80,7 +118,9 @@ def embed_splits(folder: Path, opt: argparse.Namespace) -> dict[str, list[Retrie
         UserError: the run has no such splits, or no network yet.
     """
     device = auxiliaries.pick_device(opt.gpu)
-    loaders = datasets.give_dataloaders(opt, datasets.give_splits(opt), pin_memory=device.type == "cuda")
+    splits = datasets.give_splits(opt)
+    runs.check_data(folder, opt, splits)
+    loaders = datasets.give_dataloaders(opt, splits, pin_memory=device.type == "cuda")
     net = runs.load_network(folder, opt, device)
     if opt.eval_use_trunk_output:
         net.embedding = nn.Identity()  # type: ignore[assignment]

@@ -13,6 +13,11 @@ Evaluate a finished run:
 
 from __future__ import annotations
 
+import os
+
+if __name__ == "__main__":  # before torch is loaded: threads that spin while they wait take cores from others
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import argparse
 import sys
 import time
@@ -20,7 +25,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import auxiliaries
 import config
@@ -58,19 +62,29 @@ def main(opt: argparse.Namespace, folder: Path | None = None) -> dict[str, float
 
     # ================================================== Data ==========================================================
     splits = datasets.give_splits(opt)
-    loaders = datasets.give_dataloaders(opt, splits, pin_memory=device.type == "cuda")
-    num_classes = splits.train.num_classes()
+    if opt.check_images:
+        datasets.check_images(splits, opt.exif_orientation)
+    seen = methods.relabel(opt, splits)
+    loaders = datasets.give_dataloaders(opt, seen, pin_memory=device.type == "cuda")
+    num_classes = seen.train.num_classes()
 
     # ========================================= Network, loss and optimizer ============================================
-    method = methods.build_training(opt, num_classes, device, load_pretrained=not runs.has_state(folder))
+    lower_is_better = evaluate.lower_is_better(opt.eval_metric_for_best_epoch)
+    method = methods.build_training(
+        opt, num_classes, device, not runs.has_state(folder), len(loaders.train), lower_is_better
+    )
 
-    with runs.open_run(opt, method, device, folder) as run:
-        print(f"{opt.dataset}: {len(splits.train)} training images of {num_classes} classes; run folder {run.folder}")
+    with runs.open_run(opt, splits, method, device, folder) as run, records.resume_hint(run.folder):
+        print_start(run, device, len(loaders.train))
+        console = records.Console(
+            opt.n_epochs, opt.eval_metric_for_best_epoch, f"{'validation' if splits.val else 'test'} classes"
+        )
         gradients = None
         if opt.grad_measure:
-            gradients = records.GradientRecord(run.folder / "grad_measure.pkl", run.log.iterations())
+            gradients = records.GradientRecord(run.folder / "grad_measure.npz", run.log.iterations())
         if run.epoch == 0 and opt.check_untrained_accuracy:
             evaluate_epoch(run, loaders, device, epoch=0)
+            console.print_epoch(0, run.log, best_epoch=0)
         if run.epoch >= opt.n_epochs:
             auxiliaries.notice(f"{run.folder} is at epoch {run.epoch} of {opt.n_epochs}: nothing is left to train")
 
@@ -80,13 +94,15 @@ def main(opt: argparse.Namespace, folder: Path | None = None) -> dict[str, float
                 break
             auxiliaries.seed_everything(opt.seed, epoch)
             loaders.train.dataset.set_epoch(epoch)
-            train_one_epoch(run, loaders.train, device, epoch, gradients)
+            train_one_epoch(run, loaders.train, device, epoch, console, gradients)
             method.end_epoch()
             if epoch % opt.save_interval and epoch < opt.n_epochs:
                 continue
 
             space = evaluate_epoch(run, loaders, device, epoch)
+            method.end_evaluation(run.log.rows["val"][-1][opt.eval_metric_for_best_epoch])
             best_epoch = best_epoch_so_far(opt, run.log)
+            console.print_epoch(epoch, run.log, best_epoch)
             if best_epoch == epoch:
                 show_retrievals(run, space, (splits.val or splits.test)[0], epoch)
             draw_curves(run, best_epoch, has_val=bool(splits.val))
@@ -95,10 +111,8 @@ def main(opt: argparse.Namespace, folder: Path | None = None) -> dict[str, float
             run.save(epoch, best_epoch)
 
         # ===================================== Test classes and summary ===============================================
-        if splits.val and loaders.test and not run.log.rows["test"]:
-            for epoch, weights in run.saved_networks().items():
-                method.net.load_state_dict(weights)
-                evaluate_sets(run, loaders.test, device, epoch, "test")
+        if splits.val and opt.split_scheme == "cross_validation":
+            evaluate_saved_networks(run, loaders, device)
         return summarize(run, has_val=bool(splits.val))
 
 
@@ -107,6 +121,7 @@ def train_one_epoch(
     loader: datasets.ImageLoader,
     device: torch.device,
     epoch: int,
+    console: records.Console,
     gradients: records.GradientRecord | None = None,
 ) -> records.Row:
     """Trains on one epoch's batches, and records its iterations and its averages.
@@ -118,19 +133,18 @@ def train_one_epoch(
         UserError: the loss is not finite.
     """
     method, opt = run.method, run.opt
-    method.start_epoch()
+    method.start_epoch(epoch)
     iterations = records.IterationLog(method, epoch, run.log, opt.log_every)
     start, num_images, lr = time.perf_counter(), 0, method.learning_rates()["Learning Rate"]
     auxiliaries.peak_memory(device, reset=True)
-    batches = tqdm(loader, desc=f"epoch {epoch}", leave=False, disable=None)
-    for iteration, (images, labels, _) in enumerate(batches, start=1):
+    for iteration, (images, labels, _) in enumerate(console.watch(loader, epoch), start=1):
         parts = method.step(images.to(device, non_blocking=True), labels, epoch)
         if gradients is not None:
             gradients.add(method.net.embedding.weight)
-        iterations.add(iteration, parts["loss"])
+        iterations.add(iteration, **parts)
         num_images += len(labels)
-        if iteration % READ_LOSSES_EVERY == 0 or iteration == len(batches):
-            batches.set_postfix(loss=f"{iterations.read():.4f}")
+        if iteration % READ_LOSSES_EVERY == 0 or iteration == len(loader) or console.wants_loss():
+            console.show_loss(iterations.read(), iteration)
     seconds = time.perf_counter() - start
     row = {
         "Epochs": epoch,
@@ -159,11 +173,9 @@ def evaluate_epoch(
         watched["test"] = loaders.test
     spaces = {kind: evaluate_sets(run, sets, device, epoch, kind) for kind, sets in watched.items()}
     if run.opt.dist_measure:
-        points = evaluate.embed(run.method.net, loaders.train_eval, device, "training images")
+        points = evaluate.embed(run.method.evaluated, loaders.train_eval, device, "training images")
         ratio = evaluate.intra_inter_ratio(evaluate.EmbeddingSpace(points, loaders.train_eval.labels))
         run.log.add("distances", {"Epochs": epoch, "Intra / Inter": ratio})
-    loss = f"loss {run.log.rows['train'][-1]['Train Loss']:.4f} | " if epoch else ""
-    print(f"epoch {epoch:3d} | {loss}{records.format_metrics(run.log.rows['val'][-1])}", flush=True)
     return spaces["val"][0]
 
 
@@ -172,9 +184,22 @@ def evaluate_sets(
 ) -> list[evaluate.EmbeddingSpace]:
     """Evaluates retrieval sets, records a row of that kind, and returns the embedding spaces."""
     opt, start = run.opt, time.perf_counter()
-    metrics, spaces = evaluate.evaluate(run.method.net, sets, opt.k_vals, device, opt.eval_metrics, opt.testing_method)
+    metrics, spaces = evaluate.evaluate(
+        run.method.evaluated, sets, opt.k_vals, device, opt.eval_metrics, opt.testing_method
+    )
     run.log.add(kind, {"Epochs": epoch, "Time": time.perf_counter() - start, **metrics})
     return spaces
+
+
+def evaluate_saved_networks(run: runs.Run, loaders: datasets.Loaders, device: torch.device) -> None:
+    """Evaluates the test classes, which were not looked at while training, for the last and the selected network."""
+    evaluated = [row["Epochs"] for row in run.log.rows["test"]]
+    networks = {epoch: weights for epoch, weights in run.saved_networks().items() if epoch not in evaluated}
+    for epoch, weights in sorted(networks.items()):
+        run.method.evaluated.load_state_dict(weights)
+        evaluate_sets(run, loaders.test, device, epoch, "test")
+    if networks:
+        run.save_history()
 
 
 def best_epoch_so_far(opt: argparse.Namespace, log: records.Records) -> int:
@@ -196,7 +221,7 @@ def is_stuck(opt: argparse.Namespace, log: records.Records, epoch: int) -> bool:
 def show_retrievals(run: runs.Run, space: evaluate.EmbeddingSpace, images: datasets.RetrievalSet, epoch: int) -> None:
     """Draws a few queries with their nearest neighbors."""
     path = run.folder / "sample_recoveries.png"
-    plots.draw_retrievals(path, space, images, run.opt.seed)
+    plots.draw_retrievals(path, space, images, run.opt.seed, run.opt.exif_orientation)
     run.log.add_picture("sample recoveries", path, epoch)
 
 
@@ -211,6 +236,18 @@ def draw_curves(run: runs.Run, best_epoch: int, has_val: bool) -> None:
         plots.save_curve(run.folder / "distance_measures_Train.svg", rows["distances"], "Intra / Inter")
 
 
+def print_start(run: runs.Run, device: torch.device, num_batches: int) -> None:
+    """Prints what the run is made of."""
+    opt, net = run.opt, run.method.net
+    weights = "random weights" if opt.not_pretrained else f"weights of {opt.weights}" if opt.weights else "pretrained"
+    million = sum(parameter.numel() for parameter in net.parameters()) / 1e6
+    network = f"{opt.arch} ({weights}), {million:.2f} million parameters, {opt.embed_dim}-dimensional embeddings"
+    losses = opt.loss if isinstance(opt.loss, str) else " + ".join(opt.loss)
+    sampling = f" with {opt.sampling} sampling" if opt.sampling else ""
+    loss = f"{losses}{sampling}, --lr {opt.lr:g}, {num_batches} batches of {opt.bs} images per epoch"
+    records.print_start(opt.dataset, run.splits, network, loss, device, run.folder, run.epoch)
+
+
 def summarize(run: runs.Run, has_val: bool) -> dict[str, float]:
     """Writes and prints how the run ended.
 
@@ -220,11 +257,12 @@ def summarize(run: runs.Run, has_val: bool) -> dict[str, float]:
     metric = run.opt.eval_metric_for_best_epoch
     lower_is_better = evaluate.lower_is_better(metric)
     is_predefined = run.opt.split_scheme == "predefined"
-    summary = records.build_summary(run.log.rows, metric, lower_is_better, has_val, is_predefined)
+    is_pretrained = not run.opt.not_pretrained
+    summary = records.build_summary(run.log.rows, metric, lower_is_better, has_val, is_predefined, is_pretrained)
     auxiliaries.save_json(run.folder / "summary.json", summary)
     records.print_summary(summary)
     print(f"plots, retrievals and checkpoints: {run.folder}")
-    return summary["selected"].get("test") or summary["selected"]["val"]
+    return runs.test_metrics(summary)
 
 
 def command(argv: Sequence[str]) -> dict[str, float]:

@@ -18,10 +18,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import googlenet
-from auxiliaries import FlagParser, UserError, load_checkpoint, nearest_name, number
+from auxiliaries import FlagParser, UserError, load_checkpoint, nearest_name, number, user_path
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# What training programs put around a state dict, and before its names.
+WRAPPERS = ("state_dict", "model", "model_state_dict")
+PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 def add_arguments(parser: FlagParser) -> None:
@@ -32,8 +35,10 @@ def add_arguments(parser: FlagParser) -> None:
     add("--arch", default="resnet50", metavar="NAME", fixed=True,
         help="resnet50, googlenet, or another classification network of torchvision (resnet18, vit_b_16, …)")
     add("--embed_dim", type=number(int, 1), fixed=True, help="embedding dimension (default: 128; googlenet: 512)")
-    add("--not_pretrained", action="switch", help="start from random weights instead of pretrained ones")
-    add("--weights", metavar="FILE", help="start from the state dict in FILE instead of downloading one")
+    add("--not_pretrained", action="switch", default=None,
+        help="start from random weights instead of pretrained ones (default: if the architecture has no others)")
+    add("--weights", type=user_path, metavar="FILE",
+        help="start from the state dict in FILE instead of downloading one")
     add("--freeze_batchnorm", action="switch", default=None,
         help="keep BatchNorm's running statistics fixed; its affine parameters still learn (default: if pretrained)")
     # fmt: on
@@ -63,6 +68,7 @@ class Arch:
 
     Attributes:
         build: from `Weights` to a backbone and its number of output features.
+        has_weights: whether there are pretrained weights, which `build` then loads for `Weights.DOWNLOADED`.
         crop_size: side of its input, px.
         resize: shorter side of a test image before its center crop, px.
         embed_dim: default embedding dimension.
@@ -75,6 +81,7 @@ class Arch:
     embed_dim: int = 128
     mean: Sequence[float] = IMAGENET_MEAN
     std: Sequence[float] = IMAGENET_STD
+    has_weights: bool = False
 
 
 def build_torchvision(name: str, weights: Weights, weights_name: str = "DEFAULT") -> tuple[nn.Module, int]:
@@ -113,8 +120,8 @@ def remove_classifier(network: nn.Module, name: str) -> int:
 
 
 ARCHS: dict[str, Arch] = {  # find_arch also knows torchvision's other classification networks
-    "resnet50": Arch(partial(build_torchvision, "resnet50", weights_name="IMAGENET1K_V1")),
-    "googlenet": Arch(googlenet.build, googlenet.CROP_SIZE, googlenet.RESIZE, googlenet.EMBED_DIM),
+    "resnet50": Arch(partial(build_torchvision, "resnet50", weights_name="IMAGENET1K_V1"), has_weights=True),
+    "googlenet": Arch(googlenet.build, googlenet.CROP_SIZE, googlenet.RESIZE, googlenet.EMBED_DIM, has_weights=True),
 }
 
 
@@ -142,6 +149,7 @@ def find_arch(name: str) -> Arch:
         resize=wanted.resize_size[0],
         mean=tuple(wanted.mean),
         std=tuple(wanted.std),
+        has_weights=True,
     )
 
 
@@ -179,8 +187,24 @@ class EmbeddingNet(nn.Module):
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images `(B, 3, H, W)` uint8 to embeddings `(B, D)`."""
-        features = self.backbone((images.contiguous() - self.mean) / self.std)
+        """Images `(B, 3, H, W)` uint8 to embeddings `(B, D)`.
+
+        Raises:
+            UserError: it got something else.
+        """
+        return self.embed_features(self.features(images))
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Images `(B, 3, H, W)` uint8 to the backbone's features `(B, features)`.
+
+        Raises:
+            UserError: it got something else.
+        """
+        check_images(images)
+        return self.backbone((images.contiguous() - self.mean) / self.std)
+
+    def embed_features(self, features: torch.Tensor) -> torch.Tensor:
+        """The backbone's features `(B, features)` to embeddings `(B, D)`."""
         embeddings = self.embedding(features)
         return F.normalize(embeddings, dim=1) if self.normalize else embeddings
 
@@ -215,11 +239,15 @@ def networkselect(opt: argparse.Namespace | Mapping[str, Any], load_pretrained: 
         load_pretrained: whether to load pretrained weights (default: for flags, yes; for a run's dict, whose weights
             are in its checkpoint, no). The network, its input transform included, is the same either way.
 
+    Returns:
+        The network: in training mode for flags, in evaluation mode for a run's dict.
+
     Raises:
         UserError: the architecture is unknown or can't be used, or its weights can't be downloaded, read, or don't fit.
     """
+    is_finished = isinstance(opt, Mapping)
     if load_pretrained is None:
-        load_pretrained = not isinstance(opt, Mapping)
+        load_pretrained = not is_finished
     if isinstance(opt, Mapping):
         opt = argparse.Namespace(**opt)
     arch = find_arch(opt.arch)
@@ -228,6 +256,8 @@ def networkselect(opt: argparse.Namespace | Mapping[str, Any], load_pretrained: 
         weights = Weights.RANDOM
     else:
         weights = Weights.DOWNLOADED if load_pretrained and file is None else Weights.LOADED_LATER
+    if weights.are_downloaded and not arch.has_weights:
+        raise UserError(f"--arch {opt.arch} has no pretrained weights: drop --pretrained, or give --weights FILE")
     try:
         backbone, features = arch.build(weights)
     except (OSError, RuntimeError, EOFError, HTTPException, UnpicklingError) as error:
@@ -242,39 +272,103 @@ def networkselect(opt: argparse.Namespace | Mapping[str, Any], load_pretrained: 
         load_weights(backbone, file)
     net = EmbeddingNet(backbone, features, opt.embed_dim, opt.normalize, opt.freeze_batchnorm, arch.mean, arch.std)
     check_input(net, opt.arch, opt.crop_size)
-    return net
+    return net.eval() if is_finished else net
+
+
+def check_images(images: Any) -> None:
+    """Refuses anything but images `(B, 3, H, W)` uint8; looks at no pixel, so that no device is waited for.
+
+    Raises:
+        UserError: it is something else.
+    """
+    got = type(images).__name__
+    if isinstance(images, torch.Tensor):
+        if images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3:
+            return
+        got = f"{tuple(images.shape)} {str(images.dtype).removeprefix('torch.')}"
+    raise UserError(f"the network takes images as (B, 3, H, W) uint8, and normalizes them itself; it got {got}")
 
 
 def load_weights(backbone: nn.Module, file: str) -> None:
     """Loads a backbone's state dict: torchvision's, whose classifier is ignored, or that of a run's checkpoint.
 
     Raises:
-        UserError: the file can't be read, or its entries don't match the backbone's.
+        UserError: the file can't be read, its entries don't match the backbone's, or they aren't finite numbers.
     """
-    state: Any = load_checkpoint(file)
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-        if any(name.startswith("backbone.") for name in state):  # a run's checkpoint
-            state = {name.removeprefix("backbone."): state[name] for name in state if name.startswith("backbone.")}
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"--weights {file} is not a state dict: it must map names to tensors")
+    own = backbone.state_dict()
+    state = read_state_dict(file, own)
     # torchvision renames the entries of its DenseNets' files when it loads them
     state = {re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2", name): state[name] for name in state}
-    own = backbone.state_dict()
     removed = {path for path, module in backbone.named_modules() if isinstance(module, nn.Identity)}
     removed |= {"aux1", "aux2", "AuxLogits"}  # auxiliary classifiers of GoogLeNet and Inception
     surplus = [name for name in state if name not in own and not any(name.startswith(f"{path}.") for path in removed)]
     for name in own:  # state dicts from before PyTorch 0.4.1 lack them
         if name.endswith(".num_batches_tracked"):
             state.setdefault(name, own[name])
-    missing = [name for name in own if name not in state]
-    misshapen = [name for name in own if name in state and state[name].shape != own[name].shape]
-    problems = ((missing, "lacks"), (misshapen, "has another shape for"), (surplus, "has the surplus entry"))
-    for names, problem in problems:
+    state = {name: state[name] for name in [*own, *surplus] if name in state}
+    problems = {
+        "lacks": [name for name in own if name not in state],
+        "has another shape for": [name for name in own if name in state and state[name].shape != own[name].shape],
+        "has the surplus entry": surplus,
+    }
+    for problem, names in problems.items():
         if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"--weights {file} {problem} {names[0]}{more}: it belongs to another --arch")
-    backbone.load_state_dict({name: state[name] for name in own})
+            raise UserError(f"--weights {file} {problem} {_first_of(names)}: it belongs to another --arch")
+    for name in own:
+        if (kind := _unusual_kind(state[name], own[name])) is not None:
+            raise UserError(f"--weights {file}: {name} is {kind}, which can't be loaded: save it as ordinary float32")
+    state = {name: state[name].to(own[name].dtype) for name in own}
+    not_finite = [name for name in own if not state[name].isfinite().all()]
+    if not_finite:
+        raise UserError(
+            f"--weights {file} has NaN or infinite values in {_first_of(not_finite)}: take the weights of an earlier "
+            "epoch, or others"
+        )
+    backbone.load_state_dict(state)
+
+
+def read_state_dict(file: str, own: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Reads a state dict, without what training programs put around it or before its names.
+
+    Args:
+        file: what `torch.save` wrote.
+        own: the entries that are looked for.
+
+    Raises:
+        UserError: it can't be read, or is not a state dict.
+    """
+    state: Any = load_checkpoint(file)
+    for _ in WRAPPERS:  # they may stand in one another
+        inner = [state[key] for key in WRAPPERS if isinstance(state.get(key), dict)] if isinstance(state, dict) else []
+        state = inner[0] if inner else state
+    is_state_dict = isinstance(state, dict) and all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    )
+    if not is_state_dict:
+        raise UserError(f"--weights {file} is not a state dict: it must map names to tensors")
+    prefixes = [prefix for prefix in PREFIXES if not any(name.startswith(prefix) for name in own)]
+    while state and (common := [prefix for prefix in prefixes if all(name.startswith(prefix) for name in state)]):
+        state = {name.removeprefix(common[0]): value for name, value in state.items()}
+    of_backbone = {name.removeprefix("backbone."): state[name] for name in state if name.startswith("backbone.")}
+    is_whole_network = of_backbone and not any(name.startswith("backbone.") for name in own)  # a run's, for example
+    return of_backbone if is_whole_network else state
+
+
+def _first_of(names: Sequence[str]) -> str:
+    """The first name, and how many more there are."""
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _unusual_kind(value: torch.Tensor, own: torch.Tensor) -> str | None:
+    """What a tensor is, if it can't take the place of a network's own."""
+    kinds = {
+        "a tensor without values": value.is_meta and not own.is_meta,
+        "a quantized tensor": value.is_quantized,
+        "a nested or sparse tensor": value.is_nested or value.layout != torch.strided,
+        f"of type {str(value.dtype).removeprefix('torch.')}": value.is_complex()
+        or (own.is_floating_point() and not value.is_floating_point()),
+    }
+    return next((kind for kind, is_kind in kinds.items() if is_kind), None)
 
 
 def check_input(net: EmbeddingNet, arch: str, crop_size: int) -> None:
@@ -283,7 +377,7 @@ def check_input(net: EmbeddingNet, arch: str, crop_size: int) -> None:
     Raises:
         UserError: it doesn't.
     """
-    device = net.embedding.weight.device
+    device, was_training = net.embedding.weight.device, net.training
     net.eval()
     try:
         with torch.inference_mode():
@@ -293,4 +387,4 @@ def check_input(net: EmbeddingNet, arch: str, crop_size: int) -> None:
         raise UserError(
             f"--arch {arch} can't take images of --crop_size {crop_size} ({error}): try {fitting}"
         ) from None
-    net.train()
+    net.train(was_training)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import re
 import textwrap
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from auxiliaries import atomic_write
 from records import Row, metrics_of
@@ -20,12 +22,70 @@ from transforms import load_image
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from PIL import ImageFont
+    from matplotlib.ft2font import FT2Font
+    from PIL import ImageDraw, ImageFont
 
     from datasets import ImageSet, RetrievalSet
     from evaluate import EmbeddingSpace
 
 QUERIES_SHOWN, NEIGHBORS_SHOWN = 8, 6
+NAMED_CLASSES = 20  # as many as there are colors that can be told apart
+SMALLEST_RANGE = 0.05  # of an axis, as a share of its values: less would make a trend of noise
+
+# Text
+
+
+@lru_cache(maxsize=8)  # each keeps its file open
+def _load_font(path: str) -> FT2Font:
+    from matplotlib.ft2font import FT2Font
+
+    return FT2Font(path)
+
+
+def _default_font() -> str:
+    """DejaVu Sans, which comes with matplotlib and has the letters of most languages."""
+    from matplotlib import get_data_path
+
+    return str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
+
+
+def _missing_characters(text: str, font: str) -> set[str]:
+    """The characters that a font, given by its file, lacks."""
+    glyph_of = _load_font(font).get_char_index
+    return {char for char in text if not char.isspace() and not glyph_of(ord(char))}
+
+
+@cache
+def _find_font(text: str) -> str | None:
+    """The file of an installed font that has all characters of a text; None where there is none."""
+    from matplotlib.font_manager import fontManager
+
+    upright_first = sorted(fontManager.ttflist, key=lambda font: (font.style != "normal", str(font.weight) != "400"))
+    for font in upright_first:
+        try:
+            if "LastResort" not in font.fname and not _missing_characters(text, font.fname):
+                _pil_font(font.fname, CAPTION_SIZE)  # refuses fonts of pictures
+                return font.fname
+        except (OSError, RuntimeError, ValueError):  # a font that is gone or can't be read
+            continue
+    return None
+
+
+def _choose_font(text: str) -> tuple[str, str]:
+    """A text with the file of a font to write it with; characters that no font has are written as `\\u4e2d`."""
+    missing = _missing_characters(text, _default_font())
+    other = _find_font(text) if missing else None
+    if other is None:
+        text = text.translate({ord(char): char.encode("ascii", "backslashreplace").decode() for char in missing})
+    return text, other or _default_font()
+
+
+def _display_name(class_name: str) -> str:
+    """A class's name as captions show it: `Laysan_Albatross` -> `Laysan Albatross`; a glyph's with the character's."""
+    if re.fullmatch(r"U\+[0-9A-F]{4,5}", class_name):
+        return f"{class_name} {unicodedata.name(chr(int(class_name[2:], 16)), '').lower()}".strip()
+    return " ".join(class_name.replace("_", " ").split())
+
 
 # Curves over epochs
 
@@ -37,17 +97,36 @@ def _new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save_svg(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path, file_format: str = "svg") -> None:
+    """Writes a figure with fonts that have the characters of its texts."""
+    from matplotlib.text import Text
+
+    for text in [artist for artist in figure.findobj() if isinstance(artist, Text)]:
+        words, font = _choose_font(text.get_text())
+        if font != _default_font():
+            properties = text.get_fontproperties().copy()
+            properties.set_file(font)
+            text.set_fontproperties(properties)
+        text.set_text(words)
     with atomic_write(path) as beside:
-        figure.savefig(beside, format="svg")
+        figure.savefig(beside, format=file_format, dpi=120)
 
 
-def _format_epoch_axis(axes: Axes) -> None:
+def _format_axes(axes: Axes, epochs: Iterable[float], values: Iterable[float]) -> None:
+    """Labels the axis of epochs with whole numbers, and gives both axes room around what lies close together."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
+    epochs, finite = list(epochs), [value for value in values if math.isfinite(value)]
+    if epochs:
+        room = max(0.4, 0.03 * (max(epochs) - min(epochs)))
+        axes.set_xlim(min(epochs) - room, max(epochs) + room)
+    if finite:
+        span = max(max(finite) - min(finite), SMALLEST_RANGE * max(map(abs, finite)) or 1)
+        middle = (max(finite) + min(finite)) / 2
+        axes.set_ylim(middle - 0.55 * span, middle + 0.55 * span)
 
 
 def _marker(num_points: int) -> str:
@@ -63,7 +142,8 @@ def _family(name: str) -> str:
 def _wrap(parts: Iterable[str], width: int) -> str:
     """Joins the parts by wide gaps, in lines of up to `width` characters that break only between parts."""
     joined = "    ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)
-    return textwrap.fill(joined, width, break_long_words=False, break_on_hyphens=False)
+    lines = textwrap.fill(joined, width, break_long_words=False, break_on_hyphens=False)
+    return lines.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def save_info_plot(
@@ -94,27 +174,52 @@ def save_info_plot(
     width = 5.5 * columns
 
     header = f"{title}\n{_selected_values(metrics, val_rows, selected_epoch, int(13 * width))}"
-    footer = _best_values(metrics, val_rows, lower_is_better, int(15 * width))
+    footer = _better_values(metrics, val_rows, selected_epoch, lower_is_better, int(15 * width))
     text_height = 0.2 * (header.count("\n") + footer.count("\n") + 2)
     figure = _new_figure(width, 3.5 * rows + text_height)
+    epochs = [row["Epochs"] for row in (*train_rows, *val_rows)]
     for number, (family, (source, names)) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(rows, columns, number)
         axes.set_title(family)
-        _draw_panel(axes, source, names, selected_epoch)
+        _draw_panel(axes, source, {name: _label(name, family) for name in names}, selected_epoch, epochs)
     figure.suptitle(header, fontsize="medium", parse_math=False)
-    figure.supxlabel(footer, fontsize="small", parse_math=False)
-    _save_svg(figure, path)
+    if footer:
+        figure.supxlabel(footer, fontsize="small", parse_math=False)
+    _save(figure, path)
 
 
-def _draw_panel(axes: Axes, rows: Sequence[Row], names: Sequence[str], selected_epoch: int) -> None:
-    """Draws columns of the rows over epochs, with the selected epoch as a dotted line."""
-    for name in names:
-        points = {row["Epochs"]: row[name] for row in rows if name in row}
-        axes.plot(list(points), list(points.values()), marker=_marker(len(points)), ms=3, label=name)
+def _label(name: str, family: str) -> str:
+    """What tells a metric from the others of its family: `Set 0 Recall @ 4` -> `Set 0 @ 4`."""
+    return " ".join(name.replace(family, "", 1).split()) or name
+
+
+def _draw_panel(
+    axes: Axes, rows: Sequence[Row], labels: Mapping[str, str], selected_epoch: int, epochs: Iterable[float]
+) -> None:
+    """Draws columns of the rows, by their labels, over epochs, with the selected epoch as a dotted line."""
+    from matplotlib import colormaps
+
+    curves = {name: {row["Epochs"]: row[name] for row in rows if name in row} for name in labels}
+    shades = colormaps["viridis"](np.linspace(0, 0.95, len(labels)))
+    palette = [f"C{i}" for i in range(10)] if len(labels) <= 10 else list(shades)
+    for (name, points), color in zip(curves.items(), palette):
+        marker = _marker(len(points))
+        axes.plot(list(points), list(points.values()), color=color, marker=marker, ms=3, label=labels[name])
     axes.axvline(selected_epoch, color="0.6", linestyle=":", zorder=0)
-    _format_epoch_axis(axes)
-    if len(names) > 1:
-        axes.legend(fontsize="small", ncols=math.ceil(len(names) / 8))
+    _format_axes(axes, epochs, [value for points in curves.values() for value in points.values()])
+    if len(labels) > 1:  # beside the curves, in their order at the end
+        handles, names = axes.get_legend_handles_labels()
+        ends = [next(reversed(points.values()), math.nan) for points in curves.values()]
+        order = sorted(range(len(ends)), key=lambda i: (math.isfinite(ends[i]), ends[i], i), reverse=True)
+        axes.legend(
+            [handles[i] for i in order],
+            [names[i] for i in order],
+            loc="upper left",
+            bbox_to_anchor=(1, 1),
+            frameon=False,
+            fontsize="small",
+            ncols=math.ceil(len(names) / 16),
+        )
 
 
 def _selected_values(metrics: Sequence[str], rows: Sequence[Row], epoch: int, width: int) -> str:
@@ -123,13 +228,20 @@ def _selected_values(metrics: Sequence[str], rows: Sequence[Row], epoch: int, wi
     return f"selected epoch {epoch}:\n" + _wrap((f"{name} {row.get(name, math.nan):.4f}" for name in metrics), width)
 
 
-def _best_values(
-    metrics: Sequence[str], rows: Sequence[Row], lower_is_better: Callable[[str], bool], width: int
+def _better_values(
+    metrics: Sequence[str],
+    rows: Sequence[Row],
+    selected_epoch: int,
+    lower_is_better: Callable[[str], bool],
+    width: int,
 ) -> str:
-    """Each metric's best value over epochs, in lines of up to `width` characters."""
+    """The best values of metrics that another epoch than the selected one has, in lines of up to `width` characters."""
     best = {name: _best_row(name, rows, lower_is_better(name)) for name in metrics}
-    values = (f"{name} {row[name]:.4f} ({row['Epochs']})" for name, row in best.items())
-    return "each metric's best value (its epoch), not one model's:\n" + _wrap(values, width)
+    selected = next(row for row in rows if row["Epochs"] == selected_epoch)
+    parts = [
+        f"{name} {row[name]:.4f} ({row['Epochs']})" for name, row in best.items() if row[name] != selected.get(name)
+    ]
+    return f"better values of other epochs (in parentheses), not one model's:\n{_wrap(parts, width)}" if parts else ""
 
 
 def _best_row(name: str, rows: Sequence[Row], lower_is_better: bool) -> Row:
@@ -145,8 +257,8 @@ def save_curve(path: Path, rows: Sequence[Mapping[str, float]], name: str) -> No
     axes = figure.add_subplot()
     axes.plot([row["Epochs"] for row in rows], [row[name] for row in rows], marker="o", ms=3)
     axes.set_title(name)
-    _format_epoch_axis(axes)
-    _save_svg(figure, path)
+    _format_axes(axes, [row["Epochs"] for row in rows], [row[name] for row in rows])
+    _save(figure, path)
 
 
 def save_bands(path: Path, curves: Mapping[str, Sequence[tuple[int, float, float]]], name: str) -> None:
@@ -163,31 +275,61 @@ def save_bands(path: Path, curves: Mapping[str, Sequence[tuple[int, float, float
         epochs, mean, half = np.array(points, dtype=float).reshape(-1, 3).T
         (line,) = axes.plot(epochs, mean, marker=_marker(len(epochs)), ms=3, label=label)
         axes.fill_between(epochs, mean - half, mean + half, color=line.get_color(), alpha=0.2, linewidth=0)
-    means = [mean for points in curves.values() for _, mean, _ in points]
-    if means:  # the interval of only two runs is so wide that curves would look flat
-        room = 0.6 * np.ptp(means) or 0.1
-        axes.set_ylim(min(means) - room, max(means) + room)
+    points = [point for curve in curves.values() for point in curve]
+    means = [mean for _, mean, _ in points]
+    # The interval of only two runs is so wide that curves would look flat: it may be cut off.
+    room = 0.5 * np.ptp(means) if means else 0
+    bounds = [bound for mean in means for bound in (mean - room, mean + room)]
     axes.set_title("mean and 95 % confidence interval over seeds and folds")
     axes.set_ylabel(f"{name} of the classes that select the epoch")
-    _format_epoch_axis(axes)
+    _format_axes(axes, [epoch for epoch, _, _ in points], bounds)
     legend = axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12))
     for text in legend.get_texts():
         text.set_parse_math(False)
-    _save_svg(figure, path)
+    _save(figure, path)
 
 
 # Embeddings in the plane
 
 
-def save_scatter(path: Path, points: np.ndarray, labels: np.ndarray, title: str) -> None:
-    """Draws points `(N, 2)`, colored by their labels `(N,)`, into a PNG."""
-    _, ranks = np.unique(labels, return_inverse=True)
+def save_scatter(
+    path: Path, points: np.ndarray, labels: np.ndarray, title: str, class_names: Sequence[str] = ()
+) -> None:
+    """Draws points `(N, 2)`, colored by their labels `(N,)`, into a PNG.
+
+    Args:
+        path: the PNG to write.
+        points: `(N, 2)`.
+        labels: `(N,)` integers.
+        title: the title.
+        class_names: the names that labels index; where there are few classes, each name stands at its points.
+    """
+    from matplotlib.patheffects import withStroke
+
+    classes, ranks = np.unique(labels, return_inverse=True)
+    is_few = len(classes) <= NAMED_CLASSES
     figure = _new_figure(8, 8)
     axes = figure.add_subplot()
-    axes.scatter(points[:, 0], points[:, 1], c=ranks, cmap="gist_rainbow", s=12, linewidths=0)
+    limits = {"cmap": "tab20", "vmin": 0, "vmax": 19} if is_few else {"cmap": "gist_rainbow"}
+    axes.scatter(points[:, 0], points[:, 1], c=ranks, s=18 if is_few else 12, linewidths=0, **limits)
     axes.set(title=title, xticks=[], yticks=[])
-    with atomic_write(path) as beside:
-        figure.savefig(beside, format="png", dpi=120)
+    axes.margins(0.08)
+    for rank, label in enumerate(classes if class_names and is_few else ()):
+        x, y = np.quantile(points[ranks == rank], [0.5, 0.9], axis=0).diagonal()  # above most of its points
+        name = _display_name(class_names[label])
+        name = name if len(name) <= 60 else f"{name[:57]}..."
+        text = axes.annotate(
+            textwrap.fill(name, 24 if name.isascii() else 14),
+            (x, y),
+            xytext=(0, 5),
+            textcoords="offset points",
+            fontsize=9,
+            ha="center",
+            va="bottom",
+            parse_math=False,
+        )
+        text.set_path_effects([withStroke(linewidth=3, foreground="white")])
+    _save(figure, path, "png")
 
 
 # Sample retrievals
@@ -202,9 +344,12 @@ class Retrieval:
     neighbors: Sequence[np.ndarray]
     neighbor_classes: Sequence[str]
     correct: Sequence[bool]
+    distances: Sequence[float]
 
 
-def draw_retrievals(path: Path, space: EmbeddingSpace, images: RetrievalSet[ImageSet], seed: int) -> None:
+def draw_retrievals(
+    path: Path, space: EmbeddingSpace, images: RetrievalSet[ImageSet], seed: int, exif_orientation: bool = False
+) -> None:
     """Draws a few queries, the same at every call with the same seed, with their nearest neighbors into a PNG.
 
     Args:
@@ -212,6 +357,7 @@ def draw_retrievals(path: Path, space: EmbeddingSpace, images: RetrievalSet[Imag
         space: the embeddings of the images.
         images: the images in the same order.
         seed: seed of the choice among the queries that have a positive.
+        exif_orientation: whether to turn images as their EXIF data say.
     """
     gallery, class_names = images.gallery or images.query, images.query.class_names[0]
     candidates = np.flatnonzero(space.has_positive)
@@ -220,58 +366,93 @@ def draw_retrievals(path: Path, space: EmbeddingSpace, images: RetrievalSet[Imag
     retrievals = []
     for query_idx, neighbor_idx in zip(chosen, space.neighbors(chosen, NEIGHBORS_SHOWN)):
         label, neighbor_labels = space.query_labels[query_idx], space.gallery_labels[neighbor_idx]
+        neighbors = space.gallery[torch.from_numpy(neighbor_idx)].double()  # (neighbors, D)
+        distances = torch.linalg.norm(neighbors - space.query[query_idx].double(), dim=1)  # (neighbors,)
         retrievals.append(
             Retrieval(
-                query=_load_pixels(images.query.paths[query_idx]),
+                query=_load_pixels(images.query.paths[query_idx], exif_orientation),
                 query_class=class_names[label],
-                neighbors=[_load_pixels(gallery.paths[i]) for i in neighbor_idx],
+                neighbors=[_load_pixels(gallery.paths[i], exif_orientation) for i in neighbor_idx],
                 neighbor_classes=[class_names[neighbor_label] for neighbor_label in neighbor_labels],
                 correct=(neighbor_labels == label).tolist(),
+                distances=distances.tolist(),
             )
         )
     save_recoveries(path, retrievals)
 
 
-def _load_pixels(path: str) -> np.ndarray:
+def _load_pixels(path: str, exif_orientation: bool) -> np.ndarray:
     """An image file as `(H, W, 3)` uint8."""
-    return load_image(path).permute(1, 2, 0).numpy()
+    return load_image(path, exif_orientation).permute(1, 2, 0).numpy()
 
 
 def save_recoveries(path: Path, retrievals: Sequence[Retrieval]) -> None:
     """Draws each query (framed red) beside its nearest neighbors (green: right class; gray: wrong) into a PNG."""
     from PIL import Image, ImageDraw, ImageOps
 
-    side, frame, caption, gap = 128, 5, 18, 6  # px
+    side, frame, gap, header = 128, 5, 10, 34  # px
     cell = side + 2 * frame
-    columns = 1 + max(len(retrieval.neighbors) for retrieval in retrievals)
-    canvas = Image.new("RGB", (columns * (cell + gap) + gap, len(retrievals) * (cell + caption + gap) + 28), "white")
+    captions = [[_caption(name, cell) for name in (one.query_class, *one.neighbor_classes)] for one in retrievals]
+    num_lines = max(len(lines) for row in captions for lines, _ in row)
+    caption, below = 16 * num_lines + 4, 22  # px above and below a picture
+    columns = max(map(len, captions))
+    size = columns * (cell + gap) + gap, header + len(retrievals) * (cell + caption + below + gap)
+    canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
-    draw.text((gap, 8), "query (red) and its nearest neighbors (green: right class, gray: wrong)", "black", _font(13))
+    title = "query (red) and its nearest neighbors (green: right class, gray: wrong) with their distances"
+    draw.text((gap, 8), title, "black", _pil_font(_default_font(), 14))
     for row, retrieval in enumerate(retrievals):
         images = [retrieval.query, *retrieval.neighbors]
-        names = [retrieval.query_class, *retrieval.neighbor_classes]
         colors = ["#d62728", *("#2ca02c" if is_correct else "#b0b0b0" for is_correct in retrieval.correct)]
-        for column, (image, name, color) in enumerate(zip(images, names, colors)):
-            x, y = gap + column * (cell + gap), 28 + row * (cell + caption + gap)
-            draw.text((x + cell // 2, y), _shorten(name.replace("_", " "), cell), "black", _font(11), anchor="ma")
+        notes = ["query", *(f"{distance:#.3g}".rstrip(".") for distance in retrieval.distances)]
+        for column, (image, (lines, font), color, note) in enumerate(zip(images, captions[row], colors, notes)):
+            x, y = gap + column * (cell + gap), header + row * (cell + caption + below + gap)
+            for position, line in enumerate(reversed(lines)):  # the last one right above the picture
+                _write(draw, line, font, x + cell // 2, y + caption - 18 - 16 * position)
+            _write(draw, note, _default_font(), x + cell // 2, y + caption + cell + 3)
             thumbnail = ImageOps.pad(Image.fromarray(image), (side, side), color="white")
             canvas.paste(ImageOps.expand(thumbnail, frame, color), (x, y + caption))
     with atomic_write(path) as beside:
         canvas.save(beside, format="png")
 
 
+CAPTION_SIZE, CAPTION_LINES = 13, 3
+
+
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib and has the letters of most languages."""
-    from matplotlib import get_data_path
+def _pil_font(path: str, size: int) -> ImageFont.FreeTypeFont:
     from PIL import ImageFont
 
-    return ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
+    return ImageFont.truetype(path, size)
 
 
-def _shorten(text: str, width: int) -> str:
-    """The text, or as much of its beginning as fits into `width` px of a caption."""
-    font = _font(11)
-    if font.getlength(text) <= width:
-        return text
-    return next(cut for end in range(len(text), -1, -1) if font.getlength(cut := text[:end] + "…") <= width)
+def _write(draw: ImageDraw.ImageDraw, line: str, font: str, x: int, y: int) -> None:
+    """Writes a line of a caption, centered at x, below y."""
+    draw.text((x, y), line, "black", _pil_font(font, CAPTION_SIZE), anchor="ma")
+
+
+def _caption(class_name: str, width: int) -> tuple[list[str], str]:
+    """A class's name in a few lines of up to `width` px, and the font's file to write them with."""
+    text, font = _choose_font(_display_name(class_name)[:200])  # far more than fits
+    measure = _pil_font(font, CAPTION_SIZE).getlength
+    lines = [""]
+    for word in text.split():
+        for part in _cut(word, width, measure):
+            joined = f"{lines[-1]} {part}".strip()
+            if measure(joined) <= width:
+                lines[-1] = joined
+            else:
+                lines.append(part)
+    if len(lines) > CAPTION_LINES:
+        lines[CAPTION_LINES - 1] = _cut(lines[CAPTION_LINES - 1] + "…", width, measure, "…")[0]
+    return lines[:CAPTION_LINES], font
+
+
+def _cut(word: str, width: int, measure: Callable[[str], float], end: str = "") -> list[str]:
+    """A word in pieces of up to `width` px, each with `end` behind it where it is cut."""
+    pieces = []
+    while measure(word) > width:
+        length = max(1, next(length for length in range(len(word), -1, -1) if measure(word[:length] + end) <= width))
+        pieces.append(word[:length] + end)
+        word = word[length:]
+    return [*pieces, word]

@@ -25,6 +25,15 @@ import runs
 from auxiliaries import UserError, notice
 from config import with_flags
 
+META_SCHEMA = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "required": ["Network", "Split", "Metric", "Mean"],
+        "properties": {"Mean": {"type": ["number", "null"]}},
+    },
+}
+
 TrainRun = Callable[[argparse.Namespace, Path | None], dict[str, float]]
 
 
@@ -74,8 +83,12 @@ def train(
     try:
         for fold in range(opt.num_training_sets) if opt.fold is None else [opt.fold]:
             print(f"\nfold {fold} of {opt.num_training_sets}")
+            fold_folder, fold_opt = folder / f"fold_{fold}", with_flags(opt, fold=fold)
+            if fold_folder.exists() and is_finished(fold_folder, fold_opt):
+                print(f"{fold_folder} is finished")
+                continue
             source_fold = source_folds.get(fold) or source_folds.get(None)
-            train_in_stages(with_flags(opt, fold=fold), train_run, folder / f"fold_{fold}", source_fold)
+            train_in_stages(fold_opt, train_run, fold_folder, source_fold)
     except UserError:
         if is_new and opt.fold is None and not any(folder.glob("fold_*")):
             shutil.rmtree(folder)  # nothing has been trained
@@ -176,6 +189,7 @@ def write_meta_results(opt: argparse.Namespace, folder: Path) -> dict[str, float
         counts = f"{len(finished)} of {len(folds)} folds are finished with these flags"
         print(f"{counts}: the last one writes {folder / 'meta'}")
         return {}
+    finished = _with_same_test_data(finished)
     summaries = [runs.read_summary(path) for path in finished]
     rows = [
         {"Network": model, "Split": split, **over_folds(metric, [summary[model][split] for summary in summaries])}
@@ -185,7 +199,7 @@ def write_meta_results(opt: argparse.Namespace, folder: Path) -> dict[str, float
     ]
     if opt.meta_testing_method:
         rows += [
-            {"Network": opt.meta_testing_method, "Split": "test", "Metric": name, "Mean": value, "Folds": len(folds)}
+            {"Network": opt.meta_testing_method, "Split": "test", "Metric": name, "Mean": value, "Folds": len(finished)}
             for name, value in evaluate_concatenation(opt, finished).items()
         ]
     records.save_meta_rows(folder / "meta", rows)
@@ -194,6 +208,15 @@ def write_meta_results(opt: argparse.Namespace, folder: Path) -> dict[str, float
         interval = f" ± {row['CI 95 %']:.4f}" if "CI 95 %" in row else ""
         print(f"{row['Network']:>12}, {row['Split']:>4} | {row['Metric']} {row['Mean']:.4f}{interval}")
     return {row["Metric"]: row["Mean"] for row in rows if (row["Network"], row["Split"]) == ("selected", "test")}
+
+
+def _with_same_test_data(folds: Sequence[Path]) -> list[Path]:
+    """The folds that were tested on the images of the first one; a notice names the others."""
+    first = runs.test_data(folds[0])
+    same = [path for path in folds if runs.test_data(path) == first]
+    for path in set(folds) - set(same):
+        notice(f"{path} is left out: its test images differ from those of {folds[0]}")
+    return same
 
 
 def over_folds(metric: str, results: Sequence[Mapping[str, float]]) -> records.Row:
@@ -232,38 +255,67 @@ def concatenate(
 
 def resume(folder: Path, argv: Sequence[str], train_run: TrainRun) -> dict[str, float]:
     """Continues a run, or all folds of one, with its own flags and those of the command line on top."""
-    before = runs.load_flags(folder)
     opt = config.parse(argv, runs.config_file(folder))
+    parent_opt = config.resolve(with_flags(opt, fold=None))
+    fold_flags = _resumed_flags(folder, opt)
+    with contextlib.ExitStack() as locks:
+        for path in {folder, *fold_flags}:  # nothing is changed in a run that another process is using
+            locks.enter_context(auxiliaries.locked(path))
+        for path, flags in fold_flags.items():
+            runs.check_flags(path, flags)
+            if runs.has_state(path):
+                runs.check_data(path, flags, datasets.give_splits(flags))
+        if opt.resume_training == "best":
+            for path in fold_flags:
+                runs.go_back_to_best(path)
+        is_complete = len(fold_flags) == (parent_opt.num_training_sets or 1)
+        if is_complete and all(runs.is_trained(path, flags) for path, flags in fold_flags.items()):
+            notice(f"{folder} is finished: nothing is left to train, and its flags stay as they are")
+            return report_finished(folder, parent_opt)
+        some_fold = None if opt.split_scheme == "predefined" else opt.fold or 0
+        check_data(config.resolve(with_flags(opt, fold=some_fold)))
+        _store_changes(folder, fold_flags, parent_opt)
+    return train(opt, train_run, folder)
+
+
+def _resumed_flags(folder: Path, opt: argparse.Namespace) -> dict[Path, argparse.Namespace]:
+    """The run's training runs, all folds or the one that --fold names, and their resolved flags.
+
+    Raises:
+        UserError: more folds have begun than the flags ask for.
+    """
     fold_paths = runs.fold_folders(folder)
     if opt.fold is not None and None not in fold_paths:
         fold_paths = {fold: path for fold, path in fold_paths.items() if fold == opt.fold}
-    parent_opt = config.resolve(with_flags(opt, fold=None))
-    count = parent_opt.num_training_sets
+    count = config.resolve(with_flags(opt, fold=None)).num_training_sets
     begun = [fold for fold in fold_paths if fold is not None and fold >= count]
     if begun:
         raise UserError(f"{folder} has begun with fold {begun[0]} already: drop --num_training_sets {count}")
-    resolved = {path: config.resolve(with_flags(opt, fold=fold)) for fold, path in fold_paths.items()}
-    with contextlib.ExitStack() as locks:
-        for path in {folder, *resolved}:  # nothing is changed in a run that another process is using
-            locks.enter_context(auxiliaries.locked(path))
-        for path, flags in resolved.items():
-            runs.config_file(path)
-            runs.check_flags(path, flags)
-        some_fold = None if before.split_scheme == "predefined" else opt.fold or 0
-        check_data(config.resolve(with_flags(opt, fold=some_fold)))
-        changes = config.changed_flags(before, parent_opt)
-        for path, flags in resolved.items():  # a fold may have continued alone, with flags of its own
-            changes |= config.changed_flags(runs.load_flags(path), flags)
-        if changes:
-            save_changes(folder, list(resolved), changes)
-            for path, flags in resolved.items():
-                runs.write_flags(path, flags)
-            if folder not in resolved:
-                config.save_config(folder / "config.yaml", config.configuration(parent_opt))
-        if opt.resume_training == "best":
-            for path in resolved:
-                runs.go_back_to_best(path)
-    return train(opt, train_run, folder)
+    return {path: config.resolve(with_flags(opt, fold=fold)) for fold, path in fold_paths.items()}
+
+
+def _store_changes(folder: Path, fold_flags: Mapping[Path, argparse.Namespace], parent_opt: argparse.Namespace) -> None:
+    """Writes flags that a resumed run changes into its folders, and keeps the changes in a folder of their own."""
+    changes = config.changed_flags(runs.load_flags(folder), parent_opt)
+    for path, flags in fold_flags.items():  # a fold may have continued alone, with flags of its own
+        changes |= config.changed_flags(runs.load_flags(path), flags)
+    if not changes:
+        return
+    save_changes(folder, list(fold_flags), changes)
+    for path, flags in fold_flags.items():
+        runs.write_flags(path, flags)
+        auxiliaries.remove_file(path / "summary.json")  # it was of other flags
+    if folder not in fold_flags:
+        config.save_config(folder / "config.yaml", config.configuration(parent_opt))
+
+
+def report_finished(folder: Path, opt: argparse.Namespace) -> dict[str, float]:
+    """Prints how a finished run ended, and returns its test metrics."""
+    if opt.split_scheme == "cross_validation":
+        return write_meta_results(opt, folder)
+    summary = runs.read_summary(folder)
+    records.print_summary(summary)
+    return runs.test_metrics(summary)
 
 
 def save_changes(folder: Path, fold_paths: Sequence[Path], changes: Mapping[str, Any]) -> None:
@@ -290,32 +342,46 @@ def reproduce(source: Path, argv: Sequence[str], train_run: TrainRun) -> dict[st
     changes = config.changed_flags(before, after)
     if changes:
         print(f"other flags than the original's: {_as_flags(changes)}")
-    warn_of_environment(source, auxiliaries.pick_device(opt.gpu))
+    warn_of_changes(source, after, auxiliaries.pick_device(opt.gpu))
     original = read_results(runs.fold_folders(source).get(opt.fold, source))
     if not original:
         notice(f"{source} isn't finished: there is nothing to compare with")
-    parent = Path(opt.save_path) / opt.dataset
-    opt.savename = next(name for name in runs.numbered(opt.savename) if not (parent / name).exists())
-    folder = parent / opt.savename
     is_followed = not _configuration_changes(before, after)
     if not is_followed:
         notice("with other flags, the original's changes of flags on resuming, if any, are not followed")
-    is_single = opt.split_scheme == "predefined"
-    results = train(opt, train_run, folder if is_single else None, source if is_followed else None)
-    reproduced = read_results(runs.fold_folders(folder).get(opt.fold, folder))
+    environment = runs.describe_environment(auxiliaries.pick_device(opt.gpu))
+    folder = runs.create_folder(
+        runs.default_folder(after), lambda into: runs.write_description(into, after, environment)
+    )
+    try:
+        results = train(opt, train_run, folder, source if is_followed else None)
+    except UserError:
+        if not any(folder.rglob("last.pth.tar")):
+            shutil.rmtree(folder)  # nothing has been trained
+        raise
+    print_side_by_side(original, read_results(runs.fold_folders(folder).get(opt.fold, folder)))
+    return results
+
+
+def print_side_by_side(original: Mapping[str, float], reproduced: Mapping[str, float]) -> None:
+    """Prints each result of two runs with the difference."""
     print(f"\n{'':34}{'original':>12}{'reproduced':>12}{'difference':>12}")
     for name, value in reproduced.items():
         was = original.get(name, float("nan"))
         print(f"{name:34}{was:12.4f}{value:12.4f}{value - was:+12.4f}")
-    return results
 
 
-def warn_of_environment(source: Path, device: torch.device) -> None:
-    """Warns where versions or hardware are others than those of the original run."""
-    path = next(iter(runs.fold_folders(source).values())) / "environment.json"
-    if not path.exists():
+def warn_of_changes(source: Path, opt: argparse.Namespace, device: torch.device) -> None:
+    """Warns where data, versions or hardware differ from those of the original run."""
+    fold, path = next(iter(runs.fold_folders(source).items()))
+    data = runs.read_data(path)
+    if data is not None:
+        splits = datasets.give_splits(config.resolve(with_flags(opt, fold=fold)))
+        for difference in runs.differing_data(data, runs.describe_data(opt, splits)):
+            notice(f"{difference} in the original: figures will differ")
+    if not (path / "environment.json").exists():
         return
-    original, now = auxiliaries.load_json(path), runs.describe_environment(device)
+    original, now = auxiliaries.load_json(path / "environment.json"), runs.describe_environment(device)
     for name, value in now.items():
         if name not in ("command", "git tree is dirty") and original.get(name) != value:
             notice(f"{name} is {value}, and was {original.get(name)} in the original: figures may differ")
@@ -325,12 +391,10 @@ def read_results(folder: Path) -> dict[str, float]:
     """A finished run's results, named by network and metric; empty where it isn't finished."""
     meta = folder / "meta/results.json"
     if meta.exists():
-        try:
-            return {
-                f"{row['Network']}, {row['Split']}, {row['Metric']}": row["Mean"] for row in auxiliaries.load_json(meta)
-            }
-        except (KeyError, TypeError):
-            raise UserError(f"{meta} is damaged: --resume_training writes it anew") from None
+        rows = auxiliaries.load_json(meta)
+        auxiliaries.check_schema(meta, rows, META_SCHEMA, "--resume_training writes it anew")
+        means = [float("nan") if row["Mean"] is None else row["Mean"] for row in rows]
+        return {f"{row['Network']}, {row['Split']}, {row['Metric']}": mean for row, mean in zip(rows, means)}
     if not (folder / "summary.json").exists():
         return {}
     summary = runs.read_summary(folder)

@@ -1,15 +1,19 @@
-"""What a run records: rows in CSV, SQLite and TensorBoard, the log of iterations, and the summary."""
+"""What a run records and prints: rows in CSV, SQLite and TensorBoard, iterations, the console, and the summary."""
 
 from __future__ import annotations
 
 import csv
+import glob
 import json
 import math
-import pickle
 import re
+import shlex
 import shutil
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -17,11 +21,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from auxiliaries import FlagParser, UserError, atomic_write, disk_advice, number, save_json, to_builtin
+from auxiliaries import FlagParser, UserError, atomic_write, disk_advice, notice, number, save_json, to_builtin
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    from datasets import ImageSet, RetrievalSet, Splits
 
 Row = dict[str, Any]
 
@@ -33,6 +40,16 @@ LOGS = {
     "iterations": "log_iterations.csv",
 }
 NOT_METRICS = ("Epochs", "Iteration", "Time")
+CONFIGURATION_COLUMNS = ("Epochs", "Time", "Configuration", "Changes", "Environment")
+
+# TensorBoard sorts groups, which are the first parts of tags, by their names: metrics come first.
+TENSORBOARD_TAGS = {
+    "val": "metrics/val",
+    "test": "metrics/test",
+    "distances": "train",
+    "train": "train",
+    "iterations": "train iterations",
+}
 
 
 def add_arguments(parser: FlagParser) -> None:
@@ -67,15 +84,14 @@ class Records:
 
     Args:
         folder: the run folder.
-        history: the rows so far, as a checkpoint holds them. The CSV files and the database are rewritten to hold
-            these and no others, and TensorBoard drops what comes after them.
+        history: the rows so far, as a checkpoint holds them. All files are rewritten to hold these and no others.
         tensorboard: whether to write event files.
 
     Attributes:
         rows: the rows of each kind, in order of their epoch or iteration.
 
     Raises:
-        UserError: something can't be written.
+        UserError: something can't be written, or a file is not what a run writes.
     """
 
     def __init__(self, folder: Path, history: Mapping[str, Sequence[Row]] | None = None, tensorboard: bool = True):
@@ -86,9 +102,13 @@ class Records:
         for kind, name in LOGS.items():
             if self.rows[kind] or (folder / name).exists():
                 self._write_csv(kind)
-        self.writers: dict[str, SummaryWriter] = {}
-        if tensorboard:
+        self.tensorboard: Any = None  # a SummaryWriter
+        self.hyperparameters: dict[str, Any] = {}
+        if tensorboard or (folder / "tensorboard").exists():
             self._open_tensorboard()
+        if not tensorboard and self.tensorboard:
+            self.tensorboard.close()
+            self.tensorboard = None
 
     def add(self, kind: str, *rows: Row) -> None:
         """Appends rows; the row of an epoch (or iteration) that is already there is replaced."""
@@ -109,7 +129,11 @@ class Records:
                 csv.DictWriter(file, columns).writerows(rows)
         else:
             self._write_csv(kind)
-        self._add_scalars(kind, rows)
+        if self.tensorboard and follows:
+            with _writing(self.folder / "tensorboard"):
+                _add_scalars(self.tensorboard, kind, rows)
+        elif self.tensorboard:
+            self._open_tensorboard()
 
     def iterations(self) -> int:
         """The number of iterations of the recorded epochs."""
@@ -117,50 +141,58 @@ class Records:
 
     def add_picture(self, name: str, path: Path, epoch: int) -> None:
         """Shows a PNG in TensorBoard."""
-        if "epochs" in self.writers:
+        if self.tensorboard:
             with _writing(self.folder / "tensorboard"):
-                self.writers["epochs"].add_image(name, _read_pixels(path), epoch, dataformats="HWC")
+                self.tensorboard.add_image(name, _read_pixels(path), epoch, dataformats="HWC")
 
     def note_configuration(self, epoch: int, flags: Mapping[str, Any], environment: Any) -> None:
-        """Adds a row to the table `configurations`.
+        """Adds a row to the table `configurations`, and shows the flags in TensorBoard.
 
         Args:
             epoch: the epoch after which these flags hold.
             flags: all flags; those that differ from the row before are listed as changes.
             environment: versions and hardware.
         """
-        flags = to_builtin(flags)
+        flags = dict(to_builtin(flags))
         *_, before = [flags, *(row["Configuration"] for row in read_configurations(self.folder))]
         changes = {name: value for name, value in flags.items() if value != before.get(name)}
         now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
         values = (epoch, now, *map(json.dumps, (flags, changes, to_builtin(environment))))
         with _writing(self.folder / "records.db"), self.database:
-            self.database.execute(
-                "CREATE TABLE IF NOT EXISTS configurations"
-                "(Epochs INTEGER, Time TEXT, Configuration TEXT, Changes TEXT, Environment TEXT)"
-            )
             self.database.execute("INSERT INTO configurations VALUES (?, ?, ?, ?, ?)", values)
+        self.hyperparameters = flags
+        if self.tensorboard:
+            with _writing(self.folder / "tensorboard"):
+                rows = [{"Flag": f"--{name}", "Value": value} for name, value in flags.items()]
+                self.tensorboard.add_text("configuration", format_table(rows), epoch)
+                _add_hyperparameters(self.tensorboard, flags)
 
     def flush(self) -> None:
         """Writes TensorBoard's pending events; CSV and SQLite are written as rows are added."""
-        with _writing(self.folder / "tensorboard"):
-            for writer in self.writers.values():
-                writer.flush()
+        if self.tensorboard:
+            with _writing(self.folder / "tensorboard"):
+                self.tensorboard.flush()
 
     def close(self) -> None:
         """Closes all files."""
-        with _writing(self.folder / "tensorboard"):
-            for writer in self.writers.values():
-                writer.close()
+        if self.tensorboard:
+            with _writing(self.folder / "tensorboard"):
+                self.tensorboard.close()
         self.database.close()
 
     def _open_database(self) -> None:
         """Opens records.db and makes its tables hold the rows of now."""
-        with _writing(self.folder / "records.db"):
+        path = self.folder / "records.db"
+        with _writing(path):
+            if path.is_dir():
+                raise UserError(f"{path} is a folder: move it away, and --resume_training makes the file anew")
             # Neither a write-ahead log nor shared memory, which network disks lack; the rollback journal that a killed
             # process leaves is undone by the next one that opens the database.
-            self.database = sqlite3.connect(self.folder / "records.db", timeout=60)
+            self.database = sqlite3.connect(path, timeout=60)
+            _check_tables(path, self.database)
             with self.database:
+                columns = "(Epochs INTEGER, Time TEXT, Configuration TEXT, Changes TEXT, Environment TEXT)"
+                self.database.execute(f"CREATE TABLE IF NOT EXISTS configurations {columns}")
                 for kind, rows in self.rows.items():
                     self.database.execute(f"DROP TABLE IF EXISTS {kind}")
                     self._insert(kind, rows)
@@ -188,26 +220,102 @@ class Records:
             path.unlink()
 
     def _open_tensorboard(self) -> None:
-        """Starts event files that drop what earlier ones have after the last row."""
+        """Starts an event file with the rows of now, in place of earlier ones, whose pictures it takes over."""
         from torch.utils.tensorboard import SummaryWriter
 
-        was_off = not (self.folder / "tensorboard").exists()
-        for unit, kind in (("epochs", "train"), ("iterations", "iterations")):
-            last_step = max((row[_step_column(kind)] for row in self.rows[kind]), default=-1)
-            with _writing(self.folder / "tensorboard"):
-                self.writers[unit] = SummaryWriter(str(self.folder / "tensorboard" / unit), purge_step=last_step + 1)
-        for kind, rows in self.rows.items() if was_off else ():
-            self._add_scalars(kind, rows)
+        if self.tensorboard:
+            self.tensorboard.close()
+        folder = self.folder / "tensorboard"
+        last_epoch = max((row["Epochs"] for rows in self.rows.values() for row in rows), default=-1)
+        with _writing(folder):
+            # Earlier versions had a folder for epochs and one for iterations.
+            places = [folder, folder / "epochs", folder / "iterations"]
+            earlier = [path for place in places for path in sorted(place.glob("events.out.tfevents.*"))]
+            times, pictures = _read_events(earlier)
+            self.tensorboard = SummaryWriter(str(folder), purge_step=0)
+            for kind, rows in self.rows.items():
+                _add_scalars(self.tensorboard, kind, rows, times)
+            for event in pictures:
+                if event.step <= last_epoch:
+                    self.tensorboard.file_writer.add_event(event, event.step, event.wall_time)
+            if self.hyperparameters:
+                _add_hyperparameters(self.tensorboard, self.hyperparameters)
+            self.tensorboard.flush()  # only then may the earlier ones go
+            for path in earlier:
+                path.unlink()
+            for place in places[1:]:
+                if place.is_dir() and not any(place.iterdir()):
+                    place.rmdir()
 
-    def _add_scalars(self, kind: str, rows: Sequence[Row]) -> None:
-        """Writes rows as TensorBoard scalars."""
-        writer = self.writers.get("iterations" if kind == "iterations" else "epochs")
-        if writer is None:
-            return
-        with _writing(self.folder / "tensorboard"):
-            for row in rows:
-                for name in [name for name in row if name not in ("Epochs", "Iteration")]:
-                    writer.add_scalar(f"{kind}/{name}", row[name], row[_step_column(kind)])
+
+# TensorBoard
+
+
+def _add_scalars(
+    writer: Any, kind: str, rows: Iterable[Row], times: Mapping[tuple[str, int], float] | None = None
+) -> None:
+    """Writes rows as TensorBoard scalars, all those of a row in one event.
+
+    Args:
+        writer: a SummaryWriter.
+        kind: a key of `LOGS`.
+        rows: the rows.
+        times: when rows were made, where that is not now: what `_read_events` returns.
+    """
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    step_column = _step_column(kind)
+    for row in rows:
+        step = row[step_column]
+        tags = {name: f"{TENSORBOARD_TAGS[kind]}/{name}" for name in row if name not in ("Epochs", "Iteration")}
+        if kind != "train" and "Time" in tags:
+            tags["Time"] = f"train/Time ({kind})"
+        values = [Summary.Value(tag=tag, simple_value=row[name]) for name, tag in tags.items()]
+        writer.file_writer.add_summary(Summary(value=values), step, (times or {}).get((step_column, step)))
+
+
+def _add_hyperparameters(writer: Any, flags: Mapping[str, Any]) -> None:
+    """Writes flags for TensorBoard's HPARAMS, which compares runs by them and by their last metrics."""
+    from torch.utils.tensorboard.summary import hparams
+
+    plain = {name: value if type(value) in (int, float) else str(value) for name, value in flags.items()}
+    _, start, _ = hparams(plain, {})
+    writer.file_writer.add_summary(start)
+
+
+def _read_events(paths: Iterable[Path]) -> tuple[dict[tuple[str, int], float], list[Event]]:
+    """Reads event files as far as they are intact.
+
+    Returns:
+        The time of each row of scalars, by the column that numbers it and its number; and the events of pictures and
+        texts, the last one of each name and step.
+    """
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+    times: dict[tuple[str, int], float] = {}
+    others: dict[tuple[str, int], Event] = {}
+    for path in paths:
+        for event in LegacyEventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                if value.HasField("simple_value"):
+                    times["Iteration" if "iterations/" in value.tag else "Epochs", event.step] = event.wall_time
+                elif value.HasField("image") or value.metadata.plugin_data.plugin_name == "text":
+                    others[value.tag, event.step] = event
+    return times, [others[key] for key in sorted(others)]
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with the same columns as a Markdown table."""
+
+    def line(cells: Iterable[Any]) -> str:
+        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    columns = _columns(map(dict, rows))
+    body = [line(row.get(name, "") for name in columns) for row in rows]
+    return "\n".join([line(columns), "|" + "---|" * len(columns), *body])
+
+
+# Files
 
 
 @contextmanager
@@ -217,7 +325,8 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, sqlite3.OperationalError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} can't be written ({reason}): {disk_advice(error)}, then --resume_training") from None
+        advice = "close the program that uses it" if "locked" in str(reason) else disk_advice(error)
+        raise UserError(f"{path} can't be written ({reason}): {advice}, then --resume_training") from None
     except sqlite3.DatabaseError as error:
         raise UserError(f"{path} is damaged ({error}): remove it, and --resume_training rebuilds it") from None
 
@@ -242,23 +351,55 @@ def _read_pixels(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
+def _check_tables(path: Path, database: sqlite3.Connection) -> None:
+    """Makes sure that a database, if it has any tables, is one that a run writes.
+
+    Raises:
+        UserError: it is another program's, or its tables have other columns.
+    """
+    needed = {**{kind: {_step_column(kind)} for kind in LOGS}, "configurations": set(CONFIGURATION_COLUMNS)}
+    found = {name.lower(): kind for name, kind in database.execute("SELECT name, type FROM sqlite_master")}
+    wrong = [name for name in needed if name in found and found[name] != "table"]
+    for name in found.keys() & needed.keys():
+        if not needed[name] <= {column[1] for column in database.execute(f"PRAGMA table_info({name})")}:
+            wrong.append(name)
+    if wrong or (found and not found.keys() & needed):
+        what = f"its {sorted(wrong)[0]} is not a run's table" if wrong else "it holds other tables than a run's"
+        raise UserError(f"{path} is not a run's database ({what}): move it away, and --resume_training makes it anew")
+
+
 def read_configurations(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's table `configurations`, oldest first; none where there is no such table."""
+    """The rows of a run's table `configurations`, oldest first; none where there is no such table.
+
+    Raises:
+        UserError: the database is damaged, or not a run's.
+    """
     path = folder / "records.db"
     if not path.is_file():
         return []
-    database = sqlite3.connect(path, timeout=60)
+    database = None
     try:
+        database = sqlite3.connect(path, timeout=60)
+        _check_tables(path, database)
+        if not database.execute("SELECT name FROM sqlite_master WHERE name = 'configurations'").fetchone():
+            return []
         rows = database.execute("SELECT Epochs, Configuration FROM configurations ORDER BY rowid").fetchall()
-    except sqlite3.DatabaseError:
-        return []
+        configurations = [{"Epochs": epoch, "Configuration": json.loads(flags)} for epoch, flags in rows]
+    except (sqlite3.Error, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} can't be read ({' '.join(str(error).split())}): move it away") from None
     finally:
-        database.close()
-    return [{"Epochs": epoch, "Configuration": json.loads(flags)} for epoch, flags in rows]
+        if database is not None:
+            database.close()
+    for row in configurations:
+        if not isinstance(row["Epochs"], int) or not isinstance(row["Configuration"], dict):
+            raise UserError(
+                f"{path} is damaged: its table configurations holds something else than flags; move it away"
+            )
+    return configurations
 
 
 def save_meta_rows(folder: Path, rows: Sequence[Row]) -> None:
-    """Writes results over folds, in place of earlier ones: results.csv, results.json and TensorBoard.
+    """Writes results over folds, in place of earlier ones: results.csv, results.json, and a table in TensorBoard.
 
     Args:
         folder: the folder to write them into; its parent exists.
@@ -274,11 +415,9 @@ def save_meta_rows(folder: Path, rows: Sequence[Row]) -> None:
         _save_csv(folder / "results.csv", _columns(rows), rows)
         save_json(folder / "results.json", rows)
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        shown = [{k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
         with SummaryWriter(str(folder / "tensorboard")) as tensorboard:
-            for row in rows:
-                for name in ("Mean", "Std", "CI 95 %"):
-                    if name in row:
-                        tensorboard.add_scalar(f"{row['Network']}/{row['Split']} {row['Metric']}/{name}", row[name])
+            tensorboard.add_text("results over folds", format_table(shown))
 
 
 def show_in_tensorboard(folder: Path, name: str, picture: Path) -> None:
@@ -311,10 +450,20 @@ def mean_over_sets(metrics: Mapping[str, float], name: str) -> float:
 
 
 def best_epoch(rows: Sequence[Row], metric: str, lower_is_better: bool) -> int:
-    """The first trained epoch with the best value of a metric (its mean over sets); 0 where there is none yet."""
+    """The first trained epoch with the best value of a metric (its mean over sets); 0 where there is none yet.
+
+    Raises:
+        UserError: the metric is NaN in all epochs.
+    """
     sign = -1 if lower_is_better else 1
-    scores = {row["Epochs"]: sign * mean_over_sets(row, metric) for row in rows if row["Epochs"] > 0}
-    return max(scores, key=lambda epoch: -math.inf if math.isnan(scores[epoch]) else scores[epoch], default=0)
+    values = {row["Epochs"]: sign * mean_over_sets(row, metric) for row in rows if row["Epochs"] > 0}
+    defined = {epoch: value for epoch, value in values.items() if not math.isnan(value)}
+    if values and not defined:
+        raise UserError(
+            f"{metric} is NaN, not defined, on these images, and so can't select the best epoch: choose another "
+            "--eval_metric_for_best_epoch"
+        )
+    return max(defined, key=defined.__getitem__, default=0)
 
 
 # Iterations
@@ -354,18 +503,20 @@ class IterationLog:
         self._pending_losses: list[torch.Tensor] = []
         self._pending_rows: list[tuple[Row, dict[str, torch.Tensor]]] = []
 
-    def add(self, iteration: int, loss: torch.Tensor) -> None:
-        """Takes the loss of the method's last step.
+    def add(self, iteration: int, loss: torch.Tensor, **parts: torch.Tensor) -> None:
+        """Takes the loss of the method's last step, and what it consists of.
 
         Args:
             iteration: counted from 1 in every epoch.
             loss: a detached scalar, on the device.
+            parts: the same, by name; each has a column `Loss <name>`.
         """
         self._pending_losses.append(loss)
         position = self.iterations_before + iteration  # in the run
         if self.log_every and position % self.log_every == 0:
             row = {"Iteration": position, "Epochs": self.epoch, **self.method.learning_rates()}
-            self._pending_rows.append((row, {"Loss": loss, **self.method.statistics()}))
+            scalars = {"Loss": loss, **{f"Loss {name}": part for name, part in parts.items()}}
+            self._pending_rows.append((row, scalars | self.method.statistics()))
 
     def read(self) -> float:
         """Fetches and records everything since the last call; returns the mean loss of the epoch so far.
@@ -402,7 +553,7 @@ class GradientRecord:
     their absolute values: four arrays `(iterations, features)`, and the iterations' numbers `(iterations,)`.
 
     Args:
-        path: a pickled dict of the arrays; an existing one is continued.
+        path: an .npz file of the arrays; an existing one is continued.
         iterations: the number of iterations that the run had before; what comes after them is dropped.
 
     Raises:
@@ -416,14 +567,32 @@ class GradientRecord:
         self.arrays: dict[str, Any] = {name: np.empty((0, 0), np.float32) for name in self.STATISTICS}
         self.arrays["iteration"] = np.empty(0, np.int64)
         if iterations and path.exists():
-            try:
-                saved = pickle.loads(path.read_bytes())
-                kept = saved["iteration"] <= iterations
-                self.arrays = {name: saved[name][kept] for name in self.arrays}
-            except Exception:  # pickle raises anything at all on a damaged file
-                raise UserError(f"{path} is damaged: move it away, and a new record begins") from None
+            saved = self._load()
+            kept = saved["iteration"] <= iterations
+            self.arrays = {name: saved[name][kept] for name in self.arrays}
+        elif iterations and path.with_suffix(".pkl").exists():
+            notice(
+                f"{path.with_suffix('.pkl')}, of an earlier version, is not continued, since reading a pickle can run "
+                f"code: {path.name} begins with iteration {iterations + 1}"
+            )
         self._iteration = iterations
         self._pending: list[torch.Tensor] = []  # on the device, so that no iteration waits for it
+
+    def _load(self) -> dict[str, np.ndarray]:
+        """The saved arrays."""
+        try:
+            with np.load(self.path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in self.arrays}
+        except Exception:  # NumPy raises anything at all on a damaged file
+            arrays = {}
+        shapes = {arrays[name].shape for name in self.STATISTICS if name in arrays}
+        rows = arrays["iteration"].shape if "iteration" in arrays else ()
+        is_intact = (
+            len(shapes) == 1 and len(rows) == 1 and all(len(shape) == 2 and shape[:1] == rows for shape in shapes)
+        )
+        if not is_intact or any(arrays[name].dtype.kind != empty.dtype.kind for name, empty in self.arrays.items()):
+            raise UserError(f"{self.path} is damaged: move it away, and a new record begins")
+        return arrays
 
     def add(self, weight: torch.Tensor) -> None:
         """Takes the gradient that the layer's weight `(D, features)` has after an iteration's backward pass."""
@@ -442,8 +611,192 @@ class GradientRecord:
         self._pending.clear()
         for name, rows in zip((*self.STATISTICS, "iteration"), (*recorded, numbers)):
             self.arrays[name] = np.concatenate([self.arrays[name], rows]) if self.arrays[name].size else rows
-        with atomic_write(self.path) as beside:
-            beside.write_bytes(pickle.dumps(self.arrays))
+        with atomic_write(self.path) as beside, open(beside, "wb") as file:
+            np.savez(file, **self.arrays)
+
+
+# The console
+
+CONSOLE_WIDTH = 100  # characters
+ROWS_BELOW_HEADER = 25
+PLAIN_LINE_EVERY, READ_LOSS_EVERY = 30, 10  # seconds
+
+
+class Progress:
+    """Goes through `batches` with a progress bar; without a terminal, with a plain line every half minute.
+
+    Attributes:
+        note: what stands behind the counts.
+    """
+
+    def __init__(self, batches: Iterable[Any], name: str, clock: Callable[[], float] = time.monotonic):
+        self.bar = tqdm(batches, desc=name, leave=False, disable=None)
+        self.name, self.clock, self.note = name, clock, ""
+
+    def __iter__(self) -> Iterator[Any]:
+        shown = self.clock()
+        for done, batch in enumerate(self.bar, start=1):
+            yield batch
+            if self.bar.disable and self.clock() - shown >= PLAIN_LINE_EVERY:
+                shown = self.clock()
+                note = self.note and f", {self.note}"
+                print(f"{self.name}: {done} of {self.bar.total}{note}", file=sys.stderr, flush=True)
+
+    def show(self, note: str) -> None:
+        """Changes the note."""
+        self.note = note
+        self.bar.set_postfix_str(note)
+
+
+class Console:
+    """What a training run shows: its progress, and a line of metrics per evaluation.
+
+    Args:
+        n_epochs: epochs of the whole run.
+        metric: the metric that selects the best epoch.
+        classes: the classes that it is evaluated on, in words.
+        clock: gives seconds.
+    """
+
+    def __init__(self, n_epochs: int, metric: str, classes: str, clock: Callable[[], float] = time.monotonic):
+        self.n_epochs, self.metric, self.classes, self.clock = n_epochs, metric, classes, clock
+        self.lines = 0
+        self._columns: list[str] = []
+        self._start: tuple[float, float] | None = None  # when the loss was first shown: seconds, and epochs until then
+
+    def watch(self, batches: Iterable[Any], epoch: int) -> Progress:
+        """Goes through an epoch's batches and shows how far training is."""
+        self.epoch, self.progress = epoch, Progress(batches, f"epoch {epoch}/{self.n_epochs}", self.clock)
+        self._last_loss = -math.inf  # seconds
+        return self.progress
+
+    def wants_loss(self) -> bool:
+        """Whether it is time to read the loss: after the first iteration of an epoch, then every ten seconds."""
+        return self.clock() - self._last_loss >= READ_LOSS_EVERY
+
+    def show_loss(self, loss: float, iteration: int) -> None:
+        """Shows the mean loss of the epoch so far, and the remaining time of the run.
+
+        The time is estimated from the part of the run that lies behind, evaluations included.
+        """
+        now = self._last_loss = self.clock()
+        done = self.epoch - 1 + iteration / self.progress.bar.total  # epochs
+        self._start = self._start or (now, done)
+        seconds, epochs = now - self._start[0], done - self._start[1]
+        left = f", run: {tqdm.format_interval(round(seconds / epochs * (self.n_epochs - done)))} left" if epochs else ""
+        self.progress.show(f"loss {loss:.4f}{left}")
+
+    def print_epoch(self, epoch: int, log: Records, best_epoch: int) -> None:
+        """Prints a line about an epoch that was evaluated, and marks it if it is the best so far."""
+        row = next(row for row in log.rows["val"] if row["Epochs"] == epoch)
+        losses = {row["Epochs"]: row["Train Loss"] for row in log.rows["train"]}
+        since = max((other["Epochs"] for other in log.rows["val"] if other["Epochs"] < epoch), default=-1)
+        timed = [other for kind in ("train", "val", "test") for other in log.rows[kind]]
+        seconds = sum(other["Time"] for other in timed if since < other["Epochs"] <= epoch)
+        columns = fit_columns(row, self.metric, CONSOLE_WIDTH - 28)
+        if columns != self._columns or self.lines % ROWS_BELOW_HEADER == 0:
+            self._columns = columns
+            self._print_header(row)
+        self.lines += 1
+        counted = f"{epoch}/{self.n_epochs}"
+        cells = [losses.get(epoch, math.nan), *(mean_over_sets(row, name) for name in columns)]
+        texts = [format_cell(cell, name) for cell, name in zip(cells, ["loss", *columns])]
+        texts[0] = texts[0] if epoch in losses else " " * len(texts[0])
+        mark = " *" if epoch == best_epoch > 0 else ""
+        print(f"{counted:>9}{''.join(texts)}{tqdm.format_interval(round(seconds)):>9}{mark}", flush=True)
+
+    def _print_header(self, row: Row) -> None:
+        """Prints what the columns are."""
+        hidden = len(metrics_of(row).keys() - set(self._columns))
+        more = f", {hidden} more in {LOGS['val']}" if hidden else ""
+        names = "".join(f"{short_name(name):>{column_width(name)}}" for name in ["loss", *self._columns])
+        print(f"\nmetrics of the {self.classes}{more}; * the best {short_name(self.metric)} so far")
+        print(f"{'epoch':>9}{names}{'time':>9}")
+
+
+def short_name(metric: str) -> str:
+    """A metric's name as the literature shortens it: `Set 0 Recall @ 1` -> `Set 0 R@1`."""
+    return re.sub(r"\b(Recall|Precision) @ (?=\d)", lambda match: f"{match[1][0]}@", metric)
+
+
+def column_width(metric: str) -> int:
+    """Characters of a column, the gap before it included."""
+    return 2 + max(6, len(short_name(metric)))
+
+
+def format_cell(value: float, metric: str) -> str:
+    """A number as wide as the metric's column, with four decimals where they fit into six characters."""
+    texts = (f"{value:.{decimals}f}" for decimals in (4, 3, 2, 1, 0))
+    text = next((text for text in texts if len(text) <= 6), f"{value:.0e}")
+    return f"{text:>{column_width(metric)}}"
+
+
+def fit_columns(row: Mapping[str, Any], metric: str, width: int) -> list[str]:
+    """The metrics of a row that fit into `width` characters, in their order; the one that selects is among them.
+
+    Where there are several sets, its mean over them comes first.
+    """
+    names = list(metrics_of(row))
+    names = names if metric in names else [metric, *names]
+    chosen = {metric}
+    for name in names:
+        if sum(map(column_width, chosen | {name})) <= width:
+            chosen.add(name)
+    return [name for name in names if name in chosen]
+
+
+def print_start(
+    dataset: str, splits: Splits, network: str, loss: str, device: torch.device, folder: Path, epoch: int
+) -> None:
+    """Prints what a run is made of.
+
+    Args:
+        dataset: its name.
+        splits: its images.
+        network: the network in words.
+        loss: what is trained, in words.
+        device: where.
+        folder: the run folder.
+        epoch: the epoch after which the run goes on; 0 in a new run.
+    """
+    is_cuda = device.type == "cuda"
+    facts = {
+        "data": dataset,
+        "training": _describe_images(splits.train),
+        "validation": " + ".join(map(_describe_set, splits.val)),
+        "test": " + ".join(map(_describe_set, splits.test)),
+        "network": network,
+        "loss": loss,
+        "device": torch.cuda.get_device_name(device) if is_cuda else f"CPU, {torch.get_num_threads()} threads",
+        "run folder": f"{folder}, after epoch {epoch}" if epoch else str(folder),
+    }
+    print("\n".join(f"{name:<12}{fact}" for name, fact in facts.items() if fact), flush=True)
+
+
+def _describe_images(images: ImageSet) -> str:
+    return f"{len(images):,} images of {images.num_classes():,} classes"
+
+
+def _describe_set(one: RetrievalSet[ImageSet]) -> str:
+    if one.gallery is None:
+        return _describe_images(one.query)
+    return f"{len(one.query):,} queries and a gallery of {_describe_images(one.gallery)}"
+
+
+@contextmanager
+def resume_hint(folder: Path) -> Iterator[None]:
+    """On Ctrl-C, prints the command that continues the run in this folder."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        is_fold = re.fullmatch(r"fold_\d+", folder.name) and (folder.parent / "config.yaml").exists()
+        run = folder.parent if is_fold else folder
+        where = run.parent.parent
+        flags = ["--resume_training", "--savename", run.name]
+        flags += ["--save_path", str(where)] if str(where) != "Training_Results" else []
+        flags += ["--dataset", run.parent.name] if len([*where.glob(f"*/{glob.escape(run.name)}")]) > 1 else []
+        print(f"\nto continue: python main.py {shlex.join(flags)}", file=sys.stderr, flush=True)
+        raise
 
 
 # The summary
@@ -462,6 +815,7 @@ def build_summary(
     lower_is_better: bool,
     has_val_classes: bool,
     is_predefined: bool,
+    is_pretrained: bool = False,
 ) -> dict[str, Any]:
     """How a run ended: summary.json.
 
@@ -471,10 +825,12 @@ def build_summary(
         lower_is_better: whether its best value is the lowest.
         has_val_classes: whether validation classes select it; otherwise `log_rows["val"]` is of the test classes.
         is_predefined: whether the splits are predefined, so that the test classes are evaluated while training.
+        is_pretrained: whether the network had pretrained weights before training.
 
     Returns:
         `selection`, `metric`, `seconds`, and networks by name (`selected`, `last`, where known `best on test` and
-        `untrained`), each with its `epoch` and one network's metrics on `val` and `test`, as far as evaluated.
+        `untrained`), each with its `epoch` and one network's metrics on `val` and `test`, as far as evaluated. Beside
+        `untrained`, which is the network before training, `initial weights` says which it had: random or pretrained.
     """
     metrics = {kind: {row["Epochs"]: metrics_of(row) for row in log_rows[kind]} for kind in ("val", "test")}
     if not has_val_classes:
@@ -492,17 +848,36 @@ def build_summary(
     }
     seconds = sum(row["Time"] for kind in ("train", "val", "test") for row in log_rows[kind])
     selection = describe_selection(metric, has_val_classes)
-    return {"selection": selection, "metric": metric, **networks, "seconds": seconds}
+    initial = {"initial weights": "pretrained" if is_pretrained else "random"} if "untrained" in networks else {}
+    return {"selection": selection, "metric": metric, **networks, **initial, "seconds": seconds}
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
-    """Prints a summary, one line per network and kind of classes."""
-    print(f"\n{summary['selection']}")
+    """Prints a summary as a table: a row per network and kind of classes, networks of the same epoch in one."""
+    before_training = "before training" if summary.get("initial weights") == "pretrained" else "untrained"
     networks = {name: network for name, network in summary.items() if isinstance(network, Mapping)}
+    names: dict[int, list[str]] = {}
     for name, network in networks.items():
-        for kind in [kind for kind in ("val", "test") if kind in network]:
-            print(f"{name:>12}, epoch {network['epoch']:3d}, {kind} | {format_metrics(network[kind])}")
+        names.setdefault(network["epoch"], []).append(before_training if name == "untrained" else name)
+    by_epoch = {network["epoch"]: network for network in networks.values()}
+    rows = {
+        (" = ".join(names[epoch]), epoch, kind): network[kind]
+        for epoch, network in by_epoch.items()
+        for kind in ("val", "test")
+        if kind in network
+    }
+    first = max(len(label) for label, _, _ in rows)
+    columns = fit_columns(next(iter(rows.values())), summary["metric"], CONSOLE_WIDTH - first - 13)
+    header = "".join(f"{short_name(name):>{column_width(name)}}" for name in columns)
+    hidden = len({name for metrics in rows.values() for name in metrics} - set(columns))
+    selection = summary["selection"] + (f" ({hidden} more metrics in summary.json)" if hidden else "")
+    print(f"\n{textwrap.fill(selection, CONSOLE_WIDTH)}")
+    print(f"{'':{first}}  epoch      {header}")
+    for (label, epoch, kind), metrics in rows.items():
+        cells = "".join(format_cell(mean_over_sets(metrics, name), name) for name in columns)
+        print(f"{label:>{first}}  {epoch:>5}  {kind:<4}{cells}")
     if "untrained" in networks:
         metric, kind = summary["metric"], "test" if "test" in networks["untrained"] else "val"
         before, after = (mean_over_sets(networks[name][kind], metric) for name in ("untrained", "selected"))
-        print(f"{metric} on unseen classes: {before:.4f} untrained, {after:.4f} trained ({after - before:+.4f})")
+        trained = f"{after:.4f} trained ({after - before:+.4f})"
+        print(f"{metric} on unseen classes: {before:.4f} {before_training}, {trained}")

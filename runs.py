@@ -10,8 +10,10 @@ import argparse
 import contextlib
 import errno
 import glob
+import hashlib
 import importlib.metadata
 import itertools
+import math
 import os
 import pickle
 import platform
@@ -20,6 +22,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,18 +31,88 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import yaml
 
 import auxiliaries
 import config
 import netlib
 import records
-from auxiliaries import UserError, disk_advice
+from auxiliaries import UserError, disk_advice, notice
 
 if TYPE_CHECKING:
+    import datasets
     from methods import MetricLossOnly
 
 RUN_VERSION = 1  # of the files in a run folder; raised when older code can't continue with them
+STALE_AFTER = 3600  # seconds after which a folder that was being created counts as abandoned
+
+DataDescription = dict[str, dict[str, Any]]  # by set of images: number of images and classes, and a digest
+
+DATA_SCHEMA = {
+    "type": "object",
+    "additionalProperties": {
+        "type": "object",
+        "required": ["images", "classes", "sha256"],
+        "properties": {"images": {"type": "integer"}, "classes": {"type": "integer"}, "sha256": {"type": "string"}},
+    },
+}
+METRICS_SCHEMA = {"type": "object", "additionalProperties": {"type": ["number", "null"]}}
+MODEL_SCHEMA = {
+    "type": "object",
+    "required": ["epoch"],
+    "properties": {"epoch": {"type": "integer"}, "val": METRICS_SCHEMA, "test": METRICS_SCHEMA},
+    "anyOf": [{"required": ["val"]}, {"required": ["test"]}],
+}
+SUMMARY_SCHEMA = {
+    "type": "object",
+    "required": ["selection", "metric", "selected", "last", "seconds"],
+    "properties": {
+        "selection": {"type": "string"},
+        "metric": {"type": "string"},
+        "selected": MODEL_SCHEMA,
+        "last": MODEL_SCHEMA,
+        "seconds": {"type": "number"},
+    },
+}
+ROWS_SCHEMA = {"type": "object", "additionalProperties": {"type": "array", "items": {"type": "object"}}}
+OPTIMIZER_SCHEMA = {
+    "type": "object",
+    "required": ["state", "param_groups"],
+    "properties": {
+        "state": {"type": "object"},
+        "param_groups": {
+            "type": "array",
+            "minItems": 1,
+            "items": {"type": "object", "required": ["lr", "params"], "properties": {"lr": {"type": "number"}}},
+        },
+    },
+}
+STATE_SCHEMA = {
+    "type": "object",
+    "required": ["version", "epoch", "best_epoch", "metrics", "opt", "history", "state_dict", "criterion", "optimizer"],
+    "properties": {
+        "version": {"type": "integer"},
+        "epoch": {"type": "integer", "minimum": 0},
+        "best_epoch": {"type": "integer", "minimum": 0},
+        "metrics": {"type": "object"},
+        "opt": {"type": "object"},
+        "history": ROWS_SCHEMA,
+        "state_dict": {"type": "object"},
+        "criterion": {"type": "object"},
+        "optimizer": OPTIMIZER_SCHEMA,
+        "further_optimizers": {"type": "array", "items": OPTIMIZER_SCHEMA},
+        "scheduler": {
+            "type": "object",
+            "required": ["schedule", "state"],
+            "properties": {
+                "schedule": {"type": "object"},
+                "state": {"type": "object"},
+                "further": {"type": "array", "items": {"type": "object"}},
+            },
+        },
+        "raw_state_dict": {"type": "object"},  # of the network that learns, where state_dict is an average
+        "method": {"type": "object"},  # what the training method itself counts
+    },
+}
 
 
 # A training run at work in its folder
@@ -52,6 +125,7 @@ class Run:
     Attributes:
         folder: the run folder.
         opt: the resolved flags.
+        splits: the images.
         method: what is trained.
         log: the rows so far.
         epoch: the epoch after which this process began; 0 in a new run.
@@ -59,6 +133,7 @@ class Run:
 
     folder: Path
     opt: argparse.Namespace
+    splits: datasets.Splits
     method: MetricLossOnly
     log: records.Records
     epoch: int
@@ -75,11 +150,20 @@ class Run:
             "best_epoch": best_epoch,
             "metrics": records.metrics_of(self.log.rows["val"][-1]),
             "opt": config.configuration(self.opt),
+            "data": read_data(self.folder),
             "history": self.log.rows,
             **self.method.state_dict(),
         }
+        self._write_state(state)
+
+    def save_history(self) -> None:
+        """Adds the rows that were recorded since the last epoch was saved, those of the final evaluation."""
+        self.log.flush()
+        self._write_state({**read_state(self.folder / "last.pth.tar"), "history": self.log.rows})
+
+    def _write_state(self, state: Mapping[str, Any]) -> None:
         auxiliaries.save_checkpoint(self.folder / "last.pth.tar", state)
-        if best_epoch == epoch:
+        if state["best_epoch"] == state["epoch"]:
             auxiliaries.copy_file(self.folder / "last.pth.tar", self.folder / "checkpoint.pth.tar")
 
     def saved_networks(self) -> dict[int, dict[str, torch.Tensor]]:
@@ -90,12 +174,17 @@ class Run:
 
 @contextmanager
 def open_run(
-    opt: argparse.Namespace, method: MetricLossOnly, device: torch.device, folder: Path | None = None
+    opt: argparse.Namespace,
+    splits: datasets.Splits,
+    method: MetricLossOnly,
+    device: torch.device,
+    folder: Path | None = None,
 ) -> Iterator[Run]:
     """Creates a run folder, or continues in one, and keeps it locked until the end of the block.
 
     Args:
         opt: the resolved flags.
+        splits: its images.
         method: what is trained; in a folder that has a state, it is put into that state.
         device: where it is trained.
         folder: the folder to create, or, where it exists, to continue in (default: a new one named by the flags).
@@ -110,22 +199,32 @@ def open_run(
             wanted = folder or default_folder(opt)
 
             def describe(into: Path) -> None:
-                write_flags(into, opt)
-                auxiliaries.save_json(into / "environment.json", environment)
+                write_description(into, opt, environment)
+                auxiliaries.save_json(into / "data.json", describe_data(opt, splits))
 
             folder = create_folder(wanted, describe, may_be_numbered=folder is None)
             stack.enter_context(auxiliaries.locked(folder))
         else:
             stack.enter_context(auxiliaries.locked(folder))
             state = load_state(folder, opt)
-        if state is not None:
-            method.load_state_dict(state)
-        log = records.Records(folder, state["history"] if state else None, opt.tensorboard)
+            if state is not None:
+                method.load_state_dict(state)
+            auxiliaries.save_json(folder / "data.json", describe_data(opt, splits))
+        log = records.Records(folder, _history_to_keep(opt, state), opt.tensorboard)
         stack.callback(log.close)
         epoch = state["epoch"] if state else 0
         log.note_configuration(epoch, config.configuration(opt), environment)
         auxiliaries.remove_file(folder / "summary.json")  # until this process is done
-        yield Run(folder, opt, method, log, epoch)
+        yield Run(folder, opt, splits, method, log, epoch)
+
+
+def _history_to_keep(opt: argparse.Namespace, state: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The saved rows; without those of the final evaluation, if there is more to train."""
+    if state is None:
+        return None
+    is_final = opt.split_scheme == "cross_validation" and state["epoch"] >= opt.n_epochs
+    is_watched = opt.split_scheme == "predefined"
+    return {kind: rows for kind, rows in state["history"].items() if kind != "test" or is_final or is_watched}
 
 
 # Creating and describing
@@ -167,6 +266,9 @@ def create_folder(folder: Path, fill: Callable[[Path], object], may_be_numbered:
     parent, name = folder.parent, folder.name
     beside = parent / f".part-{secrets.token_hex(6)}-{name}"
     try:
+        for abandoned in parent.glob(".part-*"):  # by a process that was killed
+            if time.time() - abandoned.stat().st_mtime > STALE_AFTER:
+                shutil.rmtree(abandoned, ignore_errors=True)
         beside.mkdir(parents=True)
         fill(beside)
         for candidate in numbered(name) if may_be_numbered else [name]:
@@ -195,16 +297,26 @@ def write_flags(folder: Path, opt: argparse.Namespace) -> None:
     config.save_config(folder / "config.yaml", values)
 
 
+def write_description(folder: Path, opt: argparse.Namespace, environment: Mapping[str, Any]) -> None:
+    """Writes the flags, the environment, and how a changed tree of this repository differs from its commit."""
+    write_flags(folder, opt)
+    auxiliaries.save_json(folder / "environment.json", environment)
+    if environment["git tree is dirty"]:
+        with auxiliaries.atomic_write(folder / "git.diff") as path:
+            path.write_text(f"{_git('diff', 'HEAD')}\n", encoding="utf-8", errors="surrogateescape")
+
+
+def _git(*arguments: str) -> str | None:
+    """What a git command prints in this repository; None without git."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.decode(errors="surrogateescape").strip()
+
+
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """The command line, the state of this repository, versions and hardware, as built-in types."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return done.stdout.strip()
 
     def version(*packages: str) -> str | None:
         for package in packages:
@@ -212,11 +324,11 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
                 return importlib.metadata.version(package)
         return None
 
-    changes = git("status", "--porcelain", "--untracked-files=no")
+    changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "version": RUN_VERSION,
         "command": sys.argv,
-        "git commit": git("rev-parse", "HEAD"),
+        "git commit": _git("rev-parse", "HEAD"),
         "git tree is dirty": None if changes is None else bool(changes),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -235,6 +347,82 @@ def _processor() -> str:
         names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         name = names[0] if names else name
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+# The data of a run
+
+
+def describe_data(opt: argparse.Namespace, splits: datasets.Splits) -> DataDescription:
+    """Counts and a digest of each set of images: of their paths below the dataset's folder, and of their classes."""
+    sets = {"train": splits.train}
+    for kind, retrieval_sets in (("val", splits.val), ("test", splits.test)):
+        for retrieval_set in retrieval_sets:
+            sets[f"{kind} {retrieval_set.name} query"] = retrieval_set.query
+            if retrieval_set.gallery:
+                sets[f"{kind} {retrieval_set.name} gallery"] = retrieval_set.gallery
+    root = f"{Path(opt.source_path) / opt.dataset}{os.sep}"
+    return {name: _describe_images(images, root) for name, images in sets.items()}
+
+
+def _describe_images(images: datasets.ImageSet, root: str) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    names = images.class_names[0]
+    for path, label in sorted(zip(images.paths, images.labels[:, 0].tolist())):
+        digest.update(f"{path.removeprefix(root)}\0{names[label]}\0".encode(errors="surrogateescape"))
+    return {"images": len(images), "classes": images.num_classes(), "sha256": digest.hexdigest()}
+
+
+def read_data(folder: Path) -> DataDescription | None:
+    """The description of the data that a run was trained on; None for a run of a version that had none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = folder / "data.json"
+    if not path.exists():
+        return None
+    description = auxiliaries.load_json(path)
+    auxiliaries.check_schema(path, description, DATA_SCHEMA, "remove it to continue without comparing the data")
+    return description
+
+
+def differing_data(before: DataDescription, now: DataDescription) -> list[str]:
+    """What differs between two descriptions of data, in words, by set of images."""
+    differences = []
+    for name in dict.fromkeys([*before, *now]):
+        was, found = before.get(name), now.get(name)
+        if was == found:
+            continue
+        counts = [f"{one['images']} images of {one['classes']} classes" if one else "no images" for one in (was, found)]
+        is_same = counts[0] == counts[1]
+        words = f"{counts[0]}, but other ones" if is_same else f"{counts[1]} instead of {counts[0]}"
+        differences.append(f"{name} has {words}")
+    return differences
+
+
+def test_data(folder: Path) -> DataDescription | None:
+    """The description of a run's test images; None for a run of a version that had none."""
+    data = read_data(folder)
+    return data and {name: entry for name, entry in data.items() if name.startswith("test ")}
+
+
+def check_data(folder: Path, opt: argparse.Namespace, splits: datasets.Splits) -> None:
+    """Makes sure that a run continues, or is evaluated, on the images and classes that it was trained with.
+
+    Raises:
+        UserError: they have changed, and --accept_changed_data was not given.
+    """
+    before = read_data(folder)
+    if before is None:
+        notice(f"{folder} doesn't say on which images it was trained: whether they are the same can't be checked")
+        return
+    differences = differing_data(before, describe_data(opt, splits))
+    if not differences:
+        return
+    words = f"the data have changed since {folder} was trained: {'; '.join(differences)}"
+    if not opt.accept_changed_data:
+        raise UserError(f"{words}. Restore them, or give --accept_changed_data")
+    notice(words)
 
 
 # Finding and reading
@@ -289,21 +477,16 @@ def load_flags(folder: Path) -> argparse.Namespace:
 
 
 def read_configuration(folder: Path) -> dict[str, Any]:
-    """A run's config.yaml as plain values, without resolving them.
+    """A run's config.yaml as plain values, without resolving them; flags that it lacks have what they meant before.
 
     Raises:
         UserError: it is missing or damaged.
     """
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{folder} is not a run folder: it has no config.yaml")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+    values = config.read_yaml(config_file(folder))
     if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: it is not a mapping of flags")
-    return values
+        raise UserError(f"{folder / 'config.yaml'} is damaged: it is not a mapping of flags")
+    defaults = {name: config.get_default(name) for name in config.build_parser().names_with(stored=True)}
+    return {**defaults, **config.MEANT_BEFORE, **values}
 
 
 def compared_flags(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -320,10 +503,16 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """
     path = folder / "summary.json"
     summary = auxiliaries.load_json(path)
-    models = [summary.get(name) for name in ("selected", "last")] if isinstance(summary, dict) else []
-    if not models or not all(isinstance(model, dict) and ("test" in model or "val" in model) for model in models):
-        raise UserError(f"{path} is damaged: --resume_training writes it anew")
+    auxiliaries.check_schema(path, summary, SUMMARY_SCHEMA, "--resume_training writes it anew")
+    for network in (summary["selected"], summary["last"]):
+        for kind in network.keys() & {"val", "test"}:
+            network[kind] = {name: math.nan if value is None else value for name, value in network[kind].items()}
     return summary
+
+
+def test_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The selected network's metrics on the test classes (on the validation classes, where there are no others)."""
+    return summary["selected"].get("test") or summary["selected"]["val"]
 
 
 # The state
@@ -379,11 +568,23 @@ def read_state(file: Path) -> dict[str, Any]:
     """Reads `last.pth.tar` or `checkpoint.pth.tar`.
 
     Raises:
-        UserError: it can't be read, or is of a later version of this repository.
+        UserError: it can't be read, is not a checkpoint of a run, or is of a later version of this repository.
     """
     state = auxiliaries.load_checkpoint(file)
     check_version(file, state)
+    advice = "replace it with an intact one"
+    auxiliaries.check_schema(file, state, STATE_SCHEMA, advice)
+    for name, value in state["state_dict"].items():
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized or value.is_meta:
+            raise UserError(f"{file} is damaged (state_dict.{name} is not an ordinary tensor): {advice}")
+    for kind, rows in state["history"].items():
+        if kind not in records.LOGS or not all(map(_is_row, rows)):
+            raise UserError(f"{file} is damaged (history.{kind} does not hold rows of numbers): {advice}")
     return state
+
+
+def _is_row(row: Mapping[Any, Any]) -> bool:
+    return "Epochs" in row and all(isinstance(n, str) and isinstance(v, int | float) for n, v in row.items())
 
 
 def epoch_reached(folder: Path) -> int:
@@ -406,6 +607,11 @@ def load_state(folder: Path, opt: argparse.Namespace) -> dict[str, Any] | None:
     if state["best_epoch"] == state["epoch"]:
         auxiliaries.copy_file(folder / "last.pth.tar", folder / "checkpoint.pth.tar")
     return state
+
+
+def is_trained(folder: Path, opt: argparse.Namespace) -> bool:
+    """Whether a run has finished, and with these resolved flags has no epoch left to train."""
+    return (folder / "summary.json").exists() and epoch_reached(folder) >= opt.n_epochs
 
 
 def best_state(folder: Path) -> dict[str, Any]:
@@ -451,7 +657,7 @@ def go_back_to_best(folder: Path) -> None:
         return
 
     def keep(into: Path) -> None:
-        for name in ("last.pth.tar", "records.db", "grad_measure.pkl", *records.LOGS.values()):
+        for name in ("last.pth.tar", "records.db", "grad_measure.npz", *records.LOGS.values()):
             if (folder / name).exists():
                 shutil.copyfile(folder / name, into / name)
 

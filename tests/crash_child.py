@@ -26,8 +26,10 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from conftest import MACHINE_COLUMNS, SMALL, make_tree, quick_pictures  # noqa: E402
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
 
 import auxiliaries  # noqa: E402
@@ -104,7 +106,7 @@ class Events:
         csv.DictWriter = TornWriter  # type: ignore[assignment, misc]
 
     def _tear_files(self) -> None:
-        save, copy, write = torch.save, shutil.copyfile, Path.write_bytes
+        save, copy, write, save_arrays = torch.save, shutil.copyfile, Path.write_bytes, np.savez
 
         def torn_save(value: Any, path: Path) -> None:
             self.happen("before torch.save")
@@ -115,6 +117,15 @@ class Events:
             self.happen("half of torch.save")
             write(path, data)
             self.happen("after torch.save")
+
+        def torn_arrays(file: Any, **arrays: Any) -> None:
+            save_arrays(file, **arrays)
+            file.flush()
+            length = file.tell()
+            file.truncate(length // 2)
+            self.happen("half of savez")
+            file.seek(0)
+            save_arrays(file, **arrays)
 
         def torn_copy(source: Path, target: Path, **kwargs: Any) -> Any:
             data = Path(source).read_bytes()
@@ -133,6 +144,7 @@ class Events:
             return write(path, text.encode())
 
         torch.save, shutil.copyfile = torn_save, torn_copy  # type: ignore[assignment]
+        np.savez = torn_arrays  # type: ignore[assignment]
         Path.write_bytes, Path.write_text = torn_write, torn_text  # type: ignore[assignment, method-assign]
 
 
@@ -194,6 +206,13 @@ def rows_of(folder: Path) -> dict[str, Any]:
     return rows
 
 
+def shown(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run, without what depends on the clock: the (step, value) of each tag."""
+    events = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0}).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if not any(name in tag for name in MACHINE_COLUMNS)]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
 def same(one: Any, other: Any) -> bool:
     """Whether nested values are equal, tensors and arrays bit for bit."""
     if isinstance(one, torch.Tensor):
@@ -214,9 +233,11 @@ def differences(folder: Path, reference: Path) -> list[str]:
         found += [f"{name}: {key}" for key in keys if not same(one[key], other[key])]
     one_rows, other_rows = rows_of(folder), rows_of(reference)
     found += [f"rows of {kind}" for kind in other_rows | one_rows if one_rows.get(kind) != other_rows.get(kind)]
+    if shown(folder) != shown(reference):
+        found.append("TensorBoard")
     one, other = (auxiliaries.load_json(path / "summary.json") for path in (folder, reference))
     found += [f"summary: {key}" for key in other if key != "seconds" and one.get(key) != other[key]]
-    gradients, expected = (pickle.loads((path / "grad_measure.pkl").read_bytes()) for path in (folder, reference))
+    gradients, expected = (np.load(path / "grad_measure.npz") for path in (folder, reference))
     found += [f"grad_measure: {name}" for name in expected if gradients[name].tobytes() != expected[name].tobytes()]
     found += [f"{path.name} is missing" for path in reference.iterdir() if not (folder / path.name).exists()]
     return found

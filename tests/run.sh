@@ -3,7 +3,7 @@
 # Without arguments the quick tests run first (about a minute), then the slow ones.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash install.sh
+bash install.sh dev
 bin=${DML_VENV:-.venv}/bin
 export OMP_WAIT_POLICY=passive  # threads that spin while they wait slow each other down on a busy machine
 "$bin/ruff" check .

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
+import math
 import os
 import pickle
 import random
@@ -23,16 +25,24 @@ import torch
 from conftest import ROOT
 from torch import nn
 
+import auxiliaries
 from auxiliaries import (
     FlagParser,
     FrozenNamespace,
     UserError,
     atomic_write,
+    check_memory,
+    check_params,
+    check_schema,
     copy_file,
+    cpu_cores,
+    default_workers,
     load_checkpoint,
     load_json,
     locked,
+    nearest_name,
     number,
+    parse_value,
     peak_memory,
     pick_device,
     run_command,
@@ -42,6 +52,7 @@ from auxiliaries import (
     seeded,
     to_builtin,
     upload,
+    user_path,
 )
 
 
@@ -454,6 +465,9 @@ def test_json_comes_back_and_damage_is_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
     save_json(path, {"a": np.float32(0.5), "ü": [Path("x"), None, True]})
     assert load_json(path) == {"a": 0.5, "ü": ["x", None, True]}
+    save_json(path, {"a": math.nan, "b": [np.float64(np.inf), {"c": -math.inf, "d": 1.5}], "e": np.array([np.nan, 2])})
+    strict = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)  # NaN is not JSON
+    assert strict == load_json(path) == {"a": None, "b": [None, {"c": None, "d": 1.5}], "e": [None, 2]}
     path.write_text(path.read_text()[:-5])
     with pytest.raises(UserError, match=r"summary\.json is not valid JSON"):
         load_json(path)
@@ -485,3 +499,196 @@ def test_a_number_below_a_bound(text: str, words: str | None) -> None:
         parse("inf")
     with pytest.raises(argparse.ArgumentTypeError, match="0 is not above 0"):
         number(float, 0, exclusive=True, below=1)("0")
+
+
+PRINTER = """
+import sys
+from auxiliaries import run_command
+def command():
+    for number in range(3):
+        print(f"line {number} \\u96ea", flush=True)
+    open(sys.argv[1], "w").write("done")
+run_command(command)
+"""
+
+
+def test_a_reader_that_goes_away_stops_nothing(tmp_path: Path) -> None:
+    """As `| head -1` does: the command goes on and ends well."""
+    command = [sys.executable, "-c", PRINTER, str(tmp_path / "mark")]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run(command, cwd=ROOT, stdout=write_end, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "mark").read_text() == "done"
+
+
+def test_a_terminal_without_unicode_gets_escapes(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PRINTER, str(tmp_path / "mark")]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.splitlines()[0] == "line 0 \\u96ea"
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("tripplet", "triplet"), ("TRIPLET", "triplet"), ("Marginloss", "marginloss"), ("evaluate", ""), ("xx", "")],
+)
+def test_only_similar_names_are_proposed(name: str, nearest: str) -> None:
+    found = nearest_name(name, ["triplet", "marginloss", "learning_rate"])
+    assert found == (f" (did you mean {nearest}?)" if nearest else "")
+
+
+def test_single_flipped_bits_in_a_checkpoint_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "last.pth.tar"
+    state = {"epoch": 3, "weight": torch.arange(500.0)}
+    save_checkpoint(path, state)
+    content = path.read_bytes()
+    generator = random.Random(0)
+    silent = []
+    for _ in range(200):
+        position, bit = generator.randrange(len(content)), generator.randrange(8)
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << bit
+        path.write_bytes(damaged)
+        try:
+            loaded = load_checkpoint(path)
+        except UserError:
+            continue
+        if loaded["epoch"] != 3 or not torch.equal(loaded["weight"], torch.arange(500.0)):
+            silent.append((position, bit))
+    assert silent == []
+
+
+def test_a_second_lock_waits_or_refuses(tmp_path: Path) -> None:
+    with holder_of(tmp_path) as (process, _):
+        with locked(tmp_path, ".other.lock"):
+            pass
+        assert process.stdin is not None
+        process.stdin.close()
+        with locked(tmp_path, wait=True):  # once the other process has ended
+            pass
+
+
+def test_a_file_of_another_form_is_one_sentence(tmp_path: Path) -> None:
+    schema = {"type": "object", "required": ["epoch"], "properties": {"epoch": {"type": "integer"}}}
+    check_schema(tmp_path / "a.json", {"epoch": 3, "more": [1]}, schema, "remove it")
+    for value, words in (
+        ({"epoch": "x"}, "$.epoch: 'x' is not of type 'integer'"),
+        ({}, "'epoch' is a required property"),
+        ([1], "$: [1] is not of type 'object'"),
+        ({"epoch": [torch.zeros(100)] * 100}, "$.epoch"),
+    ):
+        with pytest.raises(UserError, match=r"a\.json is damaged \(\$") as caught:
+            check_schema(tmp_path / "a.json", value, schema, "remove it")
+        assert words in str(caught.value)
+        assert str(caught.value).endswith("remove it")
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 400
+
+
+def test_deeply_nested_json_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"deep\.json is not valid JSON"):
+        load_json(tmp_path / "deep.json")
+
+
+def test_impossible_sizes_are_refused() -> None:
+    check_memory(1e6, "--bs 1")
+    with pytest.raises(UserError, match=r"--bs 9 would take 931,323 GiB of memory, and this machine has \d+: lower it"):
+        check_memory(1e15, "--bs 9")
+
+
+def test_home_folders_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert user_path("~/data") == "/home/someone/data"
+    assert user_path("a~/b") == "a~/b"
+
+
+def test_cores_follow_the_quota_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    read_text = Path.read_text
+    for text, cores in (("max 100000\n", 16), ("200000 100000\n", 2), ("50000 100000\n", 1), ("150000 100000", 2)):
+
+        def read(self: Path, *args: Any, text: str = text, **kwargs: Any) -> str:
+            return text if self.name == "cpu.max" else read_text(self, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "read_text", read)
+        assert cpu_cores() == cores
+        assert default_workers(torch.device("cpu")) == cores // 4
+        assert default_workers(torch.device("cuda")) == min(8, cores)
+
+
+def test_threads_leave_cores_to_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    for cores in (1, 2, 4, 16):
+        monkeypatch.setattr(auxiliaries, "cpu_cores", lambda cores=cores: cores)
+        pick_device(-1)
+    assert threads == [1, 2, 3, 12]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("2", 2), ("-3", -3), ("1e-4", 1e-4), ("0.5", 0.5), ("inf", float("inf")), ("true", True), ("null", None)),
+        *(
+            ("mean", "mean"),
+            ("[1, 2.5, a]", [1, 2.5, "a"]),
+            ("[1e-3]", [1e-3]),
+            ("a: b", "a: b"),
+            ("[", "["),
+            ("", None),
+        ),
+    ],
+)
+def test_values_are_what_they_look_like(text: str, value: Any) -> None:
+    found = parse_value(text)
+    assert found == value
+    assert type(found) is type(value)
+
+
+class Base:
+    def __init__(self, scale=2, reducer=None, name: str = "x", **kwargs):
+        pass
+
+
+class Derived(Base):
+    def __init__(self, num_classes, margin=0.5, count: int = 1, is_on=False, betas=(0.9, 0.99), **kwargs):
+        super().__init__(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({}, {}),
+        ({"margin": "1", "count": "2", "is_on": "true"}, {"margin": 1, "count": 2, "is_on": True}),
+        ({"scale": "2.5", "name": "3", "reducer": "z"}, {"scale": 2.5, "name": "3", "reducer": "z"}),
+        ({"betas": "[0.5, 0.9]"}, {"betas": [0.5, 0.9]}),
+    ],
+)
+def test_parameters_are_typed(params: dict[str, str], expected: dict[str, Any]) -> None:
+    assert check_params("--loss_params", params, Derived, reserved=["num_classes"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        (
+            {"margn": "1"},
+            "--loss_params: Derived has no parameter margn (did you mean margin?); it takes margin, count",
+        ),
+        ({"num_classes": "1"}, "Derived has no parameter num_classes"),
+        ({"kwargs": "1"}, "Derived has no parameter kwargs"),
+        ({"margin": "big"}, "margin of Derived takes a number, not big"),
+        ({"margin": "true"}, "margin of Derived takes a number, not true"),
+        ({"count": "1.5"}, "count of Derived takes an integer, not 1.5"),
+        ({"is_on": "1"}, "is_on of Derived takes true or false, not 1"),
+        ({"betas": "0.5"}, "betas of Derived takes a list, not 0.5"),
+    ],
+)
+def test_wrong_parameters_are_one_sentence(params: dict[str, str], words: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_params("--loss_params", params, Derived, reserved=["num_classes"])
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)

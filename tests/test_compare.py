@@ -12,7 +12,7 @@ import yaml
 from scipy import stats
 
 import compare
-from auxiliaries import UserError
+from auxiliaries import UserError, save_json
 
 FLAGS = {"dataset": "tiny", "arch": "resnet18", "loss": "marginloss", "lr": 1e-5, "num_training_sets": 2}
 
@@ -23,13 +23,24 @@ def make_run(folder: Path, recalls: list[float], **flags: object) -> Path:
     best = int(np.argmax(recalls))
     (folder / "config.yaml").write_text(yaml.safe_dump({**FLAGS, **flags, "savename": folder.name}))
     models = {"selected": recalls[best], "last": recalls[-1]}
-    summary = {name: {"epoch": 1, "test": {"Recall @ 1": value}} for name, value in models.items()}
-    (folder / "summary.json").write_text(json.dumps({**summary, "seconds": 10.0 * len(recalls)}))
+    write_summary(folder, {name: {"test": {"Recall @ 1": value}} for name, value in models.items()}, 10 * len(recalls))
+    write_data(folder)
     with open(folder / "log_val_Base.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["Epochs", "Time", "NMI", "Recall @ 1"])
         writer.writerows([epoch, 1.0, 0.5, value] for epoch, value in enumerate(recalls, start=1))
     return folder
+
+
+def write_summary(folder: Path, models: dict[str, dict[str, object]], seconds: float = 1.0) -> None:
+    networks = {name: {"epoch": 1, **figures} for name, figures in models.items()}
+    save_json(folder / "summary.json", {"selection": "", "metric": "Recall @ 1", **networks, "seconds": seconds})
+
+
+def write_data(folder: Path, digest: str = "ab", images: int = 8) -> None:
+    """What a run says of the images that it was trained and tested on."""
+    entry = {"images": images, "classes": 2, "sha256": digest}
+    save_json(folder / "data.json", {"train": {**entry, "sha256": folder.name}, "test test query": entry})
 
 
 @pytest.fixture
@@ -45,10 +56,13 @@ def runs(tmp_path: Path) -> list[str]:
 
 def test_runs_are_grouped_by_configuration_without_the_seed(runs: list[str], tmp_path: Path) -> None:
     rows = compare.main([*runs, "--svg", str(tmp_path / "curves.svg")])
-    assert [(row["Configuration"], row["Runs"]) for row in rows] == [("loss marginloss", 3), ("loss triplet", 1)]
+    assert [(row["Configuration"], row["Seeds"], row["Runs"]) for row in rows] == [
+        ("loss marginloss", 3, 3),
+        ("loss triplet", 1, 1),
+    ]
     selected, last = np.array([0.6, 0.7, 0.9]), np.array([0.5, 0.7, 0.9])
-    assert rows[0]["Recall @ 1, selected"] == pytest.approx(selected.mean())
-    assert rows[0]["Recall @ 1, last"] == pytest.approx(last.mean())
+    assert rows[0]["test Recall @ 1, selected"] == pytest.approx(selected.mean())
+    assert rows[0]["test Recall @ 1, last"] == pytest.approx(last.mean())
     low, _ = stats.t.interval(0.95, 2, selected.mean(), stats.sem(selected))
     assert rows[0]["CI 95 %, selected"] == pytest.approx(selected.mean() - low)
     assert rows[0]["Seconds"] == pytest.approx((30 + 20 + 30) / 3)
@@ -59,7 +73,7 @@ def test_runs_are_grouped_by_configuration_without_the_seed(runs: list[str], tmp
 
 
 def test_curves_are_means_where_all_runs_were_evaluated(runs: list[str]) -> None:
-    bands = compare.compute_bands(compare.read_table(map(Path, runs), "Recall @ 1"))
+    bands = compare.compute_bands(compare.average_folds(compare.read_runs(map(Path, runs), "Recall @ 1")))
     assert [epoch for epoch, _, _ in bands["loss marginloss"]] == [1, 2]
     assert [mean for _, mean, _ in bands["loss marginloss"]] == pytest.approx([1.1 / 3, 0.7])
     assert [mean for _, mean, _ in bands["loss triplet"]] == [0.5, 0.5, 0.55]
@@ -68,7 +82,8 @@ def test_curves_are_means_where_all_runs_were_evaluated(runs: list[str]) -> None
 def test_a_repeated_seed_counts_once(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     again = make_run(tmp_path / "e", [0.99], seed=2, savename="another")
     rows = compare.main([*runs, str(again), "--svg", str(tmp_path / "curves.svg")])
-    assert [(row["Runs"], row["Recall @ 1, selected"]) for row in rows] == [(3, pytest.approx(2.2 / 3)), (1, 0.55)]
+    found = [(row["Runs"], row["test Recall @ 1, selected"]) for row in rows]
+    assert found == [(3, pytest.approx(2.2 / 3)), (1, 0.55)]
     assert f"notice: {again} is left out: it repeats {runs[1]}, including the seed" in capsys.readouterr().err
 
 
@@ -94,23 +109,99 @@ def test_labels_keep_values_as_they_are(tmp_path: Path) -> None:
 def test_several_test_sets_are_averaged(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a", [0.5])
     metrics = {"Set 0 Recall @ 1": 0.25, "Set 1 Recall @ 1": 0.75}
-    summary = {name: {"epoch": 2, "val": metrics} for name in ("selected", "last")}
-    (folder / "summary.json").write_text(json.dumps({**summary, "seconds": 1}))
+    write_summary(folder, {name: {"val": metrics} for name in ("selected", "last")})
     lines = ["Epochs,Time,Set 0 Recall @ 1,Set 1 Recall @ 1", "1,1.0,nan,0.5", "2,1.0,0.25,0.75", "3,1.0,,"]
     (folder / "log_val_Base.csv").write_text("\n".join(lines))
-    table = compare.read_table([folder], "Recall @ 1")
-    assert table["selected"].tolist() == [0.5]
-    assert table["curve"].tolist() == [{2: 0.5}]
+    (run,) = compare.read_runs([folder], "Recall @ 1")
+    assert (run["selected"], run["curve"]) == (0.5, {2: 0.5})
+    (row,) = compare.main([str(folder), "--svg", str(tmp_path / "curves.svg")])
+    assert row["validation Recall @ 1, selected"] == 0.5
 
 
-def test_folds_count_as_runs_and_missing_ones_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parent = make_run(tmp_path / "cv", [0.1], split_scheme="cross_validation", num_training_sets=3)
+def make_folds(folder: Path, by_fold: list[list[float]], **flags: object) -> str:
+    """A cross-validation of three folds, of which some are there."""
+    cross = {"split_scheme": "cross_validation", "num_training_sets": 3, **flags}
+    parent = make_run(folder, [0.1], **cross)
     (parent / "summary.json").unlink()
-    for fold, recall in enumerate([0.4, 0.6]):
-        make_run(parent / f"fold_{fold}", [recall], split_scheme="cross_validation", fold=fold, num_training_sets=3)
-    (row,) = compare.main([str(parent), "--svg", str(tmp_path / "curves.svg")])
-    assert (row["Runs"], row["Recall @ 1, selected"]) == (2, 0.5)
-    assert f"{parent / 'fold_2'} is left out: not begun" in capsys.readouterr().err
+    for fold, recalls in enumerate(by_fold):
+        make_run(parent / f"fold_{fold}", recalls, fold=fold, **cross)
+    return str(parent)
+
+
+def test_missing_folds_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parent = make_folds(tmp_path / "cv", [[0.4], [0.6]])
+    (row,) = compare.main([parent, "--svg", str(tmp_path / "curves.svg")])
+    assert (row["Seeds"], row["Runs"], row["test Recall @ 1, selected"]) == (1, 2, 0.5)
+    assert f"{Path(parent) / 'fold_2'} is left out: not begun" in capsys.readouterr().err
+
+
+def test_intervals_are_over_seeds_of_means_over_folds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Folds share their test classes: they are no independent draws."""
+    recalls = np.array([[0.4, 0.6, 0.8], [0.5, 0.7, 0.9], [0.3, 0.4, 0.65]])
+    names = [
+        make_folds(tmp_path / f"cv{seed}", [[0.1, recall] for recall in of_seed], seed=seed)
+        for seed, of_seed in enumerate(recalls.tolist())
+    ]
+    (row,) = compare.main([*names, "--svg", str(tmp_path / "curves.svg")])
+    means = recalls.mean(axis=1)
+    low, _ = stats.t.interval(0.95, 2, means.mean(), stats.sem(means))
+    assert (row["Seeds"], row["Runs"]) == (3, 9)
+    assert row["test Recall @ 1, selected"] == pytest.approx(means.mean())
+    assert row["CI 95 %, selected"] == pytest.approx(means.mean() - low)
+    printed = capsys.readouterr()
+    what = "Mean over seeds ± half of its 95 % confidence interval; a seed's figure is the mean over its folds."
+    assert printed.out.splitlines()[0] == what
+    assert not printed.err.count("left out")
+    bands = compare.compute_bands(compare.average_folds(compare.read_runs(map(Path, names), "Recall @ 1")))
+    ((label, points),) = bands.items()
+    assert label == "dataset tiny, arch resnet18, loss marginloss"
+    assert [epoch for epoch, _, _ in points] == [1, 2]
+    assert points[1][1:] == pytest.approx((means.mean(), means.mean() - low))
+
+    compare.main([names[0], "--svg", str(tmp_path / "curves.svg")])
+    assert "± 0" not in capsys.readouterr().out  # of a single seed there is no interval
+
+
+def test_a_seed_that_lacks_folds_is_left_out_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [
+        make_folds(tmp_path / "whole", [[0.4], [0.6], [0.8]], seed=1),
+        make_folds(tmp_path / "part", [[0.1]], seed=2),
+    ]
+    (row,) = compare.main([*names, "--svg", str(tmp_path / "curves.svg")])
+    assert (row["Seeds"], row["Runs"], row["test Recall @ 1, selected"]) == (1, 3, pytest.approx(0.6))
+    reason = "seed 2 has other folds than another seed of this configuration"
+    assert f"{tmp_path / 'part' / 'fold_0'} is left out: {reason}" in capsys.readouterr().err
+
+
+def test_runs_on_other_test_images_are_left_out_by_name(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_data(Path(runs[1]), digest="cd")  # another image of the same number
+    rows = compare.main([*runs, "--svg", str(tmp_path / "curves.svg")])
+    assert [row["Runs"] for row in rows] == [2, 1]
+    assert f"{runs[1]} is left out: its test images differ from those of {runs[0]}" in capsys.readouterr().err
+    for name in (runs[1], runs[3]):
+        (Path(name) / "data.json").unlink()
+    assert [row["Runs"] for row in compare.main([*runs, "--svg", str(tmp_path / "curves.svg")])] == [3, 1]
+    assert "2 run(s) don't say on which images they were tested" in capsys.readouterr().err
+    write_data(Path(runs[3]), images=9)  # another configuration
+    assert [row["Runs"] for row in compare.main([*runs, "--svg", str(tmp_path / "curves.svg")])] == [3, 1]
+    assert f"{runs[3]} and {runs[0]} were tested on different images" in capsys.readouterr().err
+
+
+def test_figures_of_validation_classes_do_not_stand_beside_those_of_test_classes(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_summary(Path(runs[0]), {name: {"val": {"Recall @ 1": 0.99}} for name in ("selected", "last")})
+    rows = compare.main([*runs, "--svg", str(tmp_path / "curves.svg")])
+    assert [row["Runs"] for row in rows] == [2, 1]
+    assert f"{runs[0]} is left out: it has figures of validation classes only" in capsys.readouterr().err
+
+
+def summary_with(figures: dict[str, object], **more: object) -> str:
+    """A summary.json in which both networks have these figures."""
+    networks = {name: {"epoch": 1, **figures} for name in ("selected", "last")}
+    return json.dumps({"selection": "", "metric": "Recall @ 1", **networks, "seconds": 1.0, **more})
 
 
 @pytest.mark.parametrize(
@@ -120,9 +211,26 @@ def test_folds_count_as_runs_and_missing_ones_are_listed(tmp_path: Path, capsys:
         ("summary.json", None, "unfinished: it has no summary.json"),
         ("summary.json", "{", "is not valid JSON"),
         ("summary.json", "{}", "damaged"),
-        ("config.yaml", "[1", "damaged"),
+        ("config.yaml", "[1", "is not a YAML file"),
         ("log_val_Base.csv", "Epochs,Recall @ 1\n1,x\n", "damaged"),
         ("log_val_Base.csv", None, "damaged"),
+        ("log_val_Base.csv", "Time,Recall @ 1\n1,0.5\n", "damaged"),
+        ("log_val_Base.csv", "Epochs,Recall @ 1\n1,0.5,7,8\n", "damaged"),
+        ("log_val_Base.csv", "Epochs,Recall @ 1\ninf,0.5\n", "damaged"),
+        ("log_val_Base.csv", "Epochs,Recall @ 1\n-1,0.5\n", "damaged"),
+        ("log_val_Base.csv", "Epochs,Recall @ 1\n1e300,0.5\n", "damaged"),
+        ("log_val_Base.csv", f"Epochs,Recall @ 1\n1,{'5' * 200_000}\n", "damaged"),
+        ("config.yaml", "seed: [1]\n", "damaged"),
+        ("config.yaml", "fold: x\n", "damaged"),
+        ("config.yaml", "- seed\n", "damaged"),
+        ("summary.json", "[1]", "damaged"),
+        ("summary.json", json.dumps({"selected": {"test": {}}, "last": {"test": {}}}), "damaged"),
+        ("summary.json", summary_with({"test": {"Recall @ 1": "0.5"}}), "damaged"),
+        ("summary.json", summary_with({"test": {"Recall @ 1": [0.5]}}), "damaged"),
+        ("summary.json", summary_with({"test": [0.5]}), "damaged"),
+        ("summary.json", summary_with({"test": {"Recall @ 1": 0.5}}, seconds="long"), "damaged"),
+        ("summary.json", summary_with({"test": {"Recall @ 1": None}}), "its Recall @ 1 is NaN"),
+        ("data.json", "[]", "damaged"),
     ],
 )
 def test_broken_folders_are_listed(
@@ -132,20 +240,34 @@ def test_broken_folders_are_listed(
     path.unlink() if text is None else path.write_text(text)
     assert len(compare.main([*runs, "--svg", str(tmp_path / "curves.svg")])) == 1
     line, _ = capsys.readouterr().err.splitlines()
-    assert runs[3] in line
+    assert line.startswith(f"notice: {runs[3]} is left out: ")
     assert words in line
+
+
+def test_impossible_numbers_of_folds_are_not_believed(tmp_path: Path) -> None:
+    parent = make_folds(tmp_path / "cv", [[0.4]], num_training_sets=10**12)
+    assert compare.expected_folders(Path(parent)) == [Path(parent) / "fold_0"]
 
 
 def test_markdown_csv_and_json_say_the_same(
     runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = compare.main([*runs, "--svg", str(tmp_path / "curves.svg")])
-    assert "| loss marginloss | 3 | 0.7333 ± 0.3795 | 0.7000 ± 0.4968 | 26.7 |" in capsys.readouterr().out
+    table = [
+        "| Configuration | Seeds | Runs | test Recall @ 1, selected | test Recall @ 1, last | Seconds |",
+        "|---|---|---|---|---|---|",
+        "| loss marginloss | 3 | 3 | 0.7333 ± 0.3795 | 0.7000 ± 0.4968 | 26.7 |",
+        "| loss triplet | 1 | 1 | 0.5500 | 0.5500 | 30.0 |",
+    ]
+    what = "Mean over seeds ± half of its 95 % confidence interval."
+    assert capsys.readouterr().out.splitlines() == [what, "", *table]
     compare.main([*runs, "--csv", "--svg", str(tmp_path / "curves.svg")])
     printed = list(csv.DictReader(capsys.readouterr().out.splitlines()))
-    assert [float(row["Recall @ 1, last"]) for row in printed] == [row["Recall @ 1, last"] for row in rows]
+    assert [float(row["test Recall @ 1, last"]) for row in printed] == [row["test Recall @ 1, last"] for row in rows]
     compare.main([*runs, "--json", "--svg", str(tmp_path / "curves.svg")])
-    assert json.loads(capsys.readouterr().out)[0] == rows[0]
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)  # NaN is not JSON
+    assert found[0] == rows[0]
+    assert found[1]["CI 95 %, last"] is None
 
 
 def test_bad_input_is_one_sentence(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

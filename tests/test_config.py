@@ -11,6 +11,7 @@ import yaml
 from conftest import ROOT
 
 import config
+import evaluate
 from auxiliaries import FlagParser, UserError
 
 
@@ -28,7 +29,7 @@ def parse(*argv: str) -> argparse.Namespace:
 def mapping_parser() -> FlagParser:
     parser = FlagParser()
     config.add_arguments(parser)
-    parser.add_argument("--loss_params", action=config.MappingAction, default={"margin": "0.2"})
+    parser.add_argument("--loss_params", action="params", default={"margin": "0.2"})
     parser.add_argument("--lr", type=float, default=1.0)
     return parser
 
@@ -162,6 +163,7 @@ CONTROL = {
     "resume_training": ["best"],
     "reproduce_results": ["some/run"],
     "evaluate": ["some/run"],
+    "accept_changed_data": [],
     "splits_to_eval": ["train", "test"],
     "eval_reference_set": ["compared_to_training_set"],
     "eval_normalize_embeddings": [],
@@ -256,3 +258,82 @@ def test_a_folder_of_a_presets_name_hides_no_preset(tmp_path: Path, monkeypatch:
     (tmp_path / "cars196").mkdir()
     monkeypatch.chdir(tmp_path)
     assert parse("--config", "cars196").dataset == "cars196"
+
+
+def test_names_of_other_projects_lead_to_flags() -> None:
+    flags = config.build_parser().flags()
+    for name, flag in config.KNOWN_ELSEWHERE.items():
+        assert flag in flags
+        assert f"--{name}" not in flags
+
+
+def test_version_is_that_of_the_citation(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--version")
+    version = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"]
+    assert capsys.readouterr().out == f"main.py {version}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('eval_metrics: [NMI, "--lr=5"]\n', "line 1: --eval_metrics takes values, not --lr=5, which looks like a flag"),
+        ("k_vals: [1, -n]\n", "line 1: --k_vals takes values, not -n, which looks like a flag"),
+        ("[" * 2000, "is not a YAML file"),
+        ("tau: &a [*a]\n", "line 1: --tau takes plain values"),
+        ('savename: "a\\0b"\n', "--savename 'a\\x00b' is not valid text"),
+    ],
+)
+def test_files_can_neither_smuggle_flags_nor_crash(tmp_path: Path, text: str, words: str) -> None:
+    path = write(tmp_path, "odd.yaml", text)
+    with pytest.raises(UserError) as error:
+        config.resolve(parse("--config", path))
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_scalar_that_looks_like_a_flag_is_a_value(tmp_path: Path) -> None:
+    opt = parse("--config", write(tmp_path, "a.yaml", 'savename: "--lr=5"\ntau: 7\n'))
+    assert (opt.savename, opt.lr, opt.tau) == ("--lr=5", 1e-5, [7])
+    with pytest.raises(UserError, match="--eval_metrics --lr=5 is unknown"):
+        parse("--config", write(tmp_path, "b.yaml", 'eval_metrics: "--lr=5"\n'))
+
+
+def test_a_stored_configuration_that_was_cut_off_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    config.save_config(path, config.configuration(config.resolve(parse())))
+    text = path.read_text(encoding="utf-8")
+    for length in range(0, len(text) - 1, 29):
+        path.write_text(text[:length], encoding="utf-8")
+        with pytest.raises(UserError, match=r"config\.yaml"):
+            config.parse([], path)
+
+
+@pytest.mark.parametrize(
+    ("metric", "metrics", "k_vals"),
+    [
+        ("Recall @ 1", ["NMI"], [1, 2]),
+        ("MAP@R", ["NMI", "MAP@R"], [1, 2]),
+        ("Recall @ 16", ["NMI", "Recall"], [1, 2, 16]),
+        ("Precision @ 1", ["NMI", "Precision @ 1"], [1, 2]),
+    ],
+)
+def test_the_metric_that_selects_is_computed(metric: str, metrics: list[str], k_vals: list[int]) -> None:
+    flags = ["--eval_metrics", "NMI", "--k_vals", "1", "2", "--eval_metric_for_best_epoch", metric]
+    opt = config.resolve(parse(*flags))
+    assert metric in evaluate.chosen_metrics(opt.k_vals, opt.eval_metrics)
+    if metric != "Recall @ 1":
+        assert (opt.eval_metrics, opt.k_vals) == (metrics, k_vals)
+
+
+def test_presets_are_listed_where_one_is_unknown() -> None:
+    with pytest.raises(UserError, match="which has baselines, cars196, in-shop, online_products"):
+        parse("--config", "cub200")
+
+
+def test_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    opt = parse("--save_path=~/a", "--reproduce_results=~/b", "--source_path=~/c", "--weights=~/d")
+    assert [opt.save_path, opt.reproduce_results, opt.source_path, opt.weights] == [
+        f"/home/someone/{name}" for name in "abcd"
+    ]

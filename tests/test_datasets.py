@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import multiprocessing
 import os
 import random
 import shutil
+import signal
+import socket
+import stat
+import tarfile
 import unicodedata
+import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, make_tree, save_image
+from conftest import ROOT, SMALL, make_tree, save_image
 from PIL import Image
-from scipy.io import savemat
+from scipy.io import loadmat, savemat
 
 import config
 import datasets
@@ -29,7 +37,9 @@ from auxiliaries import FlagParser, UserError, seed_everything
 from datasets import (
     BATCH_SAMPLERS,
     DATASETS,
+    Archive,
     BaseTripletDataset,
+    BatchSampler,
     DatasetSpec,
     ImageDataset,
     ImageLoader,
@@ -38,6 +48,7 @@ from datasets import (
     RetrievalSet,
     Splits,
     class_balanced,
+    class_balanced_redrawn,
     class_disjoint_splits,
     collate,
     make_image_set,
@@ -46,7 +57,7 @@ from datasets import (
 
 # Small trees in the layouts of the official archives. Their files are empty, as readers look at names alone.
 
-CUB_CLASSES = ("10.Red_Bird", "2.Laysan", "100.Wren", "1.Black_Bird")
+CUB_CLASSES = ("110.Red_Bird", "2.Laysan", "100.Wren", "101.Black_Bird")
 CAR_CLASSES = ("Ram C/V Cargo Van 2012", "BMW M3 2012", "Acura TL 2012", "Audi A5 2012")
 CAR_FIELDS = ("relative_im_path", "bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "test")
 SUPER_CLASSES = (
@@ -169,8 +180,8 @@ EXPECTED: dict[str, Content] = {
         "test": [(f"{i}.jpg", name) for name in ("2 owl", "3 tit", "4 wren") for i in range(2)],
     },
     "cub200": {
-        "train": [(f"{i}.jpg", name) for name in ("0 1.Black_Bird", "1 2.Laysan") for i in range(2)],
-        "test": [(f"{i}.jpg", name) for name in ("2 10.Red_Bird", "3 100.Wren") for i in range(2)],
+        "train": [(f"{i}.jpg", name) for name in ("0 2.Laysan", "1 100.Wren") for i in range(2)],
+        "test": [(f"{i}.jpg", name) for name in ("2 101.Black_Bird", "3 110.Red_Bird") for i in range(2)],
     },
     "cars196": {
         "train": [
@@ -317,6 +328,225 @@ def test_hidden_files_are_not_images_and_other_files_are_noticed(
     assert_one_sentence(capsys.readouterr().err.strip(), "notice: 2 files", tmp_path / "birds/images/crow/notes.txt")
 
 
+def test_images_outside_of_class_folders_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = tmp_path / "birds/images"
+    write_birds(tmp_path / "birds")
+    touch(images, "0.jpg", "1.PNG", "list.txt", "crow/young/2.jpg", "crow/young/far/3.jpg", "jay/.thumbs/4.jpg")
+    touch(images, "owl/young/notes.txt")
+    assert content(read("birds", tmp_path)) == EXPECTED["birds"]
+    assert set(capsys.readouterr().err.splitlines()) == {
+        f"notice: 2 images that are in no class folder of {images} are ignored, e.g. {images}/0.jpg",
+        f"notice: 2 images in subfolders of class folders of {images} are ignored, e.g. {images}/crow/young/2.jpg",
+    }
+    touch(images, "tern/young/0.jpg")
+    with pytest.raises(UserError, match=r"tern contains no images itself: add some, or remove the folder"):
+        read("birds", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tern", "crow/7.jpg"])
+@pytest.mark.parametrize("target", ["nowhere", "itself"])
+def test_links_that_lead_nowhere_are_refused(name: str, target: str, tmp_path: Path) -> None:
+    write_birds(tmp_path / "birds")
+    link = tmp_path / "birds/images" / name
+    link.symlink_to(link if target == "itself" else tmp_path / "gone")
+    with pytest.raises(UserError) as error:
+        read("birds", tmp_path)
+    assert_one_sentence(str(error.value), f"{link} is a link that leads nowhere")
+
+
+def test_links_are_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_birds(tmp_path / "birds")
+    touch(tmp_path / "elsewhere", "0.jpg", "1.jpg", "2.jpg")
+    for name in ("owl", "owl/1.jpg"):
+        path = tmp_path / "birds/images" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        path.symlink_to(tmp_path / "elsewhere" / ("" if name == "owl" else "2.jpg"))
+        if name == "owl":
+            path.unlink()
+            touch(path, "0.jpg", "1.jpg")
+    (tmp_path / "birds/images/tit/notes.txt").symlink_to(tmp_path / "gone")
+    assert content(read("birds", tmp_path)) == EXPECTED["birds"]
+    assert capsys.readouterr().err == ""
+
+
+def with_part(*parts: str) -> list[str]:
+    """Class folders below folders of parts: four classes each, two of which are the next part's, too."""
+    names = ("crow", "jay", "owl", "tern", "tit", "wren")
+    return [f"{part}/{name}/{n}.jpg" for i, part in enumerate(parts) for name in names[i : i + 4] for n in range(2)]
+
+
+@pytest.mark.parametrize("inside", ["", "images/"])
+@pytest.mark.parametrize("parts", [("train", "test"), ("train", "val"), ("train", "val", "test")], ids="-".join)
+def test_folders_of_parts_split_as_they_say(
+    parts: tuple[str, ...], inside: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    touch(tmp_path / "birds" / inside, *with_part(*parts))
+    splits = given("birds", tmp_path)
+    found = {"train": splits.train} | {one.name: one.query for one in (*splits.val, *splits.test)}
+    assert [one.name for one in splits.val] == [part for part in parts if part == "val"]
+    assert list(found) == list(parts)
+    for part, images in found.items():
+        names = {images.class_names[0][label] for label in images.labels[:, 0]}
+        prefix = f"{tmp_path}/birds/{inside}{part}/"
+        assert all(path.startswith(prefix) for path in images.paths)
+        assert names == {path.removeprefix(prefix).split("/")[0] for path in images.paths}
+        assert len(images) == 8
+    assert capsys.readouterr().err.count("some of its classes are training classes, too") == len(parts) - 1
+    with pytest.raises(UserError, match=r"--test_size 0\.3 contradicts the folders train"):
+        given("birds", tmp_path, "--test_size", "0.3")
+
+
+def test_a_class_may_have_the_name_of_a_part(tmp_path: Path) -> None:
+    touch(tmp_path / "vehicles", *(f"{name}/{i}.jpg" for name in ("bus", "images", "test", "train") for i in range(2)))
+    splits = given("vehicles", tmp_path)
+    assert list(splits.train.class_names[0]) == ["bus", "images", "test", "train"]
+    assert splits.train.num_classes() == splits.test[0].query.num_classes() == 2
+
+
+def test_training_images_alone_leave_nothing_to_evaluate_on(tmp_path: Path) -> None:
+    touch(tmp_path / "birds", *with_part("train"))
+    with pytest.raises(UserError, match="has a folder train, but neither val nor test beside it"):
+        given("birds", tmp_path)
+    assert len(given("train", tmp_path / "birds").train) == 4  # as a dataset of its own
+
+
+@pytest.mark.parametrize("inside", ["", "images"])
+@pytest.mark.parametrize(("size", "num_train"), [("0.5", 5), ("0.3", 7), ("0.9", 1), ("0.25", 7), ("0.34", 6)])
+def test_the_share_of_classes_to_test_on_can_be_chosen(inside: str, size: str, num_train: int, tmp_path: Path) -> None:
+    touch(tmp_path / "birds" / inside, *(f"{name}/{i}.jpg" for name in "abcdefghij" for i in range(2)))
+    flags = config.parse(["--dataset", "birds", "--source_path", str(tmp_path), "--test_size", size])
+    splits = datasets.read_splits("birds", flags.source_path, test_size=flags.test_size)
+    assert np.unique(splits.train.labels).tolist() == list(range(num_train))
+    assert np.unique(splits.test[0].query.labels).tolist() == list(range(num_train, 10))
+
+
+def test_all_classes_may_be_trained_and_evaluated_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_birds(tmp_path / "birds")
+    splits = given("birds", tmp_path, "--test_size", "0")
+    assert len(splits.train) == 10
+    assert list(splits.test[0].query.paths) == list(splits.train.paths)
+    words = "notice: --test_size 0: birds is evaluated on its training classes, which says nothing about unseen ones"
+    assert capsys.readouterr().err.splitlines() == [words]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "flags", "words"),
+    [
+        ("cub200", ["--test_size", "0.3"], "--test_size 0.3 contradicts cub200's own split"),
+        ("birds", ["--test_size", "0.1"], "birds, test: 1 class(es) to search: at least two are needed"),
+        ("birds", ["--test_size", "1e-300"], "birds, test: 0 class(es) to search: at least two are needed"),
+        ("birds", ["--test_size", "0.9"], "has 0 training class(es)"),
+        (
+            "birds",
+            ["--test_size", "0", "--split_scheme", "cross_validation", "--fold", "0"],
+            "leaves 0 test class(es) of 5",
+        ),
+    ],
+)
+def test_impossible_test_sizes_are_refused(dataset: str, flags: list[str], words: str, tmp_path: Path) -> None:
+    WRITE[dataset](tmp_path / dataset)
+    with pytest.raises(UserError) as error:
+        given(dataset, tmp_path, *flags)
+    assert_one_sentence(str(error.value), words)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "source", "expected"),
+    [
+        ("birds", "Datasets", ("birds", "Datasets")),
+        ("/data/birds", "Datasets", ("birds", "/data")),
+        ("/data/birds/", "Datasets", ("birds", "/data")),
+        ("./birds", "Datasets", ("birds", ".")),
+        ("../birds", "Datasets", ("birds", "..")),
+        ("a/../birds/x", "Datasets", ("x", "birds")),
+        ("~/birds", "Datasets", ("birds", "HOME")),
+        ("small/birds", "Datasets", ("birds", "Datasets/small")),  # it exists only there
+        ("small/fish", "Datasets", ("fish", "small")),
+        (".", "Datasets", ("here", "PARENT")),
+    ],
+)
+def test_a_dataset_may_be_given_by_its_path(
+    dataset: str, source: str, expected: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here/Datasets/small/birds").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    name, folder = expected
+    folder = {"HOME": str(tmp_path / "home"), "PARENT": str(tmp_path)}.get(folder, folder)
+    opt = config.resolve(config.parse(["--dataset", dataset, "--source_path", source]))
+    assert (opt.dataset, opt.source_path) == (name, folder)
+    assert opt.savename.startswith(f"{name}_resnet50_")
+
+
+def test_a_path_to_a_named_dataset_has_its_protocol(tmp_path: Path) -> None:
+    write_cub200(tmp_path / "far" / "cub200")
+    opt = config.resolve(config.parse(["--dataset", f"{tmp_path}/far/cub200"]))
+    assert content(datasets.give_splits(opt)) == EXPECTED["cub200"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [("Caltech101", "did you mean caltech101?"), ("CUB200", "did you mean cub200?"), ("fish", "contains birds, calt")],
+)
+def test_the_name_of_a_dataset_that_is_there_is_proposed(dataset: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "caltech101").mkdir()
+    write_birds(tmp_path / "birds")
+    with pytest.raises(UserError) as error:
+        read(dataset, tmp_path)
+    assert_one_sentence(str(error.value), words)
+
+
+def test_classes_of_cub200_are_split_by_their_numbers(tmp_path: Path) -> None:
+    """With class folders missing, too: otherwise class 101 would be trained on."""
+    touch(tmp_path / "cub200/images", *(f"{n:03d}.Bird/{i}.jpg" for n in (1, 2, 101, 102, 103, 200) for i in range(2)))
+    splits = read("cub200", tmp_path)
+    assert {path.split("/")[-2] for path in splits.train.paths} == {"001.Bird", "002.Bird"}
+    assert splits.test[0].query.num_classes() == 4
+    for name in ("001.Bird", "002.Bird"):
+        shutil.rmtree(tmp_path / "cub200/images" / name)
+    with pytest.raises(UserError, match="lacks the classes up to 100"):
+        read("cub200", tmp_path)
+
+
+def test_files_may_have_any_name(tmp_path: Path) -> None:
+    """Bytes that are not UTF-8, quotes, spaces, line breaks; class names can be printed anywhere."""
+    names = [b"caf\xe9", b"a 'b'", b'"', b"\xe9\xb3\xa5", b"x\ny", b"NA"]
+    for name in names:
+        folder = os.path.join(os.fsencode(tmp_path), b"birds", name)
+        os.makedirs(folder)
+        for file in (b"\xff.jpg", b"0.jpg"):
+            with open(os.path.join(folder, file), "wb"):
+                pass
+    splits = given("birds", tmp_path)
+    assert set(splits.train.class_names[0]) == {"caf\\udce9", "a 'b'", '"', "鳥", "x\ny", "NA"}
+    assert all(os.path.isfile(path) for path in (*splits.train.paths, *splits.test[0].query.paths))
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\ud800"], ids=["long", "NUL", "surrogate"])
+def test_names_that_no_file_can_have_are_one_sentence(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        read(name, tmp_path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError) as error:
+        read("birds", tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_folders_that_cannot_be_read_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_birds(tmp_path / "birds")
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path).endswith("crow"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError) as error:
+        read("birds", tmp_path)
+    assert_one_sentence(str(error.value), f"{tmp_path}/birds/images/crow can't be used (Permission denied)")
+
+
 @pytest.fixture(scope="module")
 def glyphs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Splits]:
     source = tmp_path_factory.mktemp("glyphs")
@@ -358,6 +588,23 @@ def test_glyphs_are_rendered_once(glyphs: tuple[Path, Splits], capsys: pytest.Ca
     assert capsys.readouterr().err == ""
 
 
+def test_glyphs_that_another_process_renders_meanwhile_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_folder, images = os.replace, tmp_path / "glyphs/images"
+
+    def too_late(source: Any, target: Any) -> None:
+        if not images.exists():
+            touch(images, "U+0041/theirs.png", "U+0042/theirs.png", "U+0043/0.png", "U+0044/0.png")
+        replace_folder(source, target)
+
+    monkeypatch.setattr(os, "replace", too_late)
+    monkeypatch.setattr(datasets, "GLYPH_FONTS", ("DejaVuSans",))
+    monkeypatch.setattr(datasets, "_render", lambda character, font: Image.new("L", (4, 4), ord(character) % 256))
+    assert len(read("glyphs", tmp_path).train) == 2
+    assert [path.name for path in (tmp_path / "glyphs").iterdir()] == ["images"]
+
+
 class ArchiveServer(ThreadingHTTPServer):
     """Serves `files` by name; of those in `cut_off` it announces all and sends half."""
 
@@ -367,6 +614,7 @@ class ArchiveServer(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.cut_off: set[str] = set()
         self.requested: list[str] = []
+        self.before_answering: Callable[[], object] = lambda: None
 
 
 class ArchiveRequest(BaseHTTPRequestHandler):
@@ -375,6 +623,7 @@ class ArchiveRequest(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         name = self.path.rsplit("/", 1)[-1]
         self.server.requested.append(name)
+        self.server.before_answering()
         if name not in self.server.files:
             return self.send_error(404)
         data = self.server.files[name]
@@ -471,6 +720,103 @@ def test_an_archive_that_is_broken_at_its_origin_is_a_clear_error(
     assert not (tmp_path / dataset).exists()
 
 
+def test_two_downloads_at_once_wait_for_each_other(
+    server: ArchiveServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork = multiprocessing.get_context("fork")
+    publish(pack("cub200", tmp_path / "packed"), "cub200", server, monkeypatch)
+    source, is_asked, is_waiting = tmp_path / "Datasets", fork.Event(), fork.Event()
+    monkeypatch.setattr(datasets, "notice", lambda text: is_waiting.set() if "waiting for another" in text else None)
+
+    def answer_when_the_other_waits() -> None:
+        is_asked.set()
+        assert is_waiting.wait(60)
+
+    server.before_answering = answer_when_the_other_waits
+    processes = [
+        fork.Process(target=datasets.read_splits, args=("cub200", str(source)), kwargs={"download": True})
+        for _ in range(2)
+    ]
+    processes[0].start()
+    assert is_asked.wait(60)
+    processes[1].start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert set(server.requested) == {"CUB_200_2011.tgz"}
+    assert content(read("cub200", source)) == EXPECTED["cub200"]
+    assert [path.name for path in source.iterdir()] == ["cub200"]
+
+
+def test_a_server_that_never_answers_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(datasets, "DOWNLOAD_TIMEOUT", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(UserError, match=r"cub200 can't be downloaded \(.*timed out"):
+            datasets.read_splits("cub200", str(tmp_path), download=True, download_url=url)
+    assert socket.getdefaulttimeout() is None
+    assert not (tmp_path / "cub200").exists()
+
+
+def tar_with(name: str, **attributes: Any) -> bytes:
+    """A .tgz with one good file and a member of that name."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("CUB_200_2011/images/1.a/0.jpg"))
+        member = tarfile.TarInfo(name)
+        for attribute, value in attributes.items():
+            setattr(member, attribute, value)
+        tar.addfile(member)
+    return buffer.getvalue()
+
+
+def zip_with(name: str, mode: int = stat.S_IFREG | 0o644) -> bytes:
+    """A .zip with one good file and a member of that name."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as packed:
+        packed.writestr("Stanford_Online_Products/Ebay_train.txt", "")
+        info = zipfile.ZipInfo(name)
+        info.external_attr = mode << 16
+        packed.writestr(info, "../../outside")
+    return buffer.getvalue()
+
+
+HOSTILE = {
+    "tar, above": ("a.tgz", tar_with("../outside")),
+    "tar, above, hidden": ("a.tgz", tar_with("CUB_200_2011/../../outside")),
+    "tar, absolute": ("a.tgz", tar_with("/tmp/outside")),
+    "tar, link out": ("a.tgz", tar_with("link", type=tarfile.SYMTYPE, linkname="../..")),
+    "tar, link": ("a.tgz", tar_with("link", type=tarfile.SYMTYPE, linkname="CUB_200_2011")),
+    "tar, hard link": ("a.tgz", tar_with("link", type=tarfile.LNKTYPE, linkname="../../outside")),
+    "tar, device": ("a.tgz", tar_with("device", type=tarfile.CHRTYPE)),
+    "tar, pipe": ("a.tgz", tar_with("pipe", type=tarfile.FIFOTYPE)),
+    "zip, above": ("a.zip", zip_with("../outside")),
+    "zip, above, for Windows": ("a.zip", zip_with("..\\outside")),
+    "zip, absolute": ("a.zip", zip_with("/tmp/outside")),
+    "zip, link": ("a.zip", zip_with("link", stat.S_IFLNK | 0o777)),
+    "zip, device": ("a.zip", zip_with("device", stat.S_IFCHR | 0o644)),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_archives_give_plain_files_within_their_folder_or_nothing(
+    kind: str, server: ArchiveServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, data = HOSTILE[kind]
+    server.files = {name: data}
+    archives = (Archive(f"{server.url}/{name}", hashlib.md5(data).hexdigest()),)
+    monkeypatch.setitem(DATASETS, "cub200", replace(DATASETS["cub200"], archives=archives))
+    with pytest.raises(UserError) as error:
+        datasets.read_splits("cub200", str(tmp_path / "a/b"), download=True)
+    assert_one_sentence(
+        str(error.value), "cub200 can't be downloaded", f"{name} contains", "not a plain file or folder"
+    )
+    assert not (tmp_path / "a/b/cub200").exists()
+    assert not list(tmp_path.rglob("*outside*"))
+    assert not Path("/tmp/outside").exists()
+
+
 @pytest.mark.parametrize("url", ["127.0.0.1/archives", "/mnt/archives", "http://127.0.0.1:1/my archives"])
 def test_a_download_url_that_is_not_one_is_a_clear_error(url: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="can't be downloaded"):
@@ -512,6 +858,30 @@ def edit(old: str, new: str) -> Callable[[Path], object]:
         path.write_text(text.replace(old, new), encoding="utf-8")
 
     return apply
+
+
+def add(line: str) -> Callable[[Path], object]:
+    """A function that adds a line to a file."""
+    return lambda path: path.write_text(f"{path.read_text(encoding='utf-8')}{line}\n", encoding="utf-8")
+
+
+def change_class(number: float) -> Callable[[Path], object]:
+    """A function that gives the third image of Cars196's annotations another class."""
+
+    def apply(path: Path) -> None:
+        mat = loadmat(path)
+        mat["annotations"][0, 2]["class"] = np.array([[number]])
+        savemat(path, {name: mat[name] for name in ("annotations", "class_names")})
+
+    return apply
+
+
+def annotate_again(path: Path, path_of: str = "car_ims/000001.jpg", number: int = 2) -> None:
+    """Adds a row to Cars196's annotations."""
+    mat = loadmat(path)
+    row = mat["annotations"][:, :1].copy()
+    row[0, 0]["relative_im_path"], row[0, 0]["class"] = path_of, number
+    savemat(path, {"annotations": np.concatenate([mat["annotations"], row], 1), "class_names": mat["class_names"]})
 
 
 def fill(data: bytes) -> Callable[[Path], object]:
@@ -576,6 +946,45 @@ VEHICLE_TRAIN, VEHICLE_TEST = "train_test_split/train_list.txt", "train_test_spl
         ("vehicle_id", VEHICLE_TEST, edit("21 7", "21"), "has no class_id in row 2"),
         ("vehicle_id", VEHICLE_TEST, fill(b""), "is not a table"),
         ("vehicle_id", "image/0000012.jpg", Path.unlink, "does not exist"),
+        *(
+            (
+                "cars196",
+                ANNOTATIONS,
+                change_class(number),
+                f"row 3 of PATH has class {number:g}, but classes are 1 to 4",
+            )
+            for number in (0, -1, 5, 1.5, float("nan"))
+        ),
+        (
+            "cars196",
+            ANNOTATIONS,
+            annotate_again,
+            "the classes Acura TL 2012 and BMW M3 2012 (row 1 of PATH; row 9 of PATH)",
+        ),
+        ("online_products", SOP_TRAIN, edit(" chair_final/3_1.JPG", " ../3_1.JPG"), "row 6 of PATH, leads out of"),
+        (
+            "online_products",
+            SOP_TRAIN,
+            edit(" chair_final/3_1", " chair_final/../../3_1"),
+            "row 6 of PATH, leads out of",
+        ),
+        ("online_products", SOP_TEST, edit(" chair_final/15_1.JPG", " /etc/hosts"), "row 6 of PATH, leads out of"),
+        ("in-shop", PARTITION, edit("img/MEN/Denim/id_00000002/05_1", "img/../../05_1"), "row 5 of PATH, leads out of"),
+        ("vehicle_id", VEHICLE_TEST, edit("20 7", "../../../0000001 7"), "row 1 of PATH, leads out of"),
+        (
+            "online_products",
+            SOP_TRAIN,
+            edit(" chair_final/3_1.JPG", f" {'x' * 5000}.jpg"),
+            "row 6 of PATH, does not exist",
+        ),
+        ("online_products", SOP_TRAIN, edit(" chair_final/3_1", f" {'x' * 5000}/3_1"), "row 6 of PATH, does not exist"),
+        ("online_products", SOP_TRAIN, edit("chair_final/3_1.JPG", "a\0b"), "PATH"),
+        (
+            "online_products",
+            SOP_TRAIN,
+            lambda path: path.write_bytes(path.read_bytes().replace(b"/3_1", b"/\xe9")),
+            "is not a table",
+        ),
     ],
 )
 def test_bad_data_is_one_sentence_with_the_path(
@@ -585,7 +994,134 @@ def test_bad_data_is_one_sentence_with_the_path(
     spoil(tmp_path / dataset / path)
     with pytest.raises(UserError) as error:
         read(dataset, tmp_path)
-    assert_one_sentence(str(error.value), tmp_path / dataset / path, said)
+    assert_one_sentence(
+        str(error.value), tmp_path / dataset / path, said.replace("PATH", f"{tmp_path / dataset / path}")
+    )
+
+
+IN_SHOP_TRAIN, IN_SHOP_QUERY = IN_SHOP_ROWS[0][0], IN_SHOP_ROWS[5][0]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "path", "spoil", "said"),
+    [
+        (
+            "online_products",
+            SOP_TRAIN,
+            add("99 4 1 bicycle_final/1_0.JPG"),
+            "the classes 1 and 4 (row 1 of PATH; row 25 of",
+        ),
+        (
+            "online_products",
+            SOP_TRAIN,
+            add("99 4 1 ./bicycle_final//1_0.jpg"),
+            "the classes 1 and 4 (row 1 of PATH; row 25",
+        ),
+        ("online_products", SOP_TEST, add("99 13 1 bicycle_final/1_0.JPG"), "the classes 1 and 13"),
+        ("online_products", SOP_TEST, add("99 1 1 bicycle_final/1_0.JPG"), "train and test (row 1 of"),
+        (
+            "in-shop",
+            PARTITION,
+            add(f"{IN_SHOP_TRAIN} id_00000007 gallery"),
+            "train and gallery (row 1 of PATH; row 9 of PATH)",
+        ),
+        ("in-shop", PARTITION, add(f"{IN_SHOP_QUERY} id_00000033 gallery"), "the classes id_00000002 and id_00000033"),
+        ("vehicle_id", VEHICLE_TEST, add("1 9"), "train and 800"),
+        ("vehicle_id", VEHICLE_TEST, add("22 7"), "the classes 7 and 100"),
+    ],
+)
+def test_an_image_of_two_classes_or_parts_is_refused_with_both_rows(
+    dataset: str, path: str, spoil: Callable[[Path], object], said: str, tmp_path: Path
+) -> None:
+    WRITE[dataset](tmp_path / dataset)
+    spoil(tmp_path / dataset / path)
+    with pytest.raises(UserError) as error:
+        read(dataset, tmp_path)
+    assert_one_sentence(str(error.value), said.replace("PATH", f"{tmp_path / dataset / path}"), "row ", "; row ")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "path", "spoil", "count"),
+    [
+        ("online_products", SOP_TRAIN, add("99 1 1 bicycle_final/1_0.JPG"), 1),
+        ("online_products", SOP_TRAIN, add("9 1 1 ./bicycle_final/1_0.jpg\n9 1 1 bicycle_final//1_0.JPG"), 2),
+        ("in-shop", PARTITION, add(f"{IN_SHOP_TRAIN} id_00000007 train\n{IN_SHOP_QUERY} id_00000002 query"), 2),
+        ("vehicle_id", VEHICLE_TEST, add("20 7\n0020 7"), 2),
+        ("cars196", ANNOTATIONS, lambda path: annotate_again(path, number=3), 1),
+        ("cars196", ANNOTATIONS, lambda path: annotate_again(path, "car_ims/./000001.jpg", 3), 1),
+    ],
+)
+def test_repeated_rows_count_once_and_are_noticed(
+    dataset: str,
+    path: str,
+    spoil: Callable[[Path], object],
+    count: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    WRITE[dataset](tmp_path / dataset)
+    spoil(tmp_path / dataset / path)
+    assert content(read(dataset, tmp_path)) == EXPECTED[dataset]
+    lines = [
+        line for line in capsys.readouterr().err.splitlines() if "published" not in line and "first line" not in line
+    ]
+    (line,) = lines
+    assert f"notice: images that are listed again count once: {count}, e.g." in line
+    assert f" of {tmp_path / dataset / path})" in line
+
+
+def test_queries_in_the_gallery_stay_there_under_one_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The evaluation excludes them by their path."""
+    write_in_shop(tmp_path / "in-shop", announced=9)
+    (tmp_path / "in-shop/img/link").symlink_to("MEN", target_is_directory=True)
+    add(f"{IN_SHOP_QUERY.replace('MEN', 'link')} id_00000002 gallery")(tmp_path / "in-shop" / PARTITION)
+    (test,) = given("in-shop", tmp_path).test
+    assert test.gallery is not None
+    assert set(test.query.paths) & set(test.gallery.paths) == {f"{tmp_path}/in-shop/{IN_SHOP_QUERY}"}
+    lines = capsys.readouterr().err
+    assert "in-shop, test: 1 of 2 queries are in the gallery, too, and don't find themselves there" in lines
+    assert "no other image of their class" not in lines
+    edit(f"{IN_SHOP_ROWS[4][0]:<70}id_00000002", f"{IN_SHOP_ROWS[4][0]:<70}id_00000099")(
+        tmp_path / "in-shop" / PARTITION
+    )
+    given("in-shop", tmp_path)
+    assert "test: 1 of 2 queries have no other image of their class" in capsys.readouterr().err
+
+
+def test_a_file_that_links_put_into_two_classes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_birds(tmp_path / "birds")
+    images = tmp_path / "birds/images"
+    (images / "owl/9.jpg").symlink_to(images / "tit/0.jpg")
+    with pytest.raises(UserError) as error:
+        read("birds", tmp_path)
+    files = f"{images}/tit/0.jpg (the same file as {images}/owl/9.jpg)"
+    assert_one_sentence(str(error.value), f"{files} belongs to the classes owl and tit")
+    (images / "owl/9.jpg").unlink()
+    (images / "owl/9.jpg").symlink_to(images / "owl/0.jpg")
+    assert content(read("birds", tmp_path)) == EXPECTED["birds"]
+    assert "images that are listed again count once: 1" in capsys.readouterr().err
+
+
+def test_a_file_that_links_put_into_training_and_test_is_refused(tmp_path: Path) -> None:
+    touch(tmp_path / "birds", *with_part("train", "test"))
+    shutil.rmtree(tmp_path / "birds/test/jay")
+    (tmp_path / "birds/test/jay").symlink_to(tmp_path / "birds/train/jay")
+    with pytest.raises(UserError, match=r"\(the same file as .*\) belongs to train and test"):
+        read("birds", tmp_path)
+
+
+def test_names_in_lists_are_taken_as_they_are(tmp_path: Path) -> None:
+    """NA is not a missing value, and a quote does not begin a string."""
+    write_in_shop(tmp_path / "in-shop")
+    edit("id_00000080 ", "NA ")(tmp_path / "in-shop" / PARTITION)
+    edit("01_1_front.jpg ", '"01_1_front.jpg ')(tmp_path / "in-shop" / PARTITION)
+    for name, _, _ in IN_SHOP_ROWS:
+        if name.endswith("01_1_front.jpg"):
+            path = tmp_path / "in-shop" / name
+            path.rename(path.with_name('"01_1_front.jpg'))
+    splits = read("in-shop", tmp_path)
+    assert "NA" in splits.train.class_names[0]
+    assert sum('"' in path for path in splits.train.paths) == 2
 
 
 @pytest.mark.parametrize("dataset", WRITE)
@@ -661,6 +1197,144 @@ def test_a_broken_image_arrives_as_one_sentence_from_every_loader(
     assert set(multiprocessing.active_children()) <= before  # the errors keep no workers alive
 
 
+def checked(*paths: str, exif_orientation: bool = False) -> None:
+    images = make_image_set(paths, ["a"] * len(paths))
+    datasets.check_images(Splits(images, test=[RetrievalSet("test", images)]), exif_orientation)
+
+
+def test_images_are_checked_before_training(tmp_path: Path) -> None:
+    good = [str(save_image(tmp_path / f"{i}.png", np.random.default_rng(i))) for i in range(70)]
+    checked(*good)
+    for name, data in (("no.jpg", b"text"), ("cut.png", Path(good[0]).read_bytes()[:-2]), ("empty.gif", b"")):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError) as error:
+            checked(*good, str(tmp_path / name))
+        assert str(error.value).startswith(f"{tmp_path / name} is incomplete or corrupt, or not an image")
+    with pytest.raises(UserError) as error:
+        checked(*good, *(str(tmp_path / name) for name in ("no.jpg", "cut.png", "empty.gif", "none.png")))
+    words = f"4 of 74 images can't be read, of which the first is: {tmp_path / 'cut.png'} is incomplete"
+    assert_one_sentence(str(error.value), words)
+
+
+def save_turned(path: Path) -> str:
+    exif = Image.Exif()
+    exif[transforms.EXIF_ORIENTATION] = 6  # a quarter turn
+    pixels = np.zeros((36, 36, 3), np.uint8)
+    pixels[:, :12] = 255
+    Image.fromarray(pixels).save(path, exif=exif, quality=95)
+    return str(path)
+
+
+def test_images_that_are_to_be_turned_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [save_turned(tmp_path / f"{i}.jpg") for i in range(3)]
+    upright = str(save_image(tmp_path / "3.jpg", np.random.default_rng(0)))
+    checked(*paths, upright, exif_orientation=True)
+    checked(upright)
+    assert capsys.readouterr().err == ""
+    checked(*paths, upright)
+    assert_one_sentence(capsys.readouterr().err.strip(), "notice: 3 of 4 images are to be turned", "--exif_orientation")
+
+
+def test_images_are_turned_in_all_loaders_if_it_is_asked_for(tmp_path: Path) -> None:
+    for label in range(4):
+        for number in range(2):
+            (tmp_path / f"tiny/{label}").mkdir(parents=True, exist_ok=True)
+            save_turned(tmp_path / f"tiny/{label}/{number}.jpg")
+    for flags, dim in (([], 1), (["--exif_orientation"], 0)):  # white columns become white rows
+        loaders = prepare(tmp_path, "--bs", "4", "--samples_per_class", "2", "--crop_scale", "1", "--no-flip", *flags)
+        for loader in (loaders.train, loaders.train_eval, loaders.test[0].query):
+            for images, _, _ in loader:
+                lines = images.float().mean(dim=(1, 3 - dim))  # (B, 32)
+                assert (lines[:, 0] > 200).all()
+                assert (lines[:, -1] < 50).all()
+
+
+class Dying(ImageDataset):
+    """Its worker is killed when it loads the third image."""
+
+    def __getitem__(self, idx: int) -> Any:
+        if idx == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.load(idx)
+
+
+def test_a_worker_that_is_killed_is_one_sentence(tiny_source: Path) -> None:
+    images = read("tiny", tiny_source).train
+    loader = ImageLoader(Dying(images, transforms.eval_transform(8, 8)), collate_fn=collate, num_workers=1)
+    words = (
+        r"^a data-loading worker died \((killed by signal: Killed|exited unexpectedly)\), .*: lower --kernels or --bs"
+    )
+    with pytest.raises(UserError, match=words):
+        list(loader)
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        (
+            "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that",
+            "killed by signal: Bus error",
+        ),
+        ("DataLoader worker (pid(s) 7, 8) exited unexpectedly", "exited unexpectedly"),
+        ("Caught RuntimeError ...\nunable to allocate shared memory(shm) for file", "unable to allocate shared memory"),
+        ("Caught RuntimeError in DataLoader worker process 0.\na bug", None),
+    ],
+)
+def test_a_dead_worker_is_told_wherever_the_signal_comes(text: str, cause: str | None) -> None:
+    def pytorchs_handler(number: int, frame: Any) -> None:
+        raise RuntimeError(text)
+
+    with pytest.raises(UserError if cause else RuntimeError) as error:
+        datasets._on_dead_worker(pytorchs_handler, signal.SIGCHLD, None)
+    assert str(error.value).startswith(f"a data-loading worker died ({cause})" if cause else text)
+
+
+def test_batches_go_through_pipes_where_there_is_little_shared_memory(
+    tiny_source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in containers, whose /dev/shm often has 64 MB."""
+    flags = ["--bs", "8", "--kernels", "1"]
+    usual = prepare(tiny_source, *flags)
+    assert usual.train.collate_fn is collate
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(datasets, "free_shared_memory", lambda: 4 * 8 * 3 * 32 * 32 - 1)
+    piped = prepare(tiny_source, *flags)
+    assert "/dev/shm has only 0 MB: workers send batches through pipes" in capsys.readouterr().err
+    for one, other in ((usual.train, piped.train), (usual.test[0].query, piped.test[0].query)):
+        assert other.collate_fn is datasets.collate_arrays
+        for batch, piped_batch in zip(one, other, strict=True):
+            for tensor, piped_tensor in zip(batch, piped_batch, strict=True):
+                assert torch.equal(tensor, piped_tensor)
+                assert (tensor.dtype, tensor.stride()) == (piped_tensor.dtype, piped_tensor.stride())
+                assert not piped_tensor.is_shared()
+    (tiny_source / "tiny/images/class_0/0.jpg").rename(tiny_source / "0.jpg")
+    try:
+        assert "class_0/0.jpg can't be read" in error_of(piped.train_eval)
+    finally:
+        (tiny_source / "0.jpg").rename(tiny_source / "tiny/images/class_0/0.jpg")
+    assert prepare(tiny_source, "--bs", "8", "--kernels", "0").train.collate_fn is collate
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--iterations_per_epoch", "1000000000000"], "--iterations_per_epoch 1000000000000 with --bs 8 would take"),
+        (["--resize", "20000"], "--resize 20000 would make every image at least 1.2 GB"),
+    ],
+)
+def test_impossible_sizes_are_refused_with_what_they_would_take(
+    flags: list[str], words: str, tiny_source: Path
+) -> None:
+    with pytest.raises(UserError) as error:
+        prepare(tiny_source, "--bs", "8", *flags)
+    assert_one_sentence(str(error.value), words, " G")
+
+
+def test_a_billion_partitions_are_refused_at_once() -> None:
+    with pytest.raises(UserError, match=r"leaves 0 validation class\(es\) of 10"):
+        class_disjoint_splits(numbered_images([2] * 10), 0, 0.5, 0.5, 10**9)
+
+
 @pytest.mark.parametrize(
     ("sizes", "bs", "samples_per_class"),
     [
@@ -674,11 +1348,12 @@ def test_a_broken_image_arrives_as_one_sentence_from_every_loader(
     ],
     ids=str,
 )
-def test_balanced_batches(sizes: list[int], bs: int, samples_per_class: int) -> None:
+@pytest.mark.parametrize("sampler", [class_balanced, class_balanced_redrawn])
+def test_balanced_batches(sampler: BatchSampler, sizes: list[int], bs: int, samples_per_class: int) -> None:
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
     times_drawn = np.zeros(len(labels))
     for seed in range(60):
-        batches = list(class_balanced(labels, bs, samples_per_class, np.random.default_rng(seed)))
+        batches = list(sampler(labels, bs, samples_per_class, np.random.default_rng(seed)))
         assert len(batches) == max(1, len(labels) // bs)
         drawn: list[int] = []
         for batch in batches:
@@ -698,6 +1373,114 @@ def test_balanced_batches(sizes: list[int], bs: int, samples_per_class: int) -> 
     for label, size in enumerate(sizes):  # no image of a class is preferred: within five standard deviations
         times = times_drawn[labels == label]
         assert np.abs(times - times.mean()).max() <= 5 * np.sqrt(times.mean()), f"{size} images"
+
+
+def dataset_of(sizes: Sequence[int], bs: int, samples_per_class: int, **keywords: Any) -> BaseTripletDataset:
+    """A dataset whose images are never loaded."""
+    transform = transforms.eval_transform(8, 8)
+    return BaseTripletDataset(numbered_images(sizes), transform, bs, samples_per_class, **keywords)
+
+
+@pytest.mark.parametrize("iterations", [None, 3, 40])
+@pytest.mark.parametrize(
+    ("sizes", "bs", "samples_per_class"),
+    [([58] * 7, 12, 4), ([9, 10, 11, 12], 8, 4), ([5, 3, 2, 30], 9, 3), ([3, 1, 2], 12, 4), ([60] * 6, 12, 5)],
+    ids=str,
+)
+def test_a_class_is_used_up_before_any_of_its_images_is_drawn_again(
+    sizes: list[int], bs: int, samples_per_class: int, iterations: int | None
+) -> None:
+    """Across the batches of an epoch, and its passes, if it has more than one."""
+    bs -= bs % samples_per_class
+    dataset = dataset_of(sizes, bs, samples_per_class, iterations=iterations)
+    epochs = []
+    for epoch in (1, 2, 1):
+        dataset.set_epoch(epoch)
+        drawn = [idx for batch in dataset.batches for idx, _, _ in batch]
+        assert len(drawn) == bs * (iterations or max(1, sum(sizes) // bs))
+        of_class = {label: [idx for idx in drawn if dataset.labels[idx] == label] for label in range(len(sizes))}
+        for label, members in of_class.items():
+            for start in range(0, len(members), sizes[label]):
+                one_round = members[start : start + sizes[label]]
+                assert len(set(one_round)) == len(one_round)
+        epochs.append(drawn)
+    assert epochs[0] == epochs[2] != epochs[1]  # anew each epoch, from its number
+
+
+def test_an_epoch_shows_all_images_of_classes_of_one_size(capsys: pytest.CaptureFixture[str]) -> None:
+    """The published setting of CUB200-2011: drawing anew for each batch would show two thirds."""
+    sizes = [58] * 36 + [59] * 64
+    dataset = dataset_of(sizes, 112, 4)
+    assert dataset.num_images_shown() >= 0.97 * sum(sizes)
+    assert dataset_of(sizes, 112, 4, redraw_images=True).num_images_shown() <= 0.7 * sum(sizes)
+    assert capsys.readouterr().err == ""
+    unequal = dataset_of([4] * 50 + [100] * 10, 40, 4)
+    words = f"an epoch shows {unequal.num_images_shown()} of the 1200 training images: classes are drawn equally often"
+    assert_one_sentence(capsys.readouterr().err.strip(), words)
+    assert unequal.num_images_shown() < 500
+
+
+def redrawn_as_before(labels: np.ndarray, bs: int, samples_per_class: int, rng: np.random.Generator) -> list[list[int]]:
+    """What class_balanced was, before images were drawn without replacement across batches."""
+    classes_per_batch = bs // samples_per_class
+    waiting: list[int] = []
+    batches: list[list[int]] = []
+    for _ in range(max(1, len(labels) // bs)):
+        if len(waiting) < classes_per_batch:
+            upcoming = rng.permutation(labels.max() + 1)
+            repeated = np.isin(upcoming, waiting)
+            waiting += [*upcoming[~repeated], *upcoming[repeated]]
+        batch: list[int] = []
+        for label in waiting[:classes_per_batch]:
+            members = np.flatnonzero(labels == label)
+            drawn: list[int] = []
+            while len(drawn) < samples_per_class:
+                drawn += rng.permutation(members).tolist()
+            batch += drawn[:samples_per_class]
+        waiting = waiting[classes_per_batch:]
+        batches.append(batch)
+    return batches
+
+
+def test_stored_runs_keep_the_batches_they_began_with() -> None:
+    opt = config.parse([], ROOT / "tests/stored_run/Training_Results/small/run/config.yaml")
+    assert (opt.redraw_images, opt.crop_scale, opt.flip, opt.exif_orientation) == (True, 0.08, True, False)
+    labels = np.random.default_rng(1).permutation(np.repeat(np.arange(7), [1, 2, 3, 7, 12, 4, 30]))
+    images = ImageSet([f"{i}.jpg" for i in range(len(labels))], labels[:, None], ["abcdefg"])
+    opt = config.with_flags(
+        opt, bs=12, samples_per_class=4, seed=3, iterations_per_epoch=8, batch_sampler="class_balanced"
+    )
+    dataset = datasets.build_train_dataset(opt, images)
+    for epoch in (1, 2):
+        rng = np.random.default_rng((3, epoch))
+        passes = [batch for _ in range(2) for batch in redrawn_as_before(labels, 12, 4, rng)]
+        assert [batch.tolist() for batch in dataset.form_batches(epoch)] == passes[:8]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--dataset", "cub200"], (0.08, True, False)),
+        (["--dataset", "glyphs"], (0.5, False, False)),
+        (["--dataset", "glyphs", "--crop_scale", "0.2", "--flip"], (0.2, True, False)),
+        (["--dataset", "birds", "--no-flip", "--redraw_images"], (0.08, False, True)),
+    ],
+    ids=str,
+)
+def test_new_runs_have_the_augmentation_of_their_dataset(
+    flags: list[str], expected: tuple[float, bool, bool], tmp_path: Path
+) -> None:
+    opt = config.resolve(config.parse(flags))
+    assert (opt.crop_scale, opt.flip, opt.redraw_images) == expected
+    config.save_config(tmp_path / "config.yaml", config.configuration(opt))
+    stored = config.resolve(config.parse([], tmp_path / "config.yaml"))
+    assert (stored.crop_scale, stored.flip, stored.redraw_images) == expected
+    text = (tmp_path / "config.yaml").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.split(":")[0] not in ("crop_scale", "flip", "redraw_images")]
+    (tmp_path / "old.yaml").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    for more, crop_scale in (([], 0.08), (["--crop_scale", "0.3"], 0.3)):
+        stored = config.resolve(config.parse(more, tmp_path / "old.yaml"))
+        assert (stored.crop_scale, stored.flip, stored.redraw_images) == (crop_scale, True, True)
 
 
 @pytest.mark.parametrize(("images", "bs"), [(50, 8), (48, 8), (8, 8), (5, 8), (1, 8)])
@@ -787,7 +1570,7 @@ def test_batches_and_all_other_draws_are_the_same_for_any_number_of_workers(tiny
 class WhoLoads:
     """In place of an image, the process that loads it."""
 
-    def __init__(self, crop_size: int = 0):
+    def __init__(self, *_: object):
         pass
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
@@ -1203,8 +1986,8 @@ def test_a_retrieval_set_is_mapped_with_and_without_a_gallery() -> None:
 def test_what_is_known_of_flags_is_declared_with_them() -> None:
     parser = FlagParser()
     datasets.add_arguments(parser)
-    machine = ["source_path", "download", "download_url", "kernels"]
-    cross_validation = ["test_size", "test_start_idx", "num_training_partitions", "num_training_sets", "fold"]
+    machine = ["source_path", "download", "download_url", "check_images", "kernels"]
+    cross_validation = ["test_start_idx", "num_training_partitions", "num_training_sets", "fold"]
     assert parser.names_with(machine=True) == machine
     assert parser.names_with(compared=False) == [*machine, "eval_bs", "num_training_sets", "fold"]
     assert parser.names_with(needs="cross_validation") == cross_validation

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ CLASS_SIZES = {"2": [2] * 30, "5": [5] * 20, "mixed": [2, 3, 5, 8] * 5}
 @pytest.fixture(autouse=True)
 def _notices_come_again() -> None:
     evaluate.import_faiss.cache_clear()
+    evaluate._notice_once.cache_clear()
 
 
 RETRIEVAL = ["Recall @ 1", "Precision @ 1", "R-precision", "MAP@R", "mAP"]
@@ -76,24 +77,173 @@ def test_a_collapsed_network_scores_zero(dim: int, size: int, normalized: bool) 
     assert recall_at_k(space, 1) == recall_at_k(space, int(others.min())) == 0
 
 
-@pytest.mark.parametrize("spread", [1e-2, 1e-4, 1e-5])
-def test_points_that_nearly_coincide_are_told_apart(spread: float) -> None:
+def exact_ahead(space: EmbeddingSpace, tie: float = evaluate.TIE) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """`num_negatives_ahead` and `precisions` by differences in float64, one query at a time; 0 without a positive."""
+    query, gallery = space.query.double().numpy(), space.gallery.double().numpy()
+    ahead = np.zeros(len(query), np.int64)
+    precisions = {name: np.zeros(len(query)) for name in ("r_precision", "map_at_r", "map")}
+    for i in np.flatnonzero(space.has_positive):
+        distances = np.sqrt(np.square(gallery - query[i]).sum(axis=1))
+        is_positive = space.gallery_labels == space.query_labels[i]
+        negatives = np.sort(distances[~is_positive])
+        if space.query_in_gallery[i] >= 0:
+            is_positive[space.query_in_gallery[i]] = False
+        counts = np.searchsorted(negatives, tie * np.sort(distances[is_positive]), side="right")
+        found = np.arange(1, len(counts) + 1)
+        precision, within_r = found / (found + counts), found + counts <= len(counts)
+        ahead[i] = counts[0]
+        precisions["r_precision"][i] = within_r.mean()
+        precisions["map_at_r"][i] = (precision * within_r).mean()
+        precisions["map"][i] = precision.mean()
+    return ahead, precisions
+
+
+def assert_exact(space: EmbeddingSpace) -> None:
+    """Compares counts and precisions with `exact_ahead`; only its ties may be seen in either way."""
+    (few, high), (many, low) = (exact_ahead(space, tie) for tie in (1 + 0.8e-14, 1 + 1.2e-14))
+    counted = space.has_positive
+    assert (space.num_negatives_ahead >= few)[counted].all()
+    assert (space.num_negatives_ahead <= many)[counted].all()
+    for name, values in space.precisions.items():
+        assert (low[name] - 1e-12 <= values).all(), name
+        assert (values <= high[name] + 1e-12).all(), name
+
+
+def unit(points: np.ndarray) -> np.ndarray:
+    return points / np.linalg.norm(points, axis=1, keepdims=True)
+
+
+def in_clumps(rng: np.random.Generator, points: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Which of up to four clumps a point is in: by its class, or at random."""
+    count = int(rng.integers(1, 5))
+    return labels % count if rng.random() < 0.5 else rng.integers(0, count, len(points))
+
+
+def wide_norms(rng: np.random.Generator, x: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return x * 10 ** rng.uniform(-18, 18, (len(x), 1))
+
+
+def clumps(rng: np.random.Generator, x: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    centers = unit(rng.normal(size=(4, x.shape[1])))[in_clumps(rng, x, labels)]
+    return centers * 10.0 ** rng.integers(-3, 4) + x * 10.0 ** rng.integers(-8, -1)
+
+
+def few_points(rng: np.random.Generator, x: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return x[rng.integers(0, rng.integers(1, 4), len(x))]
+
+
+KINDS: dict[str, Callable[[np.random.Generator, np.ndarray, np.ndarray], np.ndarray]] = {
+    "Gaussian": lambda rng, x, labels: x,
+    "unit": lambda rng, x, labels: unit(x),
+    "without negatives": lambda rng, x, labels: np.maximum(x, 0),
+    "integers": lambda rng, x, labels: rng.integers(-2, 3, x.shape),
+    "duplicates": lambda rng, x, labels: x[rng.integers(0, max(1, len(x) // 5), len(x))],
+    "wide norms": wide_norms,
+    "tiny": lambda rng, x, labels: x * 10.0 ** rng.integers(-44, -15),
+    "huge": lambda rng, x, labels: unit(x) * 10.0 ** rng.integers(15, 38),
+    "clumps": clumps,
+    "clumps on the sphere": lambda rng, x, labels: unit(clumps(rng, x, labels)),
+    "far": lambda rng, x, labels: (
+        x * 10.0 ** rng.integers(-6, 2) + rng.normal(size=x.shape[1]) * 10.0 ** rng.integers(5)
+    ),
+    "collapsed to a few points": few_points,
+    "a line": lambda rng, x, labels: np.linspace(0, 1, len(x))[:, None] * x[:1],
+    "mostly zeros": lambda rng, x, labels: x * (rng.random((len(x), 1)) < 0.3),
+    "an outlier": lambda rng, x, labels: np.concatenate([1e6 * x[:1], unit(x[1:])]),
+}
+
+
+def random_space(kind: str, rng: np.random.Generator) -> EmbeddingSpace:
+    """Random points of a kind: against themselves, a gallery, or one that holds some of them."""
+    size, dim = int(rng.integers(5, 250)), int(rng.choice([1, 2, 3, 16, 64, 128]))
+    labels = rng.integers(0, rng.integers(1, max(2, size // 2)), size)
+    x = rng.choice([0, 0.3, 1, 3]) * rng.normal(size=(size, dim))[labels] + rng.normal(size=(size, dim))
+    points = KINDS[kind](rng, x, labels).astype(np.float32)
+    mode = rng.integers(3)
+    if mode == 0:
+        return EmbeddingSpace(points, labels)
+    cut = size // 3 + 1
+    if mode == 1:
+        return EmbeddingSpace(points[:cut], labels[:cut], points[cut:], labels[cut:])
+    where = rng.permutation(size)[:cut]
+    items = np.setdiff1d(np.arange(size), where[::2])
+    place = np.array([items.tolist().index(i) if i in items else -1 for i in where])
+    return EmbeddingSpace(points[where], labels[where], points[items], labels[items], place)
+
+
+@pytest.mark.parametrize("max_in_turn", [0, 2, 16])
+@pytest.mark.parametrize("tiles", [(16, 32), (512, 2048)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_counts_are_exact(kind: str, tiles: tuple[int, int], max_in_turn: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "QUERY_TILE", tiles[0])
+    monkeypatch.setattr(evaluate, "GALLERY_TILE", tiles[1])
+    monkeypatch.setattr(evaluate, "MAX_IN_TURN", max_in_turn)
+    for case in range(4):
+        assert_exact(random_space(kind, np.random.default_rng([list(KINDS).index(kind), case, max_in_turn])))
+
+
+@pytest.mark.parametrize("distance", [1.0, 1000.0])
+@pytest.mark.parametrize("spread", [1e-2, 3e-4, 1e-5, 1e-7])
+@pytest.mark.parametrize("num_clumps", [1, 2, 30])
+def test_points_that_crowd_around_several_points_are_told_apart(
+    num_clumps: int, spread: float, distance: float
+) -> None:
     rng = np.random.default_rng(0)
-    labels = np.arange(300) % 30
-    offsets = rng.normal(size=(30, 16))[labels] + 0.3 * rng.normal(size=(300, 16))
-    points = (rng.normal(size=16) + spread * offsets).astype(np.float32)
-    distances = ((points[:, None].astype(np.float64) - points) ** 2).sum(axis=2)
-    np.fill_diagonal(distances, np.inf)
-    expected = (labels[distances.argmin(axis=1)] == labels).mean()
-    assert expected > 0.5
-    assert recall_at_k(EmbeddingSpace(points, labels), 1) == pytest.approx(expected, abs=0.01)
+    labels = np.arange(3000) % 60
+    offsets = rng.normal(size=(60, 16))[labels] + 0.3 * rng.normal(size=(3000, 16))
+    centers = unit(rng.normal(size=(num_clumps, 16)))[labels % num_clumps]
+    space = EmbeddingSpace((distance * (centers + spread * offsets)).astype(np.float32), labels)
+    chosen = rng.choice(3000, 100, replace=False)
+    part = EmbeddingSpace(space.query[chosen], labels[chosen], space.gallery, labels, chosen)
+    ahead, _ = exact_ahead(part)
+    assert (ahead == 0).mean() > 0.5
+    np.testing.assert_array_equal(part.num_negatives_ahead, ahead)
+    np.testing.assert_array_equal(space.num_negatives_ahead[chosen], ahead)
 
 
-@pytest.mark.parametrize("scale", [1e10, 1e20, 1e30])
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("spread", "distance"), [(3e-4, 1), (1e-4, 1000), (1e-5, 1)])
+def test_clusters_inside_clumps_are_found(spread: float, distance: float) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(2000) % 20
+    offsets = unit(rng.normal(size=(20, 32)))[labels] + 0.03 * rng.normal(size=(2000, 32))
+    centers = unit(rng.normal(size=(2, 32)))[labels % 2]
+    assert nmi(EmbeddingSpace((distance * (centers + spread * offsets)).astype(np.float32), labels)) > 0.9
+
+
+@pytest.mark.parametrize("exponent", [-100, -50, 50, 100])
+def test_no_metric_depends_on_the_size_of_the_embeddings(exponent: int) -> None:
+    points, labels = gaussian(np.random.default_rng(2), 120)
+    usual, scaled = (
+        evaluate_space(EmbeddingSpace(x, labels), [1, 4], list(evaluate.METRICS))
+        for x in (points, points * np.float32(2.0**exponent))
+    )
+    assert usual == pytest.approx(scaled, rel=1e-9)
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_the_usual_case_takes_products_in_float32_only(normalized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.dtype] = []
+    real = evaluate._Products.__init__
+
+    def record(self: Any, space: EmbeddingSpace, dtype: torch.dtype) -> None:
+        made.append(dtype)
+        real(self, space, dtype)
+
+    monkeypatch.setattr(evaluate._Products, "__init__", record)
+    rng = np.random.default_rng(1)
+    labels = np.arange(3000) % 500
+    for noise in (0.1, 1.0, 1e6):  # tight classes, usual ones, none at all
+        points = rng.normal(size=(500, 64))[labels] + noise * rng.normal(size=(3000, 64))
+        space = EmbeddingSpace((unit(points) if normalized else points).astype(np.float32), labels)
+        evaluate_space(space, [1], ["Recall", "MAP@R"])
+    assert made == [torch.float32] * 6
+
+
+@pytest.mark.parametrize("scale", [1e10, 1e20, 1e30, 3e38])
 def test_an_exploded_network_does_not_score(scale: float) -> None:
     points = np.full((40, 8), scale, np.float32)
-    with suppress(UserError):  # either refused, or counted as what it is
-        assert recall_at_k(EmbeddingSpace(points, np.arange(40) % 4), 1) == 0
+    assert recall_at_k(EmbeddingSpace(points, np.arange(40) % 4), 1) == 0
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -323,12 +473,11 @@ def naive_neighbors(space: EmbeddingSpace, query: int, k: int) -> np.ndarray:
     return np.argsort(distances)[: min(k, len(distances) - (space.query_in_gallery >= 0).any())]
 
 
-@pytest.mark.parametrize("backend", ["faiss", "scikit-learn"])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
 @pytest.mark.parametrize("k", [1, 6, 1000])
-def test_neighbors(k: int, backend: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    if backend == "scikit-learn":
-        monkeypatch.setitem(sys.modules, "faiss", None)
+def test_neighbors(k: int, scale: float) -> None:
     points, labels = gaussian(np.random.default_rng(9), 80)
+    points *= np.float32(scale)
     chosen = np.array([3, 0, 29])
     some = np.random.default_rng(1).permutation(80)[:30]
     mixed = np.where(np.arange(30) % 2 == 1, np.arange(30) - 10, -1)  # of the chosen, only 29 is in the gallery
@@ -341,7 +490,9 @@ def test_neighbors(k: int, backend: str, monkeypatch: pytest.MonkeyPatch, capsys
     ):
         expected = [naive_neighbors(space, query, k) for query in chosen]
         np.testing.assert_array_equal(space.neighbors(chosen, k), expected)
-    assert ("notice" in capsys.readouterr().err) == (backend == "scikit-learn")
+        assert space.neighbors(np.array([], np.int64), k).shape == (0, len(expected[0]))
+    many = EmbeddingSpace(points, labels).neighbors(np.arange(80), k)
+    assert many.tolist() == [naive_neighbors(EmbeddingSpace(points, labels), i, k).tolist() for i in range(80)]
 
 
 def test_a_query_is_no_neighbor_of_itself_even_among_duplicates() -> None:
@@ -383,6 +534,62 @@ def test_intra_inter_ratio_equals_a_loop_over_pairs() -> None:
     assert intra_inter_ratio(EmbeddingSpace(points, labels)) == pytest.approx(expected, rel=1e-5)
     split = EmbeddingSpace(points[:9], labels[:9], points[9:], labels[9:])
     assert intra_inter_ratio(split) == pytest.approx(expected, rel=1e-5)
+
+
+NAN = math.nan
+UNDEFINED: dict[str, tuple[list[list[float]], list[int], dict[str, float]]] = {
+    # No classes to tell apart.
+    "one class": ([[1, 0], [0, 1], [1, 1]], [7, 7, 7], {"NMI": NAN, "AMI": NAN, "F1": NAN, "Intra / Inter": NAN}),
+    # No pair of a class.
+    "classes of one": (
+        [[1, 0], [0, 1], [1, 1]],
+        [1, 2, 3],
+        dict.fromkeys(("F1", "Alignment", "Intra / Inter", *RETRIEVAL), NAN),
+    ),
+    "one point": (
+        [[1, 0]],
+        [1],
+        {name: NAN for name in evaluate.METRICS if name != "Recall"} | {"Recall @ 1": NAN},
+    ),
+    # Intra / Inter has nothing to compare with.
+    "equal points": (
+        [[0.1, 0.2, 0.7]] * 6,
+        [1, 1, 2, 2, 3, 3],
+        {"Intra / Inter": NAN, "Alignment": 0, "Uniformity": 0, "Recall @ 1": 0},
+    ),
+    "equal directions": (
+        [[0.1 * k, 0.2 * k, 0.7 * k] for k in range(1, 7)],
+        [1, 1, 2, 2, 3, 3],
+        {"Intra / Inter": NAN, "Alignment": 0, "Uniformity": 0},
+    ),
+    "zeros": (
+        [[0, 0]] * 4,
+        [1, 1, 2, 2],
+        dict.fromkeys(("Intra / Inter", "Alignment", "Uniformity", "Rho-spectrum"), NAN) | {"Recall @ 1": 0},
+    ),
+    "one dimension": ([[1], [2], [3], [4]], [1, 1, 2, 2], {"Rho-spectrum": NAN}),
+    # These are defined, and perfect.
+    "two points": (
+        [[1, 0], [1, 0], [0, 1], [0, 1]],
+        [1, 1, 2, 2],
+        {"Intra / Inter": 0, "Alignment": 0, "NMI": 1, "F1": 1, "Rho-spectrum": 0, "Recall @ 1": 1},
+    ),
+    # A zero has no direction: the others are two points again.
+    "two points and a zero": (
+        [[1, 0], [1, 0], [0, 1], [0, 1], [0, 0]],
+        [1, 1, 2, 2, 2],
+        {"Intra / Inter": 0, "Alignment": 0},
+    ),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("points", "labels", "expected"), UNDEFINED.values(), ids=UNDEFINED)
+def test_what_is_not_defined_is_nan(points: list[list[float]], labels: list[int], expected: dict[str, float]) -> None:
+    for scale in (1.0, 0.3, 1e-12, 1e12):
+        space = EmbeddingSpace(np.array(points, np.float32) * np.float32(scale), np.array(labels))
+        metrics = evaluate_space(space, [1], list(evaluate.METRICS))
+        assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-6, nan_ok=True)
 
 
 def test_a_metric_of_ones_own_needs_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -545,6 +752,41 @@ def test_metrics_within_parents_are_those_of_retrieval_in_each(kind: str) -> Non
     assert found["Recall @ 1"] != pytest.approx(evaluate_space(space, [1])["Recall @ 1"])
 
 
+def test_coarser_classes_that_hold_one_class_are_left_out_of_every_metric(capsys: pytest.CaptureFixture[str]) -> None:
+    """Inside them everything is right, whatever the network gives."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(30), 4)  # 10 coarser classes hold one class each, one holds twenty
+    parents = np.minimum(labels, 10)
+    labels[-1], parents[-1] = 99, 12  # and one holds a single image
+    space = EmbeddingSpace(rng.normal(size=(120, 8)).astype(np.float32), labels)
+    names = ["Recall", "NMI", "MAP@R", "Intra / Inter"]
+    found = evaluate.evaluate_within_parents(space, parents, parents, [1], names)
+    large = np.flatnonzero(parents == 10)
+    assert found == evaluate_space(EmbeddingSpace(space.query[large], labels[large]), [1], names)
+    assert found["Recall @ 1"] < 0.3
+    evaluate.evaluate_within_parents(space, parents, parents, [1], names)
+    (line,) = capsys.readouterr().err.splitlines()  # said once
+    assert line == (
+        "notice: 11 of 12 coarser classes hold a single class, or no query with another image of its class: they are "
+        "left out of every metric"
+    )
+    part = np.flatnonzero(parents < 10)
+    space = EmbeddingSpace(space.query[part], labels[part])
+    with pytest.raises(UserError, match="all 10 coarser classes hold a single class"):
+        evaluate.evaluate_within_parents(space, parents[part], parents[part], [1], names)
+
+
+def test_a_metric_that_is_not_defined_in_one_coarser_class_is_averaged_over_the_others() -> None:
+    rng = np.random.default_rng(0)
+    labels, parents = np.repeat(np.arange(6), 3), np.repeat([0, 1], 9)
+    points = rng.normal(size=(18, 4)).astype(np.float32)
+    points[parents == 1] = 1  # without spread
+    found = evaluate.evaluate_within_parents(EmbeddingSpace(points, labels), parents, parents, [1], ["Intra / Inter"])
+    first = EmbeddingSpace(points[:9], labels[:9])
+    assert found["Intra / Inter"] == pytest.approx(intra_inter_ratio(first))
+    assert found["Recall @ 1"] == pytest.approx(recall_at_k(first, 1) / 2)
+
+
 def make_points(chosen: np.ndarray) -> Points:
     points, labels, parents = hierarchy(160)
     return Points(torch.from_numpy(points[chosen]), labels[chosen], parents[chosen], [f"{i}.png" for i in chosen])
@@ -586,6 +828,14 @@ def test_sets_that_cannot_be_evaluated_are_one_sentence() -> None:
     with pytest.raises(UserError, match="lonely: no query's class is among the images") as error:
         evaluate.evaluate_points(sets, [1])
     assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="single: all images are of one class"):
+        evaluate.evaluate_points([RetrievalSet("single", make_points(np.flatnonzero(labels == 3)))], [1])
+
+
+def test_a_query_has_the_label_that_it_has_in_the_gallery() -> None:
+    points = np.zeros((3, 2), np.float32)
+    with pytest.raises(UserError, match="one label as a query and another one in the gallery"):
+        EmbeddingSpace(points[:1], np.array([5]), points, np.array([5, 6, 5]), np.array([1]))
 
 
 def test_queries_stand_in_the_gallery_where_their_paths_do() -> None:

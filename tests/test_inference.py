@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Sequence
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -17,11 +19,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import auxiliaries
 import datasets
 import evaluate
+import inference
 import main
 import runs
 from auxiliaries import UserError
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_pictures")]
 
 
 def naive_recall(query: torch.Tensor, labels: np.ndarray, gallery: torch.Tensor, of_gallery: np.ndarray) -> float:
@@ -87,7 +90,9 @@ def test_evaluation_in_the_training_images(copied: Path, monkeypatch: pytest.Mon
         return splits
 
     monkeypatch.setitem(datasets.DATASETS, "tiny", datasets.DatasetSpec(partial(keep, shared), made_here=True))
-    found = evaluated(copied, *against, "--splits_to_eval", "test", "train")
+    with pytest.raises(UserError, match="train has 16 images of 4 classes instead of 24 images of 4 classes"):
+        evaluated(copied, *against)
+    found = evaluated(copied, *against, "--splits_to_eval", "test", "train", "--accept_changed_data")
     query, gallery = (embed_by_hand(copied, images) for images in (shared.test[0].query, shared.train))
     labels, of_gallery = shared.test[0].query.labels[:, 0], shared.train.labels[:, 0]
     assert found["test Recall @ 1"] == pytest.approx(naive_recall(query, labels, gallery, of_gallery))
@@ -168,3 +173,46 @@ def test_damaged_evaluations_are_noticed_first(copied: Path, capsys: pytest.Capt
     with pytest.raises(UserError, match=r"is not valid JSON.*move it away"):
         evaluated(copied)
     assert "test |" not in capsys.readouterr().out
+
+
+def test_an_evaluation_says_of_what_it_was_and_when(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["main.py", "--evaluate", "x"])
+    evaluated(copied)
+    (entry,) = inference.read_evaluations(copied)
+    assert entry["epoch"] == auxiliaries.load_checkpoint(copied / "checkpoint.pth.tar")["epoch"]
+    assert entry["command"] == ["main.py", "--evaluate", "x"]
+    assert datetime.fromisoformat(entry["date"]) <= datetime.now()
+
+
+def test_evaluations_at_the_same_time_are_all_kept(copied: Path) -> None:
+    opt = runs.load_flags(copied)
+
+    def add(number: int) -> None:
+        inference.add_evaluation(copied, opt, {"NMI": number})
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=add, args=(number,)) for number in range(6)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert sorted(entry["metrics"]["NMI"] for entry in inference.read_evaluations(copied)) == list(range(6))
+
+
+def test_a_read_only_folder_is_evaluated_all_the_same(
+    copied: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise UserError(f"{copied} can't be written to (Read-only file system): choose another place or name")
+
+    monkeypatch.setattr(auxiliaries, "locked", refuse)
+    expected = auxiliaries.load_json(copied / "summary.json")["selected"]["test"]
+    assert evaluated(copied) == {f"test {name}": value for name, value in expected.items()}
+    assert "notice: the result is not kept: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", '[{"settings": {}}]', '[{"settings": {}, "metrics": []}]'])
+def test_evaluations_of_another_form_are_one_sentence(copied: Path, content: str) -> None:
+    (copied / "evaluation.json").write_text(content)
+    with pytest.raises(UserError, match=r"evaluation\.json is damaged .*move it away"):
+        evaluated(copied)

@@ -353,7 +353,109 @@ def naive_crossentropy(criterion: Any, batch: torch.Tensor, labels: list[int]) -
     return torch.stack(terms).mean()
 
 
+def naive_proxynca_plus_plus(
+    criterion: Any, batch: torch.Tensor, labels: list[int], temperature: float = 1 / 9
+) -> torch.Tensor:
+    proxies = [proxy / proxy.pow(2).sum().sqrt() for proxy in criterion.proxies]
+    terms = []
+    for x, label in zip(batch, labels):
+        exps = [torch.exp(-(x / x.pow(2).sum().sqrt() - proxy).pow(2).sum() / temperature) for proxy in proxies]
+        terms.append(-torch.log(exps[label] / torch.stack(exps).sum()))
+    return torch.stack(terms).mean()
+
+
+def mean_above_zero(terms: list[torch.Tensor]) -> torch.Tensor:
+    above = [term for term in terms if term > 0]
+    return torch.stack(above).mean() if above else terms[0] * 0
+
+
+def naive_contrastive(
+    criterion: Any, batch: torch.Tensor, labels: list[int], pos_margin: float = 0.0, neg_margin: float = 0.5
+) -> torch.Tensor:
+    if criterion.sampler:
+        positives, negatives = [(a, p) for a, p, _ in TRIPLETS], [(a, n) for a, _, n in TRIPLETS]
+    else:
+        pairs = [(i, j) for i in range(len(labels)) for j in range(len(labels)) if i != j]
+        positives = [(i, j) for i, j in pairs if labels[i] == labels[j]]
+        negatives = [(i, j) for i, j in pairs if labels[i] != labels[j]]
+    too_far = [(batch[i] - batch[j]).pow(2).sum().sqrt() - pos_margin for i, j in positives]
+    too_near = [neg_margin - (batch[i] - batch[j]).pow(2).sum().sqrt() for i, j in negatives]
+    return mean_above_zero(too_far) + mean_above_zero(too_near)
+
+
+def each_query(batch: torch.Tensor, labels: list[int]) -> Iterator[tuple[list[torch.Tensor], list[int], list[int]]]:
+    """Each query that has a positive: its cosine similarities to all, its positives, and all others but itself."""
+    points = [x / x.pow(2).sum().sqrt() for x in batch]
+    for q in range(len(labels)):
+        others = [i for i in range(len(labels)) if i != q]
+        positives = [i for i in others if labels[i] == labels[q]]
+        if positives:
+            yield [points[q] @ point for point in points], positives, others
+
+
+def naive_smoothap(criterion: Any, batch: torch.Tensor, labels: list[int], temperature: float = 0.01) -> torch.Tensor:
+    precisions = []
+    for s, positives, others in each_query(batch, labels):
+        terms = []
+        for i in positives:
+            ahead = {j: torch.sigmoid((s[j] - s[i]) / temperature) for j in others if j != i}
+            among_positives = sum(value for j, value in ahead.items() if j in positives)
+            terms.append((1 + among_positives) / (1 + sum(ahead.values())))
+        precisions.append(torch.stack(terms).mean())
+    return 1 - torch.stack(precisions).mean()
+
+
+def naive_recallatk(
+    criterion: Any,
+    batch: torch.Tensor,
+    labels: list[int],
+    k_values: Sequence[int] = (1, 2, 4, 8, 16),
+    count_temperature: float = 1.0,
+    rank_temperature: float = 0.01,
+) -> torch.Tensor:
+    recalls = []
+    for s, positives, others in each_query(batch, labels):
+        ranks = [1 + sum(torch.sigmoid((s[z] - s[x]) / rank_temperature) for z in others if z != x) for x in positives]
+        for k in k_values:
+            found = sum(torch.sigmoid((k - rank) / count_temperature) for rank in ranks)
+            recalls.append((found if found < k else 0 * found + k) / min(k, len(positives)))
+    return 1 - torch.stack(recalls).mean()
+
+
+def naive_supap(
+    criterion: Any, batch: torch.Tensor, labels: list[int], slope: float = 100.0, calibration_weight: float = 1.0
+) -> torch.Tensor:
+    precisions, too_far, too_near = [], [], []
+    for s, positives, others in each_query(batch, labels):
+        terms = []
+        for i in positives:
+            among_positives = 1 + sum(float(s[j] >= s[i]) for j in positives if j != i)
+            ahead = among_positives + 0 * s[i]
+            for j in set(others) - set(positives):
+                x = s[j] - s[i]
+                if x <= 0:
+                    ahead = ahead + torch.sigmoid(x / 0.01)
+                elif x <= 0.05:
+                    ahead = ahead + 0.5 + torch.sigmoid(x / 0.01)
+                else:
+                    ahead = ahead + slope * (x - 0.05) + 1.44
+            terms.append(among_positives / ahead)
+        precisions.append(torch.stack(terms).mean())
+    points = [x / x.pow(2).sum().sqrt() for x in batch]
+    for i, j in permutations(range(len(labels)), 2):
+        s = points[i] @ points[j]
+        too_far += [0.9 - s] if labels[i] == labels[j] else []
+        too_near += [s - 0.6] if labels[i] != labels[j] else []
+    calibration = mean_above_zero(too_far) + mean_above_zero(too_near)
+    return 1 - torch.stack(precisions).mean() + calibration_weight * calibration
+
+
 NAIVE: dict[str, Callable[..., torch.Tensor]] = {
+    "proxynca++": naive_proxynca_plus_plus,
+    "contrastive": naive_contrastive,
+    "smoothap": naive_smoothap,
+    "recallatk": naive_recallatk,
+    "supap": naive_supap,
     "triplet": naive_triplet,
     "marginloss": naive_margin,
     "npair": naive_npair,
@@ -371,6 +473,22 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("npair", {"l2npair": 0.3}),
     ("proxynca", {}),
     ("crossentropy", {}),
+    ("proxynca++", {}),
+    ("proxynca++", {"temperature": 0.7}),
+    ("contrastive", {}),
+    ("contrastive", {"pos_margin": 0.4, "neg_margin": 1.3}),
+    ("smoothap", {}),
+    ("smoothap", {"temperature": 0.1}),
+    ("recallatk", {}),
+    ("recallatk", {"k_values": (1, 3), "count_temperature": 0.5, "rank_temperature": 0.1}),
+    ("supap", {}),
+    ("supap", {"slope": 10.0, "calibration_weight": 0.3}),
+]
+WHOLE_BATCH = [
+    ("contrastive", {"neg_margin": 1.3}),
+    ("smoothap", {"temperature": 0.1}),
+    ("recallatk", {}),
+    ("supap", {}),
 ]
 
 
@@ -397,6 +515,92 @@ def test_value_and_gradients_are_those_of_a_naive_loop(loss: str, keywords: dict
     torch.testing.assert_close(value, naive)
     torch.testing.assert_close(torch.autograd.grad(value, inputs), torch.autograd.grad(naive, inputs))
     assert torch.autograd.gradcheck(lambda *_: criterion(batch, LABELS), inputs)
+
+
+def whole_batch(loss: str, **keywords: Any) -> Criterion:
+    """A loss without parameters or sampler, which takes all pairs of the batch."""
+    return LOSSES[loss](**keywords)
+
+
+@pytest.mark.parametrize(("loss", "keywords"), WHOLE_BATCH)
+def test_losses_of_all_pairs_are_those_of_a_naive_loop_in_any_order(loss: str, keywords: dict[str, Any]) -> None:
+    criterion, order = whole_batch(loss, **keywords), torch.randperm(len(LABELS))
+    batch = unit_batch(DIM).double().requires_grad_()
+    value = criterion(batch, LABELS)
+    naive = NAIVE[loss](criterion, batch, LABELS.tolist(), **keywords)
+    torch.testing.assert_close(value, naive)
+    torch.testing.assert_close(torch.autograd.grad(value, batch), torch.autograd.grad(naive, batch))
+    torch.testing.assert_close(criterion(batch[order], LABELS[order]), value)
+
+
+@pytest.mark.parametrize(("loss", "keywords"), WHOLE_BATCH)
+def test_losses_of_all_pairs_in_parts_equal_those_at_once(
+    loss: str, keywords: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for elements in (1 << 22, 3 * len(LABELS)):
+        monkeypatch.setattr(losses, "ELEMENTS_AT_ONCE", elements)
+        batch = unit_batch(DIM).requires_grad_()
+        value = whole_batch(loss, **keywords)(batch, LABELS)
+        results.append((value, *torch.autograd.grad(value, batch)))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(("loss", "keywords"), WHOLE_BATCH)
+@pytest.mark.parametrize("batch", [torch.ones(12, DIM), torch.zeros(12, DIM)], ids=["the same", "zeros"])
+def test_gradients_of_all_pairs_of_duplicates_are_finite(
+    loss: str, keywords: dict[str, Any], batch: torch.Tensor
+) -> None:
+    batch = batch.clone().requires_grad_()
+    value = whole_batch(loss, **keywords)(batch, LABELS)
+    value.backward()
+    assert batch.grad is not None
+    assert value.isfinite()
+    assert batch.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", ["smoothap", "recallatk", "supap"])
+def test_ranking_needs_two_images_of_one_class(loss: str) -> None:
+    with pytest.raises(
+        UserError, match="a batch of 3 images has no two images of one class: raise --samples_per_class"
+    ):
+        whole_batch(loss)(random_batch(3), torch.arange(3))
+    perfect = torch.eye(DIM)[torch.tensor([0, 0, 0, 1, 1, 2])]
+    value = whole_batch(loss)(perfect, torch.tensor([0, 0, 0, 1, 1, 2]))
+    assert value.item() == pytest.approx(NAIVE[loss](None, perfect, [0, 0, 0, 1, 1, 2]).item(), abs=1e-6)
+
+
+def test_recall_at_k_leaves_the_query_out_of_ranks() -> None:
+    """The authors' code, which leaves it in, gives 0.3819."""
+    labels = torch.arange(6).repeat_interleave(4)
+    noise = torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
+    nearly_perfect = torch.eye(6)[labels] + 1e-4 * noise
+    value = whole_batch("recallatk", k_values=(1, 2, 4))(nearly_perfect, labels)
+    assert value.item() == pytest.approx(0.1874, abs=1e-4)
+    with pytest.raises(UserError, match="k_values takes a list of integers above 0"):
+        whole_batch("recallatk", k_values=(1, 0))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("loss", ["contrastive", "smoothap", "recallatk", "supap"])
+def test_losses_of_all_pairs_make_no_cubic_tensor(loss: str) -> None:
+    labels = torch.arange(512) // 8
+    batch = torch.nn.functional.normalize(random_batch(512, 512), dim=1).requires_grad_()
+    with LargestTensor() as largest:
+        whole_batch(loss)(batch, labels).backward()
+    assert largest.elements <= losses.ELEMENTS_AT_ONCE
 
 
 def test_margin_loss_counts_hinge_terms_not_tuples() -> None:
@@ -468,6 +672,10 @@ def library_triplet(criterion: Any, margin: float) -> torch.nn.Module:
     return pml_losses.TripletMarginLoss(margin=margin, distance=squared, reducer=MeanReducer())
 
 
+def library_contrastive(criterion: Any, neg_margin: float) -> torch.nn.Module:
+    return pml_losses.ContrastiveLoss(neg_margin=neg_margin, distance=LpDistance(normalize_embeddings=False))
+
+
 def library_npair(criterion: Any, l2npair: float) -> torch.nn.Module:
     return pml_losses.NPairsLoss(distance=DotProductSimilarity(normalize_embeddings=False))
 
@@ -476,6 +684,7 @@ def library_npair(criterion: Any, l2npair: float) -> torch.nn.Module:
     ("loss", "library", "keywords"),
     [
         ("triplet", library_triplet, {"margin": 0.7}),
+        ("contrastive", library_contrastive, {"neg_margin": 1.3}),
         ("marginloss", library_margin, {"margin": 0.3, "nu": 0.2}),
         ("npair", library_npair, {"l2npair": 0.0}),
     ],
@@ -499,6 +708,37 @@ def test_proxynca_agrees_with_the_library_whose_sum_has_the_positive_too() -> No
     theirs.proxies.data = criterion.proxies.detach()
     for x, label in zip(random_batch(dtype=torch.float64)[:, None], LABELS[:, None]):
         torch.testing.assert_close(torch.nn.functional.softplus(criterion(x, label)), theirs(x, label))
+
+
+def test_proxynca_plus_plus_is_what_the_library_calls_proxynca() -> None:
+    criterion: Any = fixed_criterion("proxynca++")
+    theirs = pml_losses.ProxyNCALoss(NUM_CLASSES, DIM, softmax_scale=9)
+    theirs.proxies.data = criterion.proxies.detach()
+    batch = random_batch(dtype=torch.float64)
+    torch.testing.assert_close(criterion(batch, LABELS), theirs(batch, LABELS))
+
+
+def smoothap_with_queries(batch: torch.Tensor, labels: list[int], temperature: float = 0.01) -> float:
+    """Smooth AP as the library means it: the query is one of its own positives."""
+    points, precisions = torch.nn.functional.normalize(batch, dim=1), []
+    for q in range(len(labels)):
+        s, terms = points @ points[q], []
+        for i in (i for i in range(len(labels)) if labels[i] == labels[q]):
+            ahead = {j: torch.sigmoid((s[j] - s[i]) / temperature) for j in range(len(labels)) if j != i}
+            among_positives = sum(value for j, value in ahead.items() if labels[j] == labels[q])
+            terms.append((1 + among_positives) / (1 + sum(ahead.values())))
+        precisions.append(sum(terms) / len(terms))
+    return 1 - float(sum(precisions) / len(precisions))
+
+
+@pytest.mark.parametrize(("num_classes", "per_class", "is_right"), [(4, 4, True), (8, 4, False), (4, 8, False)])
+def test_the_librarys_smoothap_is_wrong_unless_there_are_as_many_classes_as_images_of_each(
+    num_classes: int, per_class: int, is_right: bool
+) -> None:
+    labels = torch.arange(num_classes).repeat_interleave(per_class)
+    batch = random_batch(len(labels), 16, dtype=torch.float64)
+    theirs = pml_losses.SmoothAPLoss()(batch, labels).item()
+    assert (abs(theirs - smoothap_with_queries(batch, labels.tolist())) < 1e-6) == is_right
 
 
 def test_distance_probabilities_are_the_weights_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -622,7 +862,7 @@ def naive_statistics(criterion: Any, batch: torch.Tensor, labels: list[int]) -> 
     """Computes the common part of `losses.statistics` tuple by tuple."""
     x = batch.tolist()
     values = {"Embedding Norm": sum(math.hypot(*row) for row in x) / len(x)}
-    if hasattr(criterion, "sampler"):
+    if getattr(criterion, "sampler", None):
         tuples = criterion.sampler.fixed
         hard_positives, hard_negatives, to_positive, to_negative = [], [], [], []
         for a, p, *negatives in tuples:
@@ -659,13 +899,17 @@ def test_statistics_are_those_of_a_naive_loop(loss: str, keywords: dict[str, Any
     batch = scale * random_batch(dtype=torch.float64)
     criterion(batch, LABELS)
     expected = naive_statistics(criterion, batch, LABELS.tolist())
-    if hasattr(criterion, "sampler"):
+    if loss in ("triplet", "marginloss", "npair"):
         tuples = criterion.sampler.fixed
         found = [naive_violation(loss, criterion, batch.tolist(), LABELS.tolist(), one) for one in tuples]
         expected["Violations"] = sum(found) / len(found)
     if loss == "marginloss":
         expected["Mean Beta"] = criterion.beta.tolist()[0] if len(criterion.beta) == 1 else criterion.beta.mean().item()
-    if loss == "proxynca":
+    if loss == "supap":
+        expected |= {f"Loss {name}": part.item() for name, part in criterion.parts.items()}
+        weighted = criterion.parts["ranking"] + criterion.calibration_weight * criterion.parts["calibration"]
+        torch.testing.assert_close(criterion(batch, LABELS), weighted)
+    if loss.startswith("proxynca"):
         expected["Proxy Norm"] = sum(math.hypot(*row) for row in criterion.proxies.tolist()) / NUM_CLASSES
     statistics = losses.statistics(criterion, batch, LABELS)
     assert {name: value.item() for name, value in statistics.items()} == pytest.approx(expected, rel=1e-6)
@@ -722,7 +966,8 @@ def test_statistics_do_not_wait(loss: str, keywords: dict[str, Any]) -> None:
         batch = torch.randn(len(LABELS), DIM)
         criterion(batch, labels)
         statistics = losses.statistics(criterion, batch, labels)
-        assert len(statistics) == {"marginloss": 8, "triplet": 7, "npair": 7, "proxynca": 2, "crossentropy": 1}[loss]
+        own = {"marginloss": 8, "triplet": 7, "npair": 7, "contrastive": 6, "proxynca": 2, "proxynca++": 2, "supap": 3}
+        assert len(statistics) == own.get(loss, 1)
         assert all(value.is_cuda and value.shape == () for value in statistics.values())
         assert torch.stack(list(statistics.values())).is_cuda  # as the records do
 
@@ -742,6 +987,10 @@ def select(loss: str, *flags: str) -> tuple[Any, list[dict[str, Any]]]:
         ("npair", [], None),
         ("proxynca", [], 1e-5),
         ("proxynca", ["--proxy_lr", "0.3", "--lr", "0.1"], 0.3),
+        ("proxynca++", ["--lr", "0.1"], 10.0),
+        ("proxynca++", ["--proxy_lr", "0.3", "--lr", "0.1"], 0.3),
+        ("proxynca++", ["--loss_params", "proxy_lr=0.2"], 0.2),
+        ("smoothap", [], None),
         ("crossentropy", ["--lr", "0.1"], 0.1),
     ],
 )
@@ -768,30 +1017,39 @@ ARRIVED: dict[str, Callable[[Any], Any]] = {
 SET_ELSEWHERE = ("sampler", "num_classes", "embed_dim")
 
 
-@pytest.mark.parametrize(
-    ("loss", "keyword"),
-    [
-        (loss, name)
-        for loss in LOSSES
-        for name in inspect.signature(LOSSES[loss]).parameters
-        if name not in SET_ELSEWHERE
-    ],
-)
-def test_every_keyword_of_a_loss_has_a_flag(loss: str, keyword: str) -> None:
+KEYWORDS = [
+    (loss, name) for loss in LOSSES for name in inspect.signature(LOSSES[loss]).parameters if name not in SET_ELSEWHERE
+]
+
+
+@pytest.mark.parametrize(("loss", "keyword"), [(loss, name) for loss, name in KEYWORDS if name in ARRIVED])
+def test_a_keyword_of_a_loss_with_the_name_of_a_flag_is_set_by_it(loss: str, keyword: str) -> None:
     default = inspect.signature(LOSSES[loss]).parameters[keyword].default
     given, arriving = ([], True) if default is False else (["0.625"], 0.625)
     assert ARRIVED[keyword](select(loss)[0]) == pytest.approx(default)
     assert ARRIVED[keyword](select(loss, f"--{keyword}", *given)[0]) == arriving
 
 
+@pytest.mark.parametrize(("loss", "keyword"), KEYWORDS)
+def test_every_keyword_of_a_loss_is_set_by_loss_params(loss: str, keyword: str) -> None:
+    default = inspect.signature(LOSSES[loss]).parameters[keyword].default
+    given, arriving = {bool: ("true", True), tuple: ("[3, 5]", (3, 5))}.get(type(default), ("0.625", 0.625))
+    read = ARRIVED.get(keyword, lambda criterion: getattr(criterion, keyword))
+    criterion = select(loss, "--loss_params", f"{keyword}={given}")[0]
+    assert read(criterion) == arriving
+    assert read(select(loss, "--loss_params", f"{loss}.{keyword}={given}")[0]) == arriving
+
+
 def test_every_keyword_of_a_sampling_method_has_a_flag() -> None:
-    sampler = select("marginloss", "--sampling", "softhard", "--lower_cutoff", "0.7", "--upper_cutoff", "1.3")[
-        0
-    ].sampler
-    assert (sampler.method, sampler.params) == ("softhard", {"lower_cutoff": 0.7, "upper_cutoff": 1.3})
+    flags = ("--lower_cutoff", "0.7", "--upper_cutoff", "1.3", "--positives_per_anchor", "all", "--rho", "0.3")
+    sampler = select("marginloss", "--sampling", "distance", *flags)[0].sampler
+    expected = {"margin": 0.2, "lower_cutoff": 0.7, "upper_cutoff": 1.3, "positives_per_anchor": "all", "rho": 0.3}
+    assert (sampler.method, sampler.params) == ("distance", expected)
     given_by_losses = {"batch", "labels", "margin", "squared", "_"}
     for method in sampler.methods.values():
         assert set(inspect.signature(method).parameters) <= given_by_losses | set(sampler.params)
+    params = ("--sampling_params", "lower_cutoff=0.7", "rho=0.3", "upper_cutoff=1.3", "positives_per_anchor=all")
+    assert select("marginloss", *params)[0].sampler.params == expected
 
 
 @pytest.mark.parametrize(
@@ -828,7 +1086,8 @@ def test_sampling_that_the_loss_cannot_use_is_refused(loss: str, sampling: str, 
 
 @pytest.mark.parametrize(
     ("loss", "method"),
-    [("proxynca", None), ("crossentropy", None), ("npair", "npair")]
+    [(loss, None) for loss in ("proxynca", "proxynca++", "crossentropy", "smoothap", "recallatk", "supap")]
+    + [("npair", "npair"), ("contrastive", None), ("contrastive", "distance")]
     + [(loss, method) for loss in ("triplet", "marginloss") for method in METHODS if method != "npair"],
 )
 def test_gradients_of_a_seed_are_bit_identical(loss: str, method: str | None) -> None:
@@ -836,7 +1095,8 @@ def test_gradients_of_a_seed_are_bit_identical(loss: str, method: str | None) ->
 
     def gradients() -> list[torch.Tensor]:
         seed_everything(5)
-        keywords: dict[str, Any] = {"num_classes": 28, "embed_dim": 512, "sampler": Sampler(method or "distance")}
+        sampler = None if method is None else Sampler(method)
+        keywords: dict[str, Any] = {"num_classes": 28, "embed_dim": 512, "sampler": sampler}
         asked = inspect.signature(LOSSES[loss]).parameters
         criterion = LOSSES[loss](**{name: keywords[name] for name in keywords if name in asked})
         batch = torch.nn.functional.normalize(torch.randn(112, 512), dim=1).requires_grad_()
@@ -1018,6 +1278,155 @@ def test_labels_may_be_lists_or_arrays(method: str, convert: Callable[[list[int]
     torch.testing.assert_close(*given)
 
 
+LABEL_FORMS: dict[str, Callable[[list[int]], Any]] = {
+    "a list": list,
+    "a tuple": tuple,
+    "an array": np.array,
+    "small integers": lambda labels: np.array(labels, np.uint8),
+    "unsigned integers": lambda labels: np.array(labels, np.uint64),
+    "a tensor of int32": lambda labels: torch.tensor(labels, dtype=torch.int32),
+    "a list of tensors": lambda labels: list(torch.tensor(labels)),
+}
+
+
+@pytest.mark.parametrize("form", LABEL_FORMS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_take_labels_in_any_form(loss: str, form: str) -> None:
+    criterion, batch = build(loss, default_sampler(loss)), random_batch()
+    values = []
+    for labels in (LABELS, LABEL_FORMS[form](LABELS.tolist())):
+        seed_everything(2)
+        values.append((criterion(batch, labels), losses.statistics(criterion, batch, labels)))
+    torch.testing.assert_close(*values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_half_precision_counts_in_float32(loss: str, dtype: torch.dtype) -> None:
+    criterion = build(loss, default_sampler(loss))
+    half = (20 * random_batch()).to(dtype).requires_grad_()  # float16 would overflow in squares of larger batches
+    results = []
+    for batch in (half, half.detach().float().requires_grad_()):
+        seed_everything(2)
+        value = criterion(batch, LABELS)
+        value.backward()
+        results.append((value, losses.statistics(criterion, batch.detach(), LABELS)))
+    torch.testing.assert_close(*results)
+    assert results[0][0].dtype == torch.float32
+    assert half.grad is not None
+    assert half.grad.dtype == dtype
+    assert half.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tuples_of_half_precision_are_those_of_float32(method: str) -> None:
+    half, given = random_batch().half(), []
+    for batch in (half, half.float()):
+        seed_everything(2)
+        given.append(Sampler(method).give(batch, LABELS))
+    torch.testing.assert_close(*given)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_autocast_leaves_losses_alone(loss: str) -> None:
+    criterion, values = build(loss, default_sampler(loss)), []
+    for enabled in (False, True):
+        seed_everything(2)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            values.append(criterion(random_batch(), LABELS))
+    torch.testing.assert_close(*values, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (LABELS[:5], r"embeddings \(12, 5\) and labels \(5,\)"),
+        (LABELS.repeat(2).tolist(), r"embeddings \(12, 5\) and labels \(24,\)"),
+        (LABELS[:, None], r"labels \(12, 1\)"),
+        (7, r"labels \(\)"),
+        (LABELS.float(), "labels are integers, not float32"),
+        ([*LABELS.tolist()[:-1], 0.5], "labels are integers"),
+        (["cat"] * 12, "labels are integers"),
+        ([[1], [1, 2]] * 6, "labels are integers"),
+        (None, "labels are integers"),
+    ],
+)
+def test_labels_that_are_not_one_integer_for_each_embedding_are_refused(labels: Any, words: str) -> None:
+    calls = [Sampler(method).give for method in METHODS] + [build(loss, default_sampler(loss)) for loss in LOSSES]
+    for call in calls:
+        with pytest.raises(UserError, match=words):
+            call(random_batch(), labels)
+    with pytest.raises(UserError, match=r"takes embeddings \(B, D\) and labels \(B,\), but got embeddings \(5,\)"):
+        Sampler("random").give(random_batch()[0], [0, 0, 1, 1, 2])
+
+
 def test_a_sampler_of_a_sampler_keeps_its_method_and_keywords() -> None:
     sampler = Sampler(Sampler("semihard", margin=0.5, squared=True), margin=0.7)
     assert (sampler.method, sampler.params) == ("semihard", {"margin": 0.7, "squared": True})
+
+
+def all_positives(
+    oracle: Callable[..., Probabilities], x: list[list[float]], labels: list[int], **params: Any
+) -> dict[tuple[int, int], Probabilities]:
+    """The probabilities of the triplets of each (anchor, positive), for sampling with all positives."""
+    result: dict[tuple[int, int], Probabilities] = {}
+    for (a, p, n), probability in oracle(x, labels, **params).items():
+        result.setdefault((a, p), {})[a, p, n] = probability
+    return {pair: {t: v / sum(some.values()) for t, v in some.items()} for pair, some in result.items()}
+
+
+def softhard_of_all_positives(x: list[list[float]], labels: list[int]) -> Probabilities:
+    """Every positive, hard or not, with a uniform hard negative."""
+    result: Probabilities = {}
+    for a, positives, negatives in each_anchor(labels):
+        farthest_positive = max(math.dist(x[a], x[p]) for p in positives)
+        hard_negatives = [n for n in negatives if math.dist(x[a], x[n]) < farthest_positive] or negatives
+        result.update({(a, p, n): 1 / len(hard_negatives) for p, n in product(positives, hard_negatives)})
+    return result
+
+
+@pytest.mark.parametrize("elements", [1 << 22, 60], ids=["at once", "in parts"])
+@pytest.mark.parametrize(
+    ("method", "oracle", "params"),
+    [
+        ("distance", distance_probabilities, {"upper_cutoff": 1.4}),
+        ("semihard", semihard_probabilities, {"margin": 0.5}),
+        ("softhard", softhard_of_all_positives, {}),
+    ],
+)
+def test_all_positives_per_anchor_each_have_a_negative_of_their_own(
+    method: str, oracle: Any, params: dict[str, Any], elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "ELEMENTS_AT_ONCE", elements)
+    batch = unit_batch(4)
+    given = draw(method, batch, positives_per_anchor="all", **params)
+    by_pair = all_positives(oracle, batch.double().tolist(), LABELS.tolist(), **params)
+    assert given.shape == (DRAWS, len(by_pair), 3)
+    for column in range(len(by_pair)):
+        pair = tuple(given[0, column, :2].tolist())
+        assert_frequencies(given[:, column], by_pair.pop(pair), DRAWS)  # type: ignore[arg-type]
+
+
+def test_rho_makes_negatives_of_positives() -> None:
+    triplets = draw("distance", unit_batch(4), rho=0.25)
+    switched = triplets[..., 0] == triplets[..., 1]
+    assert switched.double().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert (LABELS[triplets[..., 2]] == LABELS[triplets[..., 0]]).eq(switched).all()
+    assert (triplets[..., 2] != triplets[..., 0]).all()
+    seed_everything(0)
+    kept = Sampler("distance").give(unit_batch(4), LABELS)
+    seed_everything(0)
+    both = Sampler("distance", rho=0.5).give(unit_batch(4), LABELS)
+    is_kept = both[:, 0] != both[:, 1]
+    assert torch.equal(both[is_kept], kept[is_kept])
+    assert torch.equal(both[~is_kept][:, 2], kept[~is_kept][:, 1])
+
+
+@needs_fake_cuda
+@pytest.mark.parametrize("method", ["distance", "semihard", "softhard"])
+def test_all_positives_and_rho_do_not_wait(method: str) -> None:
+    labels = LABELS.clone()
+    with fake_cuda():
+        tuples = Sampler(method, positives_per_anchor="all", rho=0.2).give(torch.randn(len(labels), DIM), labels)
+        assert tuples.is_cuda
+        assert tuples.shape == (4 * 3 + 3 * 2 + 2 + 2, 3)

@@ -76,6 +76,7 @@ def results(tmp_path: Path) -> Path:
     return tmp_path / "results" / "tiny"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "sampling"), PAIRS)
 def test_every_loss_and_sampling_trains(small_flags: Flags, results: Path, loss: str, sampling: str | None) -> None:
     flags = small_flags("--loss", loss, "--samples_per_class", "4", "--lr", "1e-3")
@@ -96,7 +97,7 @@ def test_run_folder_holds_what_its_readme_lists(small_flags: Flags, results: Pat
     listed = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
     of_other_runs = {"log_test_Base.csv", "evaluation.json", *(name for name in listed if "<" in name)}
     assert of_other_runs <= listed
-    assert names_in(folder) == listed - of_other_runs
+    assert names_in(folder) - {"git.diff"} == listed - of_other_runs - {"git.diff"}  # of a changed tree
 
     train_rows, val_rows = rows_of(folder / "log_train_Base.csv"), rows_of(folder / "log_val_Base.csv")
     assert [row["Epochs"] for row in train_rows] == ["1", "2", "3"]
@@ -113,12 +114,13 @@ def test_run_folder_holds_what_its_readme_lists(small_flags: Flags, results: Pat
     assert last["optimizer"]["state"]
     assert "beta" in last["criterion"]
 
-    gradients = pickle.loads((folder / "grad_measure.pkl").read_bytes())
+    gradients = dict(np.load(folder / "grad_measure.npz"))
     assert gradients.pop("iteration").tolist() == list(range(1, 10))
     assert {array.shape for array in gradients.values()} == {(9, 1024)}
     assert "margin: 0.2\n" in (folder / "Parameter_Info.txt").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pretrained", [True, False])
 def test_network_comes_back_from_hypa_and_checkpoint(
     small_flags: Flags, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretrained: bool
@@ -150,15 +152,18 @@ def test_network_comes_back_from_hypa_and_checkpoint(
     snippet = re.search(r"```python\n(.*?)```", readme, re.DOTALL)
     assert snippet
     names: dict[str, Any] = {}
-    exec(snippet[1].replace("Training_Results/glyphs/demo", str(results / "run")), names)
+    opt = config.resolve(config.parse(flags))
+    photo = str(Path(opt.source_path) / "tiny/images/class_0/0.jpg")
+    exec(snippet[1].replace("Training_Results/glyphs/demo", str(results / "run")).replace("photo.jpg", photo), names)
+    assert names["embedding"].shape == (1, 16)
     assert names["net"].backbone.transform_input is pretrained
 
-    opt = config.resolve(config.parse(flags))
     loaders = datasets.give_dataloaders(opt, datasets.read_splits(opt.dataset, opt.source_path))
     again = evaluate.embed(names["net"], loaders.test[0].query, torch.device("cpu"))
     assert torch.equal(again, spaces[0].query)
 
 
+@pytest.mark.slow
 def test_existing_run_folder_is_never_overwritten(small_flags: Flags, results: Path) -> None:
     for _ in range(3):
         run(small_flags())
@@ -170,6 +175,7 @@ def keep(splits: datasets.Splits, root: Path) -> datasets.Splits:
     return splits
 
 
+@pytest.mark.slow
 def test_query_and_gallery_and_several_test_sets(
     small_flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +203,7 @@ def trained(flags: list[str], results: Path) -> tuple[dict[str, torch.Tensor], l
     return weights, [{name: value for name, value in row.items() if name not in OF_THE_MACHINE} for row in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", list(losses.LOSSES))
 def test_same_seed_gives_the_same_run_whatever_the_workers(small_flags: Flags, results: Path, loss: str) -> None:
     flags = small_flags(
@@ -211,6 +218,7 @@ def test_same_seed_gives_the_same_run_whatever_the_workers(small_flags: Flags, r
     assert not torch.equal(weights["embedding.weight"], other_weights["embedding.weight"])
 
 
+@pytest.mark.slow
 def test_evaluation_never_changes_training(small_flags: Flags, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mistake 2: neither more measures nor other results of the test classes may steer training."""
     flags = small_flags("--n_epochs", "3", "--lr", "1e-3")
@@ -247,6 +255,7 @@ def test_defaults_are_resolved_from_what_they_depend_on() -> None:
         opt.lr = 1.0
 
 
+@pytest.mark.slow
 def test_learning_rates_drop_after_tau(small_flags: Flags, results: Path) -> None:
     """Mistake 15: the logged rate is the one that the epoch was trained with."""
     run(small_flags("--n_epochs", "4", "--lr", "1e-2", "--tau", "1", "3", "--gamma", "0.5"))
@@ -345,6 +354,7 @@ def test_patience_waits_for_evaluations(small_flags: Flags, results: Path, scrip
     assert epochs_of(results / "run" / "log_val_Base.csv") == [3, 6]
 
 
+@pytest.mark.slow
 def test_what_is_logged_of_iterations_changes_no_training(small_flags: Flags, results: Path) -> None:
     flags = small_flags("--n_epochs", "2", "--iterations_per_epoch", "4", "--lr", "1e-3", "--fc_lr_mul", "2")
     states = []
@@ -358,8 +368,8 @@ def test_what_is_logged_of_iterations_changes_no_training(small_flags: Flags, re
             rows = rows_of(folder / "log_iterations.csv")
             assert [int(row["Iteration"]) for row in rows] == logged
             assert [int(row["Epochs"]) for row in rows] == [1 + (iteration - 1) // 4 for iteration in logged]
-            events = EventAccumulator(str(folder / "tensorboard" / "iterations")).Reload()
-            shown = [(event.step, event.value) for event in events.Scalars("iterations/Loss")]
+            events = EventAccumulator(str(folder / "tensorboard")).Reload()
+            shown = [(event.step, event.value) for event in events.Scalars("train iterations/Loss")]
             assert shown == [(int(row["Iteration"]), pytest.approx(float(row["Loss"]))) for row in rows]
         if log_every == "1":
             of_epochs = rows_of(folder / "log_train_Base.csv")
@@ -444,12 +454,12 @@ def test_summary_of_a_run_with_validation_classes_has_one_models_rows(
 def test_a_fold_looks_at_its_test_classes_once_it_has_been_trained(
     small_flags: Flags, results: Path, script: Any
 ) -> None:
-    told = {"val": scores("Recall @ 1", 0.2, 0.9, 0.5), "test": scores("Recall @ 1", 0.8, 0.3)}
+    told = {"val": scores("Recall @ 1", 0.2, 0.9, 0.5), "test": scores("Recall @ 1", 0.3, 0.8)}
     networks = script(told)
     flags = small_flags(*FOLD, "1", "--n_epochs", "3", "--lr", "1e-2", "--iterations_per_epoch", "1")
     assert run(flags) == {"Recall @ 1": 0.3}
     of_val, of_test = networks["val"], networks["test"]
-    assert [torch.equal(of_test[0], of_val[2]), torch.equal(of_test[1], of_val[1])] == [True, True]
+    assert [torch.equal(of_test[0], of_val[1]), torch.equal(of_test[1], of_val[2])] == [True, True]
     summary = auxiliaries.load_json(results / "run" / "summary.json")
     assert summary["selected"] == {"epoch": 2, "val": {"Recall @ 1": 0.9}, "test": {"Recall @ 1": 0.3}}
     assert summary["last"] == {"epoch": 3, "val": {"Recall @ 1": 0.5}, "test": {"Recall @ 1": 0.8}}
@@ -542,13 +552,18 @@ def test_metrics_within_parents_need_coarser_labels(small_flags: Flags, tmp_path
         ([*FOLD, "0", "--test_size", "0.1"], "leaves 0 test class(es) of 8"),
         ([*FOLD, "0", "--num_training_partitions", "3"], "leaves 1 validation class(es) of 8"),
         (["--test_size", "1"], "--test_size: 1 is not below 1"),
-        (["--test_size", "0"], "--test_size: 0 is not above 0"),
+        ([*FOLD, "0", "--test_size", "0"], "leaves 0 test class(es) of 8"),
         (["--test_start_idx", "1"], "--test_start_idx: 1 is not below 1"),
         (["--test_start_idx", "-0.1"], "--test_start_idx: -0.1 is not at least 0"),
-        (["--eval_metric_for_best_epoch", "MAP@R"], "--eval_metric_for_best_epoch MAP@R is not computed"),
-        (["--eval_metric_for_best_epoch", "Recall @ 3"], "did you mean Recall @ "),
-        (["--eval_metric_for_best_epoch", "NMI", "--eval_metrics", "mAP"], "choose one of Recall @ 1, mAP, or add it"),
-        (["--eval_metrics", "MAP"], "--eval_metrics MAP is unknown (did you mean MAP@R?)"),
+        (["--eval_metric_for_best_epoch", "MAP@"], "MAP@ is unknown (did you mean MAP@R?); it takes one of NMI, F1"),
+        (["--eval_metric_for_best_epoch", "Recall @ 0"], "Recall @ 0 is unknown (did you mean Recall @ "),
+        (["--savename", "x" * 201], "is longer than 200 bytes"),
+        (["--learning_rate", "1"], "unknown flag --learning_rate (did you mean --lr?)"),
+        (["--batch-size", "1"], "unknown flag --batch-size (did you mean --bs?)"),
+        (["--num_epochs_train=3"], "unknown flag --num_epochs_train=3 (did you mean --n_epochs?)"),
+        (["--wandb"], "unknown flag --wandb: main.py --help"),
+        (["--savename", "a\udcff"], "is not valid text: it has a NUL character or is not UTF-8"),
+        (["--eval_metrics", "MAP"], "--eval_metrics MAP is unknown (did you mean mAP?)"),
         (["--label_hierarchy_level", "3"], "--label_hierarchy_level 3 does not exist"),
         (["--patience", "0"], "--patience: 0 is not at least 1"),
         (["--save_interval", "0"], "--save_interval: 0 is not at least 1"),
@@ -646,5 +661,5 @@ def test_class_with_one_image_is_no_error(tmp_path: Path, capsys: pytest.Capture
     flags = [*SMALL, "--dataset", "single", "--source_path", str(tmp_path / "source"), "--bs", "8", "--n_epochs", "1"]
     run([*flags, "--save_path", str(tmp_path / "results")])
     notices = capsys.readouterr().err
-    assert "classes with fewer than 4 images: 1; these images repeat within a batch" in notices
+    assert "classes with fewer than 4 images: 1; their images repeat within a batch" in notices
     assert "1 of 25 queries" in notices

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from conftest import ROOT
 from torch import nn
 from torchvision.models import _api, regnet
 
+import config
 import netlib
 from auxiliaries import FlagParser, UserError
 from netlib import ARCHS, Arch, EmbeddingNet, Weights, find_arch, networkselect
@@ -176,9 +178,9 @@ def test_flags() -> None:
     netlib.add_arguments(parser)
     assert parser.names_with(fixed=True) == ["arch", "embed_dim"]
     opt = parser.parse_args([])
-    assert (opt.arch, opt.embed_dim, opt.not_pretrained, opt.freeze_batchnorm) == ("resnet50", None, False, None)
+    assert (opt.arch, opt.embed_dim, opt.not_pretrained, opt.freeze_batchnorm) == ("resnet50", None, None, None)
     assert parser.parse_args(["--not_pretrained"]).not_pretrained
-    assert not parser.parse_args(["--not_pretrained", "--pretrained"]).not_pretrained
+    assert parser.parse_args(["--not_pretrained", "--pretrained"]).not_pretrained is False
     assert parser.parse_args(["--no-freeze_batchnorm"]).freeze_batchnorm is False
     assert "--no-not_pretrained" not in parser.format_help()
 
@@ -195,7 +197,8 @@ def test_an_architecture_of_ones_own_needs_one_row(monkeypatch: pytest.MonkeyPat
         calls.append(weights)
         return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), 3
 
-    monkeypatch.setitem(ARCHS, "tiny", Arch(build, crop_size=8, embed_dim=2, mean=(0, 0, 0), std=(1, 0.5, 1)))
+    row = Arch(build, crop_size=8, embed_dim=2, mean=(0, 0, 0), std=(1, 0.5, 1), has_weights=True)
+    monkeypatch.setitem(ARCHS, "tiny", row)
     assert find_arch("tiny").embed_dim == 2
     opt = flags("tiny", crop_size=8, embed_dim=2)
     net = networkselect(opt)
@@ -209,6 +212,47 @@ def test_an_architecture_of_ones_own_needs_one_row(monkeypatch: pytest.MonkeyPat
     assert calls == [Weights.DOWNLOADED, later, later, random, random, later]
     pooled = images().float().mean(dim=(2, 3)) / torch.tensor([255, 127.5, 255])
     torch.testing.assert_close(net(images()), F.normalize(net.embedding(pooled), dim=1))
+
+
+def pooled_colors(weights: Weights) -> tuple[nn.Module, int]:
+    """Builds a backbone without pretrained weights, but with something to load."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(3)), 3
+
+
+def resolved(*more: str) -> argparse.Namespace:
+    return config.resolve(config.parse(["--gpu", "-1", *more]))
+
+
+def test_an_architecture_says_whether_it_has_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(ARCHS, "tiny", Arch(pooled_colors, crop_size=8, resize=8))
+    assert all(find_arch(name).has_weights for name in ("resnet50", "googlenet", "resnet18"))
+    opt = resolved("--arch", "tiny")
+    assert (opt.not_pretrained, opt.freeze_batchnorm) == (True, False)
+    assert networkselect(opt).freeze_batchnorm is False
+    assert not resolved("--arch", "resnet18").not_pretrained
+    assert resolved("--arch", "resnet18", "--not_pretrained").not_pretrained
+
+    torch.save(networkselect(opt).backbone.state_dict(), tmp_path / "own.pth")
+    opt = resolved("--arch", "tiny", "--weights", str(tmp_path / "own.pth"))
+    assert (opt.not_pretrained, opt.freeze_batchnorm) == (False, True)
+    networkselect(opt)
+    with pytest.raises(
+        UserError, match=r"^--arch tiny has no pretrained weights: drop --pretrained, or give --weights"
+    ):
+        networkselect(resolved("--arch", "tiny", "--pretrained"))
+    with pytest.raises(UserError, match=r"needs pretrained statistics to keep: drop it; --arch tiny has none"):
+        resolved("--arch", "tiny", "--freeze_batchnorm")
+    with pytest.raises(UserError, match=r"needs pretrained statistics to keep: drop it or --not_pretrained"):
+        resolved("--arch", "resnet18", "--not_pretrained", "--freeze_batchnorm")
+
+
+def test_a_run_of_an_earlier_version_that_called_its_architecture_pretrained_still_loads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(ARCHS, "tiny", Arch(pooled_colors, crop_size=8, resize=8))
+    opt = resolved("--arch", "tiny", "--pretrained", "--freeze_batchnorm")
+    assert networkselect(vars(opt)).freeze_batchnorm
+    assert networkselect(opt, load_pretrained=False).freeze_batchnorm
 
 
 def test_resnet50_is_torchvisions_with_a_linear_embedding(serve: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -237,6 +281,42 @@ def test_images_are_normalized_on_the_way_in() -> None:
     net(images())
     expected = (images() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     torch.testing.assert_close(seen[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (images().float(), r"\(4, 3, 32, 32\) float32"),
+        (images() / 255, r"\(4, 3, 32, 32\) float32"),
+        (images().half(), r"\(4, 3, 32, 32\) float16"),
+        (images().int(), r"\(4, 3, 32, 32\) int32"),
+        (images()[:, :1], r"\(4, 1, 32, 32\) uint8"),
+        (images()[0], r"\(3, 32, 32\) uint8"),
+        (images().permute(0, 2, 3, 1), r"\(4, 32, 32, 3\) uint8"),
+        (np.zeros((4, 3, 32, 32), np.uint8), "ndarray"),
+        ([images()[0]], "list"),
+        (None, "NoneType"),
+    ],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_not_a_batch_of_images_is_refused(given: Any, named: str, training: bool) -> None:
+    net = small_net().train(training)
+    with pytest.raises(UserError, match=rf"takes images as \(B, 3, H, W\) uint8, .* it got {named}$"):
+        net(given)
+
+
+def test_checking_images_waits_for_no_device() -> None:
+    with torch.device("meta"):
+        netlib.check_images(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))  # has no pixels to look at
+        with pytest.raises(UserError, match="float32"):
+            netlib.check_images(torch.zeros(2, 3, 8, 8))
+
+
+def test_a_runs_network_comes_back_in_evaluation_mode() -> None:
+    opt = flags(not_pretrained=True, freeze_batchnorm=False)
+    assert networkselect(opt).training
+    net = networkselect(vars(opt))
+    assert not any(module.training for module in net.modules())
 
 
 def test_embeddings_have_length_one_only_with_normalize() -> None:
@@ -423,6 +503,58 @@ def test_weights_from_a_runs_checkpoint(tmp_path: Path) -> None:
     assert net.embedding.out_features == 9
 
 
+def wrapped(state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The same state dict as training programs save it."""
+    module = {f"module.{name}": value for name, value in state.items()}
+    network = {f"backbone.{name}": value for name, value in state.items()}
+    whole = {**network, "embedding.weight": torch.zeros(16, 512), "mean": torch.zeros(3)}
+    return {
+        "model": {"model": state, "epoch": 3},
+        "state_dict": {"state_dict": state, "optimizer": {"state": {}}},
+        "model_state_dict": {"model_state_dict": state},
+        "module.": module,
+        "model of module.": {"model": module},
+        "module. of module.": {f"module.{name}": value for name, value in module.items()},
+        "compiled": {f"_orig_mod.{name}": value for name, value in state.items()},
+        "model.": {"state_dict": {f"model.{name}": value for name, value in state.items()}},
+        "whole network": whole,
+        "whole network of module.": {"state_dict": {f"module.{name}": value for name, value in whole.items()}},
+        "half": {name: value.half() if value.is_floating_point() else value for name, value in state.items()},
+        "double": {name: value.double() if value.is_floating_point() else value for name, value in state.items()},
+    }
+
+
+@pytest.mark.parametrize("form", wrapped({}))
+def test_weights_as_training_programs_save_them(form: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    state = models.resnet18(weights=None).state_dict()
+    torch.save(wrapped(state)[form], tmp_path / "w.pth")
+    own = networkselect(flags(weights=str(tmp_path / "w.pth"))).backbone.state_dict()
+    for name, value in own.items():
+        torch.testing.assert_close(value, state[name], rtol=1e-3, atol=1e-6)
+    assert all(value.dtype == state[name].dtype for name, value in own.items())
+
+
+def changed(change: Callable[[torch.Tensor], Any], entry: str = "layer1.0.conv1.weight") -> Callable[[], Any]:
+    """A function that gives a state dict with another value for an entry."""
+
+    def make() -> Any:
+        state = models.resnet18(weights=None).state_dict()
+        return {**state, entry: change(state[entry])}
+
+    return make
+
+
+def with_a_number(number: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda value: value.index_fill(0, torch.tensor(1), number)
+
+
+def containing_itself() -> Any:
+    state: dict[str, Any] = {}
+    state["model"] = state
+    return state
+
+
 def other_shape() -> Any:
     state = models.resnet18(weights=None).state_dict()
     return {**state, "layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1)}
@@ -441,9 +573,24 @@ UNFITTING: dict[str, tuple[Callable[[], Any], str]] = {
     "a tensor": (lambda: torch.zeros(3), "is not a state dict"),
     "a number": (lambda: 3, "is not a state dict"),
     "a list as state_dict": (lambda: {"state_dict": [1]}, "is not a state dict"),
+    "a model in itself": (containing_itself, "is not a state dict"),
+    "integer keys": (lambda: {0: torch.zeros(3)}, "is not a state dict"),
+    "nothing": (dict, r"lacks conv1\.weight and 99 more"),
+    "NaN": (changed(with_a_number(torch.nan)), r"has NaN or infinite values in layer1\.0\.conv1\.weight: take"),
+    "infinity": (changed(with_a_number(torch.inf), "bn1.running_var"), r"infinite values in bn1\.running_var: take"),
+    "too large": (changed(lambda value: value.double() + 1e300), r"infinite values in layer1\.0\.conv1\.weight"),
+    "sparse": (changed(torch.Tensor.to_sparse), r"layer1\.0\.conv1\.weight is a nested or sparse tensor"),
+    "quantized": (
+        changed(lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8)),
+        r"layer1\.0\.conv1\.weight is a quantized tensor",
+    ),
+    "meta": (changed(lambda value: value.to("meta")), r"layer1\.0\.conv1\.weight is a tensor without values"),
+    "integers": (changed(torch.Tensor.long), r"layer1\.0\.conv1\.weight is of type int64"),
+    "complex": (changed(lambda value: value.to(torch.complex64)), r"layer1\.0\.conv1\.weight is of type complex64"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize(("make", "entry"), UNFITTING.values(), ids=UNFITTING)
 def test_weights_that_do_not_fit_name_the_file_and_the_entry(
     make: Callable[[], Any], entry: str, tmp_path: Path

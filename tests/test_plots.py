@@ -14,6 +14,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy import ndimage
 
@@ -39,6 +41,22 @@ def svg_texts(path: Path) -> list[str]:
     tree = ET.fromstring(path.read_text(encoding="utf-8"), ET.XMLParser(target=ET.TreeBuilder(insert_comments=True)))
     comments = [element.text or "" for element in tree.iter() if element.tag is ET.Comment]
     return [html.unescape(text).replace("\N{NO-BREAK SPACE}", " ").strip() for text in comments]
+
+
+FOOTER = "better values of other epochs (in parentheses), not one model's:"
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are saved."""
+    saved, save = [], plots._save
+
+    def keeping(figure: Figure, *args: Any) -> None:
+        saved.append(figure)
+        save(figure, *args)
+
+    monkeypatch.setattr(plots, "_save", keeping)
+    return saved
 
 
 def metric_rows(names: list[str], epochs: int = 3) -> list[dict[str, float]]:
@@ -67,18 +85,83 @@ def test_info_plot(names: list[str], panels: list[str], tmp_path: Path) -> None:
     save_info_plot(path, losses, rows, 2, "tiny_data, resnet18 & <margin>", higher_is_better)
     texts = svg_texts(path)
     assert "tiny_data, resnet18 & <margin>" in texts
-    start, middle = (
-        texts.index("selected epoch 2:"),
-        texts.index("each metric's best value (its epoch), not one model's:"),
-    )
+    start, middle = texts.index("selected epoch 2:"), texts.index(FOOTER)
     header, footer = "    ".join(texts[start + 1 : middle]), "    ".join(texts[middle + 1 :])
     assert re.split(" {2,}", header) == [f"{name} {rows[1][name]:.4f}" for name in names]
     best = {name: max(rows, key=lambda row: row[name]) for name in names}
-    assert re.split(" {2,}", footer) == [f"{name} {row[name]:.4f} ({row['Epochs']})" for name, row in best.items()]
+    better = [f"{name} {row[name]:.4f} ({row['Epochs']})" for name, row in best.items() if row["Epochs"] != 2]
+    assert re.split(" {2,}", footer) == better
     assert len(re.findall(r'id="axes_\d+"', path.read_text(encoding="utf-8"))) == 1 + len(panels)
     assert all(texts.count(panel) >= 1 for panel in ["Train Loss", *panels])
     assert plt.get_fignums() == open_figures
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_footer_that_repeats_the_header_is_left_out(tmp_path: Path) -> None:
+    rows = metric_rows(["NMI", "F1"], epochs=1)
+    save_info_plot(tmp_path / "plot.svg", [], rows, 1, "", higher_is_better)
+    texts = svg_texts(tmp_path / "plot.svg")
+    assert FOOTER not in texts
+    assert f"NMI {rows[0]['NMI']:.4f}    F1 {rows[0]['F1']:.4f}" in texts
+
+
+@pytest.mark.parametrize(("epochs", "ticks"), [((1,), [1]), ((0, 1), [0, 1]), ((7, 9), [7, 8, 9])])
+def test_epochs_are_whole_numbers_on_the_same_axis_in_all_panels(
+    epochs: tuple[int, ...], ticks: list[int], figures: list[Figure], tmp_path: Path
+) -> None:
+    val_rows: list[Row] = [{"Epochs": epoch, "NMI": 0.5, "Recall @ 1": 0.25} for epoch in epochs]
+    train_rows: list[Row] = [{"Epochs": epoch, "Train Loss": 0.5} for epoch in epochs if epoch]
+    save_info_plot(tmp_path / "plot.svg", train_rows, val_rows, epochs[-1], "", higher_is_better)
+    panels = figures[0].axes
+    for axes in panels:
+        low, high = axes.get_xlim()
+        assert [tick for tick in axes.get_xticks() if low <= tick <= high] == ticks
+        assert (low, high) == panels[0].get_xlim()
+        assert low < epochs[0] <= epochs[-1] < high
+
+
+@pytest.mark.parametrize(
+    ("values", "span"),
+    [
+        ((0.664, 0.665, 0.663), 0.03),  # noise
+        ((0.2, 0.6, 0.4), 0.4),
+        ((0.5,), 0.02),
+        ((0.0, 0.0), 0.9),
+        ((-7.0, -7.001), 0.3),
+        ((math.nan, 0.5), 0.02),
+        ((math.nan,), 0.0),
+    ],
+)
+def test_values_that_hardly_differ_look_as_if_they_did(
+    values: tuple[float, ...], span: float, figures: list[Figure], tmp_path: Path
+) -> None:
+    rows: list[Row] = [{"Epochs": epoch, "NMI": value} for epoch, value in enumerate(values)]
+    save_info_plot(tmp_path / "plot.svg", [], rows, 0, "", higher_is_better)
+    save_curve(tmp_path / "curve.svg", rows, "NMI")
+    save_bands(tmp_path / "bands.svg", {"a": [(epoch, value, 0.01) for epoch, value in enumerate(values)]}, "NMI")
+    for figure in figures:
+        low, high = figure.axes[0].get_ylim()
+        assert high - low >= span
+        assert all(low < value < high for value in values if math.isfinite(value))
+
+
+@pytest.mark.parametrize("names", [RECALLS, SETS, [f"Recall @ {k}" for k in range(1, 25)]], ids=["5", "3 sets", "24"])
+def test_a_legend_stands_beside_the_curves_in_their_order(
+    names: list[str], figures: list[Figure], tmp_path: Path
+) -> None:
+    rows = metric_rows(names)
+    save_info_plot(tmp_path / "plot.svg", [], rows, 1, "", higher_is_better)
+    for axes in figures[0].axes:
+        lines = {str(line.get_label()): line for line in axes.get_lines() if not str(line.get_label()).startswith("_")}
+        legend = axes.get_legend()
+        assert legend is not None
+        assert legend.get_window_extent().x0 >= axes.get_window_extent().x1
+        shown = [text.get_text() for text in legend.get_texts()]
+        last = [float(np.asarray(lines[label].get_ydata())[-1]) for label in shown]
+        assert last == sorted(last, reverse=True)
+        assert len({str(line.get_color()) for line in lines.values()}) == len(lines)
+        assert shown
+        assert all(re.fullmatch(r"(Set \d)? ?(@ \d+)?", label) for label in shown)
 
 
 def test_a_title_is_drawn_as_it_is(tmp_path: Path) -> None:
@@ -107,6 +190,8 @@ def test_the_best_value_of_a_metric_may_be_its_lowest_and_is_never_nan(tmp_path:
         for epoch, alignment, recall in ((1, 0.5, math.nan), (2, 0.25, 0.125), (3, math.nan, 0.5), (4, 0.25, 0.5))
     ]
     save_info_plot(tmp_path / "plot.svg", [], rows, 2, "", lambda name: name == "Set 0 Alignment")
+    assert svg_texts(tmp_path / "plot.svg")[-2:] == [FOOTER, "Set 0 Recall @ 1 0.5000 (3)"]
+    save_info_plot(tmp_path / "plot.svg", [], rows, 1, "", lambda name: name == "Set 0 Alignment")
     footer = svg_texts(tmp_path / "plot.svg")[-1]
     assert re.split(" {2,}", footer) == ["Set 0 Alignment 0.2500 (2)", "Set 0 Recall @ 1 0.5000 (3)"]
 
@@ -117,7 +202,7 @@ def test_rows_may_have_other_metrics_than_the_last(tmp_path: Path) -> None:
     save_info_plot(tmp_path / "plot.svg", [], rows, 1, "", higher_is_better)
     texts = svg_texts(tmp_path / "plot.svg")
     assert "NMI 0.5000    F1 nan" in texts
-    assert "NMI 0.5000 (1)    F1 0.7500 (2)" in texts
+    assert texts[-2:] == [FOOTER, "F1 0.7500 (2)"]
 
 
 def test_a_scatter_is_colored_by_label(tmp_path: Path) -> None:
@@ -128,6 +213,95 @@ def test_a_scatter_is_colored_by_label(tmp_path: Path) -> None:
         assert image.width == image.height == 960
 
 
+def texts_of(figure: Figure) -> list[str]:
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def test_few_classes_are_named_at_their_points(figures: list[Figure], tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    names = [f"class_{label}" for label in range(30)]
+    names[3] = "U+00E9"
+    for count in (20, 21):
+        labels = np.repeat(np.arange(count), 5)
+        centers = 100 * rng.random((count, 2))
+        points = centers[labels] + rng.normal(size=(len(labels), 2))
+        save_scatter(tmp_path / "tsne.png", points, labels, "classes", names)
+        if count > 20:
+            assert texts_of(figures[-1]) == []
+            continue
+        for label, text in enumerate(figures[-1].axes[0].texts):
+            expected = "U+00E9 latin small\nletter e with acute" if label == 3 else f"class {label}"
+            assert text.get_text() == expected
+            assert np.abs(np.array(text.xy) - centers[label]).max() < 5  # type: ignore[attr-defined]
+    save_scatter(tmp_path / "tsne.png", points, labels % 2, "without names")
+    assert texts_of(figures[-1]) == []
+
+
+# Texts
+
+
+CHINESE, NOT_UNICODE, BIRD = "中文", "a\udcffb", "\U0001f426"
+
+
+@pytest.mark.parametrize("font", ["none", "one"])
+def test_characters_that_no_font_has_are_escaped_everywhere(
+    font: str, figures: list[Figure], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Matplotlib would warn, which fails this test, and draw boxes; Pillow would draw boxes without a word."""
+    other = plots._default_font().replace("DejaVuSans", "DejaVuSerif")
+    # an installed font with all characters but those of NOT_UNICODE; both fonts are real ones
+    missing = plots._missing_characters
+
+    def pretended(text: str, file: str) -> set[str]:
+        has_all = font == "one" and file == other
+        return {char for char in missing(text, file) if not has_all or char == "\udcff"}
+
+    monkeypatch.setattr(plots, "_missing_characters", pretended)
+    fonts = [SimpleNamespace(fname=name, style="normal", weight=400) for name in (str(tmp_path / "gone.ttf"), other)]
+    monkeypatch.setattr("matplotlib.font_manager.fontManager.ttflist", fonts)
+    plots._find_font.cache_clear()
+    escaped = {CHINESE: "\\u4e2d\\u6587", NOT_UNICODE: "a\\udcffb", BIRD: "\\U0001f426"}
+    for text, plain in escaped.items():
+        chosen = (text, other) if font == "one" and text != NOT_UNICODE else (plain, plots._default_font())
+        assert plots._choose_font(text) == chosen
+        lines, file = plots._caption(f"{text}_x", 138)
+        assert (" ".join(lines), file) == (f"{chosen[0]} x", chosen[1])
+    assert plots._choose_font("Ψ Laysan_é ж") == ("Ψ Laysan_é ж", plots._default_font())
+    if font == "none":
+        name = f"{CHINESE} {NOT_UNICODE} {BIRD}"
+        save_info_plot(tmp_path / "plot.svg", [], metric_rows(["NMI"]), 1, name, higher_is_better)
+        assert " ".join(escaped.values()) in svg_texts(tmp_path / "plot.svg")
+        save_bands(tmp_path / "bands.svg", {name: [(1, 0.5, 0.1)]}, name)
+        assert " ".join(escaped.values()) in svg_texts(tmp_path / "bands.svg")
+        save_scatter(tmp_path / "tsne.png", np.zeros((3, 2)), np.zeros(3, int), name, [CHINESE])
+        assert texts_of(figures[-1]) == [escaped[CHINESE]]
+    plots._find_font.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("Laysan_Albatross", ["Laysan Albatross"]),
+        ("001.Black_footed_Albatross", ["001.Black footed", "Albatross"]),
+        ("U+0041", ["U+0041 latin capital", "letter a"]),
+        ("U+E000", ["U+E000"]),
+        ("Llanfairpwllgwyngyllgogerychwyrndrobwll", None),
+        ("a_name_of_so_many_words_that_three_lines_are_not_enough_for_it_at_all", None),
+        ("x" * 5000, None),
+        ("tab\tand\nline", ["tab and line"]),
+        ("", [""]),
+    ],
+)
+def test_captions_fit(name: str, lines: list[str] | None) -> None:
+    found, file = plots._caption(name, 138)
+    assert found == (lines or found)
+    assert len(found) <= 3
+    assert all(plots._pil_font(file, plots.CAPTION_SIZE).getlength(line) <= 138 for line in found)
+    shown = "".join(found).replace(" ", "")
+    whole = name.replace("_", "")
+    assert lines or shown == whole or (shown.endswith("…") and whole.startswith(shown[:-1]) and len(shown) > 20)
+
+
 def frames(pixels: np.ndarray, color: tuple[int, int, int]) -> list[tuple[int, int]]:
     """Top left corners (row, column) of the frames of one color, row by row."""
     regions, _ = ndimage.label((pixels == color).all(axis=2))
@@ -135,15 +309,30 @@ def frames(pixels: np.ndarray, color: tuple[int, int, int]) -> list[tuple[int, i
     return sorted((rows.start, columns.start) for rows, columns in boxes)
 
 
-def test_sample_retrievals_are_framed_by_what_they_are(tmp_path: Path) -> None:
+def test_sample_retrievals_are_framed_by_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blue = np.full((40, 40, 3), (0, 0, 255), np.uint8)
     retrievals = [
         Retrieval(
-            blue, "Laysan_Albatross", [blue] * 3, ["Laysan_Albatross", "Crow", "Laysan_Albatross"], [True, False, True]
+            blue,
+            "Laysan_Albatross",
+            [blue] * 3,
+            ["Laysan_Albatross", "Crow", "Laysan_Albatross"],
+            [True, False, True],
+            [0.0, 0.51234, 123.456],
         ),
-        Retrieval(blue, "Crow", [blue], ["Laysan_Albatross"], [False]),  # fewer neighbors
+        Retrieval(blue, "Crow", [blue], ["Laysan_Albatross"], [False], [0.5]),  # fewer neighbors
     ]
+    written: list[str] = []
+    write = plots._write
+
+    def writing(draw: Any, line: str, *args: Any) -> None:
+        written.append(line)
+        write(draw, line, *args)
+
+    monkeypatch.setattr(plots, "_write", writing)
     save_recoveries(tmp_path / "sample_recoveries.png", retrievals)
+    assert written[:4] == ["Laysan Albatross", "query", "Laysan Albatross", "0.00"]
+    assert [text for text in written if text[0].isdigit()] == ["0.00", "0.512", "123", "0.500"]
     with Image.open(tmp_path / "sample_recoveries.png") as image:
         assert image.format == "PNG"
         pixels = np.asarray(image.convert("RGB"))
@@ -162,6 +351,8 @@ def test_sample_retrievals_are_framed_by_what_they_are(tmp_path: Path) -> None:
 class Space:
     """An embedding space whose neighbors are given."""
 
+    query: torch.Tensor
+    gallery: torch.Tensor
     query_labels: np.ndarray
     gallery_labels: np.ndarray
     has_positive: np.ndarray
@@ -188,7 +379,8 @@ def test_queries_are_drawn_with_their_neighbors(
     )
     has_positive = rng.random(len(query.paths)) < 0.7
     nearest = np.argsort(rng.random((len(query.paths), len(gallery.paths))), axis=1)
-    space: Any = Space(query.labels, gallery.labels, has_positive, nearest)
+    embedded = torch.from_numpy(rng.normal(size=(40, 8))).float()
+    space: Any = Space(embedded[query_of], embedded[gallery_of], query.labels, gallery.labels, has_positive, nearest)
     images: Any = SimpleNamespace(query=query, gallery=gallery if with_gallery else None)
 
     drawn: list[list[Retrieval]] = []
@@ -205,6 +397,8 @@ def test_queries_are_drawn_with_their_neighbors(
         assert [tuple(pixels[0, 0]) for pixels in retrieval.neighbors] == [tuple(colors[gallery_of][i]) for i in found]
         assert retrieval.neighbor_classes == [f"class {gallery.labels[i]}" for i in found]
         assert retrieval.correct == [gallery.labels[i] == query.labels[position] for i in found]
+        steps = embedded[gallery_of].numpy()[found] - embedded[query_of].numpy()[position]
+        assert retrieval.distances == pytest.approx(np.linalg.norm(steps, axis=1))
     assert len(drawn[0]) == 8
     assert positions == sorted(set(positions))
     assert has_positive[positions].all()
@@ -217,7 +411,9 @@ def test_fewer_queries_than_places_are_all_drawn(tmp_path: Path, monkeypatch: py
     Image.new("L", (5, 7)).save(path)
     query = SimpleNamespace(paths=[path] * 3, class_names=[["a", "b"]])
     labels = np.array([0, 0, 1])
-    space: Any = Space(labels, labels, np.array([True, True, False]), np.array([[1, 2], [0, 2], [0, 1]]))
+    points = torch.zeros(3, 4)
+    nearest = np.array([[1, 2], [0, 2], [0, 1]])
+    space: Any = Space(points, points, labels, labels, np.array([True, True, False]), nearest)
     images: Any = SimpleNamespace(query=query, gallery=None)
     drawn: list[Retrieval] = []
     monkeypatch.setattr(plots, "save_recoveries", lambda path, retrievals: drawn.extend(retrievals))

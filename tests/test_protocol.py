@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import pickle
 import re
 import shutil
 import sqlite3
@@ -33,7 +32,7 @@ import records
 import runs
 from auxiliaries import UserError
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_pictures")]
 
 
 def configurations(folder: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -146,9 +145,11 @@ def test_meta_results_by_hand(crossed: CrossValidated) -> None:
         if (row["Network"], row["Split"]) == ("selected", "test"):
             assert crossed.metrics[row["Metric"]] == float(row["Mean"])
     events = EventAccumulator(str(crossed.folder / "meta" / "tensorboard")).Reload()
-    mean = events.Scalars("selected/test Recall @ 1/Mean")[0].value
-    assert mean == pytest.approx(crossed.metrics["Recall @ 1"])
-    assert "last/val NMI/CI 95 %" in events.Tags()["scalars"]
+    (table,) = events.Tensors("results over folds/text_summary")
+    assert (
+        f"| selected | test | Recall @ 1 | {crossed.metrics['Recall @ 1']:.4f} |"
+        in table.tensor_proto.string_val[0].decode()
+    )
 
 
 def test_concatenated_embeddings_by_hand(crossed: CrossValidated) -> None:
@@ -222,10 +223,10 @@ def test_resumed_run_is_the_uninterrupted_one(source: Path, tmp_path: Path) -> N
     assert_same_run(resumed, whole)
     rates = [float(row["Learning Rate"]) for row in csv_rows(resumed / "log_train_Base.csv")]
     assert rates == pytest.approx([1e-3, 5e-4, 5e-4, 2.5e-4])
-    gradients = [pickle.loads((folder / "grad_measure.pkl").read_bytes()) for folder in (resumed, whole)]
+    gradients = [np.load(folder / "grad_measure.npz") for folder in (resumed, whole)]
     assert all(gradients[0][name].tobytes() == gradients[1][name].tobytes() for name in gradients[1])
     assert len(csv_rows(resumed / "distance_measures_Train.csv")) == 4
-    events = EventAccumulator(str(resumed / "tensorboard" / "epochs")).Reload()
+    events = EventAccumulator(str(resumed / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/Train Loss")] == [1, 2, 3, 4]
 
 
@@ -315,7 +316,7 @@ def test_name_with_brackets_is_found_again(run: Run, go_on: Run, tmp_path: Path,
 def test_refused_flags_are_not_kept(crossed: CrossValidated, tmp_path: Path, go_on: Run) -> None:
     folder = shutil.copytree(crossed.folder, tmp_path / "cv" / "run")
     with pytest.raises(UserError, match="needs 40 classes per batch"):
-        go_on("--resume_training", "--bs", "80")
+        go_on("--resume_training", "--bs", "80", "--n_epochs", "3")
 
     assert yaml.safe_load((folder / "config.yaml").read_text())["bs"] == 8
     assert not list(folder.glob("resume_training_config_diffs_*"))
@@ -579,7 +580,7 @@ def test_gradients_that_are_recorded_late_are_recorded_once(
             go_on("--resume_training", "--grad_measure", "--n_epochs", "4")
     go_on("--resume_training")
     iterations = [int(row["Iteration"]) for row in csv_rows(copied / "log_iterations.csv") if row["Epochs"] in "34"]
-    gradients = pickle.loads((copied / "grad_measure.pkl").read_bytes())
+    gradients = np.load(copied / "grad_measure.npz")
     assert gradients["iteration"].tolist() == iterations
     assert len(gradients["mean"]) == len(iterations)
 
@@ -598,20 +599,20 @@ def test_tensorboard_that_is_asked_for_late_shows_everything(run: Run, go_on: Ru
     folder = tmp_path / "tiny" / "run"
     assert not (folder / "tensorboard").exists()
     go_on("--resume_training", "--tensorboard", "--n_epochs", "3")
-    events = EventAccumulator(str(folder / "tensorboard" / "epochs")).Reload()
-    assert [event.step for event in events.Scalars("val/Recall @ 1")] == [1, 2, 3]
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("metrics/val/Recall @ 1")] == [1, 2, 3]
 
 
 def test_lower_n_epochs_says_that_nothing_is_left(copied: Path, go_on: Run, capsys: pytest.CaptureFixture[str]) -> None:
     go_on("--resume_training", "--n_epochs", "1")
-    assert "is at epoch 2 of 1: nothing is left to train" in capsys.readouterr().err
+    assert "is finished: nothing is left to train, and its flags stay as they are" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
         ("summary.json", "{", "is not valid JSON"),
-        ("summary.json", "{}", "is damaged: --resume_training writes it anew"),
+        ("summary.json", "{}", "is damaged ($: 'selection' is a required property): --resume_training writes it anew"),
         ("environment.json", "[1]", "is damaged: it doesn't say which version it has"),
         ("environment.json", '{"version": "x"}', "is damaged: it doesn't say which version it has"),
     ],
@@ -706,3 +707,118 @@ def test_a_stored_run_is_reproduced(stored_run: Path, capsys: pytest.CaptureFixt
     )
     assert losses_after == pytest.approx(losses_before, rel=1e-4)
     assert re.search(r"selected, test, Recall @ 1 +0\.6250", capsys.readouterr().out)
+
+
+# Data that changed
+
+
+@pytest.fixture
+def own_source(source: Path, tmp_path: Path) -> Path:
+    """A copy of the datasets that a test may change."""
+    return shutil.copytree(source, tmp_path / "own_source")
+
+
+def test_changed_data_are_refused_on_resuming_and_evaluating(
+    own_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main.command(training_flags(own_source, tmp_path, "--dataset", "tiny", "--savename", "run", "--n_epochs", "1"))
+    folder, images = tmp_path / "tiny" / "run", own_source / "tiny" / "images"
+    shutil.copytree(images / "class_0", images / "class_00")  # now class_3 trains no more, but tests
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    resume = ["--save_path", str(tmp_path), "--resume_training", "--savename", "run", "--n_epochs", "2"]
+    for flags in (resume, ["--evaluate", str(folder)]):
+        with pytest.raises(UserError, match=r"the data have changed since .*--accept_changed_data") as error:
+            main.command(flags)
+        assert "train has 24 images of 4 classes, but other ones" in str(error.value)
+        assert "test test query has 30 images of 5 classes instead of 24 images of 4 classes" in str(error.value)
+    assert {path: path.read_bytes() for path in before} == before
+    main.command([*resume, "--accept_changed_data"])
+    assert "the data have changed" in capsys.readouterr().err
+    main.command([*resume[:-1], "3"])  # what was accepted is what the run is of now
+    assert auxiliaries.load_checkpoint(folder / "last.pth.tar")["data"]["test test query"]["classes"] == 5
+    main.command(["--reproduce_results", str(folder), "--n_epochs", "1"])
+    assert "in the original" not in capsys.readouterr().err
+    shutil.rmtree(images / "class_00")
+    main.command(["--reproduce_results", str(folder), "--n_epochs", "1"])
+    assert "test test query has 24 images of 4 classes instead of 30 images of 5 classes" in capsys.readouterr().err
+
+
+def test_folds_of_other_test_images_are_left_out_by_name(
+    crossed: CrossValidated, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(crossed.folder, tmp_path / "cv" / "run")
+    data = auxiliaries.load_json(folder / "fold_1" / "data.json")
+    data["test test query"]["sha256"] = "of other images"
+    auxiliaries.save_json(folder / "fold_1" / "data.json", data)
+    protocol.write_meta_results(runs.load_flags(folder), folder)
+    assert f"{folder / 'fold_1'} is left out: its test images differ" in capsys.readouterr().err
+    assert {row["Folds"] for row in auxiliaries.load_json(folder / "meta" / "results.json")} == {2}
+
+
+def test_a_run_from_before_data_were_described_says_so(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copied / "data.json").unlink()
+    main.command(["--evaluate", str(copied)])
+    assert "doesn't say on which images it was trained" in capsys.readouterr().err
+
+
+# Finished runs
+
+
+def test_finished_folds_are_neither_trained_nor_evaluated_again(
+    crossed: CrossValidated, tmp_path: Path, go_on: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(crossed.folder, tmp_path / "cv" / "run")
+    (folder / "fold_2" / "summary.json").unlink()  # it was stopped right before its end
+    embedded: list[str] = []
+    embed = evaluate.embed
+
+    def recording(net: Any, loader: datasets.ImageLoader, device: torch.device, name: str) -> torch.Tensor:
+        embedded.append(name)
+        return embed(net, loader, device, name)
+
+    monkeypatch.setattr(evaluate, "embed", recording)
+    assert go_on("--resume_training", "--no-tensorboard") == crossed.metrics
+    assert embedded == ["test"] * 3  # for the concatenated embeddings: fold 2's own rows are in its history
+    for fold in crossed.folds:
+        assert_same_run(folder / fold.name, fold)
+
+
+def test_a_finished_fold_that_goes_on_is_the_uninterrupted_one(source: Path, tmp_path: Path, go_on: Run) -> None:
+    """The test rows of what was the last epoch go."""
+    flags = training_flags(source, tmp_path, *CROSS, "--num_training_sets", "1")
+    main.command([*flags, "--savename", "whole", "--n_epochs", "3"])
+    main.command([*flags, "--savename", "run"])
+    go_on("--resume_training", "--n_epochs", "3")
+    assert_same_run(tmp_path / "cv/run/fold_0", tmp_path / "cv/whole/fold_0")
+    assert csv_rows(tmp_path / "cv/run/meta/results.csv") == csv_rows(tmp_path / "cv/whole/meta/results.csv")
+
+
+def test_flags_of_a_finished_run_stay_as_they_are(copied: Path, go_on: Run) -> None:
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    metrics = go_on("--resume_training", "--lr", "0.5", "--tau", "7")
+    assert metrics == auxiliaries.load_json(copied / "summary.json")["selected"]["test"]
+    assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+
+
+def test_two_reproductions_at_once_get_folders_of_their_own(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second begins while the first one trains."""
+    flags = ["--reproduce_results", str(finished), "--save_path", str(tmp_path), "--n_epochs", "1"]
+    train_one_epoch, others = main.train_one_epoch, [flags]
+
+    def interrupted(*args: Any, **kwargs: Any) -> records.Row:
+        if others:
+            main.command(others.pop())
+        return train_one_epoch(*args, **kwargs)
+
+    monkeypatch.setattr(main, "train_one_epoch", interrupted)
+    main.command(flags)
+    assert {path.name for path in (tmp_path / "tiny").iterdir()} == {"run_reproduced", "run_reproduced_1"}
+    assert all((path / "summary.json").exists() for path in (tmp_path / "tiny").iterdir())
+
+
+def test_a_reproduction_that_cannot_train_leaves_no_folder(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="needs 20 classes per batch"):
+        main.command(["--reproduce_results", str(finished), "--save_path", str(tmp_path), "--bs", "40"])
+    assert not list(tmp_path.rglob("config.yaml"))

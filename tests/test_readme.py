@@ -36,6 +36,7 @@ TRAINING_CLASSES = {"cub200": 100, "cars196": 98, "online_products": 11318, "in-
 TEST_CLASSES = 8
 
 
+@pytest.mark.slow
 def test_readme_extensions_work_together(tiny_source: Path, tmp_path: Path) -> None:
     """A copy of the repository, edited as the README says, trains with what its examples add."""
     for file in ROOT.glob("*.py"):
@@ -142,6 +143,7 @@ def stand_in(weights: netlib.Weights) -> tuple[torch.nn.Module, int]:
     return torch.nn.Sequential(pooled, torch.nn.Flatten()), 12
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "demo"])
 def test_published_settings_train_for_a_step(
@@ -191,6 +193,7 @@ def some_glyphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_readme_experiments_run_as_they_stand(
     some_glyphs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,8 @@ import os
 import pickle
 import re
 import sys
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 import config
 import runs
 from auxiliaries import UserError
+from datasets import RetrievalSet, Splits, make_image_set
 
 
 def names_in(folder: Path) -> set[str]:
@@ -149,3 +152,109 @@ def test_flags_are_kept_as_builtin_types_and_as_text(tmp_path: Path) -> None:
     lines = (tmp_path / "Parameter_Info.txt").read_text(encoding="utf-8").splitlines()
     assert lines == sorted(f"{name}: {value}" for name, value in values.items())
     assert config.changed_flags(opt, runs.load_flags(tmp_path)) == {}
+
+
+def make_splits(root: Path, *, images: int = 3, name: str = "image", classes: Sequence[str] = "abcd") -> Splits:
+    """Splits of two training and two test classes, of files that need not exist."""
+    paths = [str(root / label / f"{name}_{number}.png") for label in classes for number in range(images)]
+    pooled = make_image_set(paths, [Path(path).parent.name for path in paths])
+    is_train = pooled.labels[:, 0] < 2
+    return Splits(pooled.subset(is_train), test=[RetrievalSet("test", pooled.subset(~is_train))])
+
+
+def test_data_are_described_by_counts_and_a_digest_wherever_they_are(tmp_path: Path) -> None:
+    def describe(where: str, **kwargs: Any) -> runs.DataDescription:
+        opt = config.parse(["--source_path", str(tmp_path / where), "--dataset", "set"])
+        return runs.describe_data(opt, make_splits(tmp_path / where / "set", **kwargs))
+
+    first = describe("here")
+    assert list(first) == ["train", "test test query"]
+    assert {name: (entry["images"], entry["classes"]) for name, entry in first.items()} == dict.fromkeys(first, (6, 2))
+    assert describe("there") == first
+    assert runs.differing_data(first, first) == []
+    assert runs.differing_data(first, describe("here", name="other")) == [
+        "train has 6 images of 2 classes, but other ones",
+        "test test query has 6 images of 2 classes, but other ones",
+    ]
+    assert runs.differing_data(first, describe("here", images=4))[0] == (
+        "train has 8 images of 2 classes instead of 6 images of 2 classes"
+    )
+    assert runs.differing_data(first, {"train": first["train"]}) == [
+        "test test query has no images instead of 6 images of 2 classes"
+    ]
+    renamed = describe("here", classes="abce")
+    assert [words.split()[0] for words in runs.differing_data(first, renamed)] == ["test"]
+
+
+def test_what_a_killed_process_left_is_removed_once_it_is_old(tmp_path: Path) -> None:
+    old, new = tmp_path / ".part-1-run", tmp_path / ".part-2-run"
+    for folder in (old, new):
+        folder.mkdir()
+        leave_a_mark(folder)
+    os.utime(old, (0, 0))
+    runs.create_folder(tmp_path / "run", leave_a_mark)
+    assert names_in(tmp_path) == {".part-2-run", "run"}  # another machine may be writing the new one
+
+
+def test_changes_of_the_repository_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opt = config.resolve(config.parse([]))
+    environment = runs.describe_environment(torch.device("cpu"))
+    monkeypatch.setattr(runs, "_git", lambda *arguments: "-old\n+new \udcff" if arguments == ("diff", "HEAD") else None)
+    for is_dirty in (False, True):
+        folder = tmp_path / str(is_dirty)
+        folder.mkdir()
+        runs.write_description(folder, opt, {**environment, "git tree is dirty": is_dirty})
+        assert (folder / "git.diff").exists() == is_dirty
+    assert (folder / "git.diff").read_bytes() == b"-old\n+new \xff\n"
+
+
+def quantized_tensor() -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are deprecated
+        return torch.quantize_per_tensor(torch.zeros(2), 0.1, 0, torch.qint8)
+
+
+STATE: dict[str, Any] = {
+    "version": runs.RUN_VERSION,
+    "epoch": 1,
+    "best_epoch": 1,
+    "metrics": {"Recall @ 1": 0.5},
+    "opt": {"lr": 0.1},
+    "history": {"train": [{"Epochs": 1, "Train Loss": 0.5}]},
+    "state_dict": {"weight": torch.zeros(2)},
+    "criterion": {},
+    "optimizer": {"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({name: None} for name in STATE),
+        *({name: "text"} for name in STATE),
+        {"epoch": -1},
+        {"epoch": True},
+        {"epoch": 1.5},
+        {"history": {"train": [1]}},
+        {"history": {"train": [{"Epochs": "1"}]}},
+        {"history": {"train": [{"Loss": 1}]}},
+        {"history": {"other": []}},
+        {"state_dict": {"weight": 1}},
+        {"state_dict": {"weight": torch.zeros(2).to_sparse()}},
+        {"state_dict": {"weight": torch.zeros(2, device="meta")}},
+        {"state_dict": {"weight": quantized_tensor()}},
+        {"optimizer": {"state": {}}},
+        {"optimizer": {"state": [], "param_groups": []}},
+        {"optimizer": {"state": {}, "param_groups": [{}]}},
+        {"scheduler": {"schedule": []}},
+    ],
+    ids=str,
+)
+def test_checkpoints_that_hold_the_wrong_things_are_one_sentence(changes: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "last.pth.tar"
+    torch.save({**STATE, "scheduler": {"schedule": {}, "state": {}}}, path)
+    assert runs.read_state(path)["epoch"] == 1
+    torch.save({**STATE, **changes}, path)
+    with pytest.raises(UserError, match=r"last\.pth\.tar is (damaged|incomplete or corrupt)") as error:
+        runs.read_state(path)
+    assert "\n" not in str(error.value)

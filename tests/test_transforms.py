@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import pickle
+import struct
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image, ImageOps
 from torchvision import transforms as v1
 
 from auxiliaries import FlagParser, UserError
 from transforms import (
+    EXIF_ORIENTATION,
+    LONGEST,
+    MAX_SIDE,
     RandomCropAndFlip,
     add_arguments,
     build_eval_transform,
     build_train_transform,
+    check_image,
+    cut_long_sides,
     eval_transform,
     load_image,
 )
@@ -88,17 +97,18 @@ def test_jpegs_are_decoded_as_by_pillow(size: tuple[int, int], subsampling: str,
     assert difference.mean() <= 1
 
 
-def encode(suffix: str) -> bytes:
+def encode(suffix: str, **keywords: object) -> bytes:
     buffer = io.BytesIO()
-    picture((48, 36)).save(buffer, suffix)
+    picture((48, 36)).save(buffer, suffix, **keywords)
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("suffix", ["jpeg", "png", "gif", "bmp", "webp"])
+@pytest.mark.parametrize("suffix", ["jpeg", "png", "gif", "bmp", "webp", "tiff", "ppm"])
 def test_an_image_truncated_anywhere_is_a_clear_error(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.{suffix}"
     data = encode(suffix)
-    for length in np.linspace(0, 0.98 * len(data), 100).astype(int):
+    lengths = {*np.linspace(0, len(data) - 1, 60).astype(int).tolist(), *range(len(data) - 40, len(data))}
+    for length in sorted(lengths):
         path.write_bytes(data[:length])
         with pytest.raises(UserError) as error:
             load_image(str(path))
@@ -106,14 +116,211 @@ def test_an_image_truncated_anywhere_is_a_clear_error(suffix: str, tmp_path: Pat
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("suffix", ["jpeg", "png", "gif", "bmp", "webp", "tiff", "ppm"])
+def test_a_damaged_image_is_read_or_a_clear_error(suffix: str, tmp_path: Path) -> None:
+    """Pillow raises errors of a dozen kinds, and warns of others."""
+    path = tmp_path / f"a.{suffix}"
+    whole = np.frombuffer(encode(suffix), np.uint8)
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        data = whole.copy()
+        places = rng.integers(0, rng.choice([40, len(data)]), rng.integers(1, 20))  # half of the time in the header
+        data[places] = rng.integers(0, 256, len(places))
+        path.write_bytes(data.tobytes())
+        for read in (load_image, check_image):
+            message = f"{path}"
+            try:
+                read(str(path))
+            except UserError as error:
+                message = str(error)
+            assert message.startswith(str(path))
+            assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "exception", [struct.error("x"), IndexError(), RecursionError("x"), MemoryError(), OSError("x")]
+)
+def test_whatever_pillow_raises_is_one_sentence(
+    exception: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise exception
+
+    (tmp_path / "a.png").write_bytes(encode("png"))
+    monkeypatch.setattr(Image, "open", fail)
+    for read in (load_image, check_image):
+        with pytest.raises(UserError, match=r"a\.png is incomplete or corrupt, or not an image \(\w+\): replace it"):
+            read(str(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize("read", [load_image, check_image])
+def test_files_that_cannot_be_opened_are_one_sentence(
+    read: Callable[[str], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    names = ["none.png", "loop.png", "", "x" * 5000, "a\0b.png", "\ud800.png", "caf\udce9.png"]
+    for name in names:
+        with pytest.raises(UserError) as error:
+            read(f"{tmp_path}/{name}")
+        assert "\n" not in str(error.value)
+
+    def refuse(*args: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "a.png").write_bytes(encode("png"))
+    monkeypatch.setattr(np, "fromfile", refuse)
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(UserError, match=r"a\.png can't be read \(Permission denied\): see to its permissions"):
+        read(str(tmp_path / "a.png"))
+
+
+def test_formats_that_other_programs_would_have_to_read_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jpg"
+    picture((48, 36)).save(path, "EPS")
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: started.append(args))
+    for read in (load_image, check_image):
+        with pytest.raises(UserError, match="doesn't begin as JPEG, PNG, BMP, GIF, WEBP, TIFF or PPM files do"):
+            read(str(path))
+    assert not started
+
+
+def with_chunk(png: bytes, kind: bytes, content: bytes) -> bytes:
+    """A PNG with one more chunk behind its header."""
+    chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return png[:33] + chunk + png[33:]
+
+
+def tiff_of_12_bits(values: np.ndarray) -> bytes:
+    """A little-endian TIFF that packs two values into three bytes."""
+    height, width = values.shape
+    pairs = values.reshape(-1, 2).astype(np.uint32)
+    packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], axis=1)
+    data = packed.astype(np.uint8).tobytes()
+    tags = [(256, width), (257, height), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, height)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in [*tags, (279, len(data))])
+    return struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + struct.pack("<H", 9) + entries + bytes(4)
+
+
+RAMP = np.linspace(0, 1, 48 * 36).reshape(36, 48)  # from black to white
+
+
+def files_of_16_bits() -> dict[str, bytes]:
+    """Files of the same ramp, each of which says which value is white."""
+
+    def ramp(white: int) -> np.ndarray:
+        return (RAMP * white).round().astype(np.uint16)
+
+    def encoded(values: np.ndarray, suffix: str, **keywords: object) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(values).save(buffer, suffix, **keywords)
+        return buffer.getvalue()
+
+    def pgm(white: int) -> bytes:
+        return f"P5 48 36 {white}\n".encode() + ramp(white).astype(">u2").tobytes()
+
+    plain = f"P2 48 36 1000\n{' '.join(map(str, ramp(1000).ravel()))}\n".encode()
+    png = encoded(ramp(65535), "png")
+    return {
+        "16.png": png,
+        "16.tiff": encoded(ramp(65535), "tiff"),
+        "65535.pgm": pgm(65535),
+        "4095.pgm": pgm(4095),
+        "1000.pgm": pgm(1000),
+        "plain.pgm": plain,
+        "15.pgm": b"P5 48 36 15\n" + (RAMP * 15).round().astype(np.uint8).tobytes(),
+        "12_of_16.png": with_chunk(encoded(ramp(4095), "png"), b"sBIT", bytes([12])),
+        "12_scaled_to_16.png": with_chunk(png, b"sBIT", bytes([12])),
+        "12.tiff": tiff_of_12_bits(ramp(4095)),
+        "12_of_16.tiff": encoded(ramp(4095), "tiff", tiffinfo={281: 4095}),
+        "its_brightest_named.tiff": encoded(ramp(65535), "tiff", tiffinfo={281: 65534}),
+        "wrongly_named.tiff": encoded(ramp(65535), "tiff", tiffinfo={281: 4095}),
+    }
+
+
+@pytest.mark.parametrize("name", files_of_16_bits())
+def test_images_of_up_to_16_bits_are_scaled_by_what_their_files_say(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(files_of_16_bits()[name])
+    loaded = load_image(str(tmp_path / name)).numpy()
+    assert not check_image(str(tmp_path / name))
+    assert np.abs(loaded - RAMP * 255).max() <= (9 if name == "15.pgm" else 1.1)
+    assert (loaded.min(), loaded.max()) == (0, 255)
+
+
+def test_images_of_16_bits_keep_their_upper_eight(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (36, 48)).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert (load_image(str(tmp_path / "a.png")).numpy() == values >> 8).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpeg", "webp", "png"])
+def test_exif_orientation_is_ignored_unless_it_is_asked_for(suffix: str, orientation: int, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{suffix}"
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    path.write_bytes(encode(suffix, exif=exif, **({} if suffix == "png" else {"quality": 95})))
+    with Image.open(path) as image:
+        stored, turned = as_array(image), as_array(ImageOps.exif_transpose(image))
+    for expected, applied in ((stored, False), (turned, True)):
+        loaded = load_image(str(path), applied).permute(1, 2, 0).numpy()
+        assert loaded.shape == expected.shape
+        assert np.abs(loaded - expected).mean() <= 1
+    assert check_image(str(path)) == (orientation > 1)
+
+
+def test_checking_an_image_finds_what_loading_finds_and_decodes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for suffix in ("jpeg", "png", "gif"):
+        path, data = tmp_path / f"a.{suffix}", encode(suffix)
+        for damaged in (data[:-1], data[: len(data) // 2], data[:20], b""):
+            path.write_bytes(damaged)
+            with pytest.raises(UserError, match="incomplete or corrupt"):
+                check_image(str(path))
+        path.write_bytes(data + bytes(100))  # trailing zeros hide the end of a JPEG: it is decoded to make sure
+        assert check_image(str(path)) is False
+        path.write_bytes(data)
+        with monkeypatch.context() as patch:
+            patch.setattr(Image.Image, "load", None)
+            patch.setattr("transforms.load_image", None)
+            assert check_image(str(path)) is False
+
+
+@pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1), (3, 1_000)], ids=str)
+def test_a_very_long_image_is_cut_before_it_is_resized(size: tuple[int, int]) -> None:
+    """Shorter side to 256 px: otherwise 1 × 30,000 px would take 5.9 GB."""
+    height, width = size
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    image[:, max(0, height // 2 - 3) : height // 2 + 4, max(0, width // 2 - 3) : width // 2 + 4] = 255
+    assert sorted(cut_long_sides(image).shape[1:]) == [min(size), LONGEST * min(size)]
+    crop = eval_transform(224, 256)(image)
+    assert crop.shape == (3, 224, 224)
+    assert (crop == 255).all()  # its middle is still the image's
+    assert RandomCropAndFlip(32)(image).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("size", [(16, 1), (5, 80), (40, 30)], ids=str)
+def test_other_images_are_not_cut(size: tuple[int, int]) -> None:
+    image = torch.arange(3 * size[0] * size[1]).reshape(3, *size)
+    assert torch.equal(cut_long_sides(image), image)
+
+
+@pytest.mark.parametrize(("crop_scale", "flip"), [(0.08, True), (0.5, False)])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("size", [(120, 90), (61, 83), (200, 20), (7, 5)], ids=str)
-def test_training_crops_are_torchvisions(size: tuple[int, int], mode: str, tmp_path: Path) -> None:
+def test_training_crops_are_torchvisions(
+    size: tuple[int, int], mode: str, crop_scale: float, flip: bool, tmp_path: Path
+) -> None:
     picture(size, grain=80).convert(mode).save(tmp_path / "a.jpg")
     image = load_image(str(tmp_path / "a.jpg"))
     pillow = Image.fromarray(image.permute(1, 2, 0).numpy())
-    reference = v1.Compose([v1.RandomResizedCrop(32), v1.RandomHorizontalFlip()])  # draws scale, ratio, place, flip
-    transform = RandomCropAndFlip(32)
+    # draws scale, ratio, place, flip
+    reference = v1.Compose([v1.RandomResizedCrop(32, (crop_scale, 1)), *[v1.RandomHorizontalFlip()][: int(flip)]])
+    is_default = (crop_scale, flip) == (0.08, True)
+    transform = RandomCropAndFlip(32) if is_default else RandomCropAndFlip(32, crop_scale, flip)
     shifts = []
     previous = np.zeros((32, 32, 3))
     for seed in range(50):
@@ -125,7 +332,7 @@ def test_training_crops_are_torchvisions(size: tuple[int, int], mode: str, tmp_p
         assert np.abs(crop.permute(1, 2, 0).numpy() - expected).mean() <= 2
         shifts.append(np.abs(expected - previous).mean())
         previous = expected
-    assert np.median(shifts) > 5  # another box would have been noticed
+    assert np.median(shifts) > 5 or not is_default  # another box would have been noticed
 
 
 @pytest.mark.parametrize("size", [(300, 301), (37, 91), (256, 256), (641, 200), (5, 7), (1, 1)], ids=str)
@@ -151,7 +358,7 @@ def test_a_single_photo_gets_the_transform_that_flags_or_a_runs_dict_say(kind: s
 
 def test_transforms_of_the_flags_can_be_sent_to_workers() -> None:
     """Where workers are not forked, they get the transforms pickled."""
-    opt = argparse.Namespace(crop_size=16, resize=20)
+    opt = argparse.Namespace(crop_size=16, resize=20, crop_scale=0.3, flip=True)
     image = torch.from_numpy(np.array(picture((40, 30)))).permute(2, 0, 1)
     for transform in (build_train_transform(opt), build_eval_transform(opt)):
         torch.manual_seed(0)
@@ -160,10 +367,35 @@ def test_transforms_of_the_flags_can_be_sent_to_workers() -> None:
         assert torch.equal(pickle.loads(pickle.dumps(transform))(image), here)
 
 
-def test_sizes_are_given_by_flags_and_may_be_left_to_the_architecture() -> None:
+def test_flags_of_images_may_be_left_to_architecture_and_dataset() -> None:
     parser = FlagParser()
     add_arguments(parser)
-    assert vars(parser.parse_args([])) == {"crop_size": None, "resize": None}
-    assert vars(parser.parse_args(["--crop_size", "48", "--resize", "60"])) == {"crop_size": 48, "resize": 60}
-    with pytest.raises(UserError, match="crop_size"):
-        parser.parse_args(["--crop_size", "0"])
+    left = {"crop_size": None, "resize": None, "crop_scale": None, "flip": None, "exif_orientation": False}
+    assert vars(parser.parse_args([])) == left
+    flags = ["--crop_size", "48", "--resize", "60", "--crop_scale", "1", "--no-flip", "--exif_orientation"]
+    given = {"crop_size": 48, "resize": 60, "crop_scale": 1.0, "flip": False, "exif_orientation": True}
+    assert vars(parser.parse_args(flags)) == given
+    for flag, value in (("crop_size", "0"), ("crop_scale", "0"), ("crop_scale", "1.01"), ("crop_scale", "nan")):
+        with pytest.raises(UserError, match=flag):
+            parser.parse_args([f"--{flag}", value])
+
+
+def test_the_crops_of_the_flags_are_the_transforms() -> None:
+    image = torch.arange(40 * 40).div(7).to(torch.uint8).reshape(1, 40, 40).expand(3, -1, -1)
+    opt = argparse.Namespace(crop_size=16, crop_scale=1.0, flip=False)
+    transform = build_train_transform(opt)
+    torch.manual_seed(0)
+    one = transform(image)
+    torch.manual_seed(0)
+    assert torch.equal(one, RandomCropAndFlip(16, 1.0, False)(image))
+    torch.manual_seed(0)
+    assert not torch.equal(one, RandomCropAndFlip(16)(image))
+
+
+@pytest.mark.parametrize(
+    ("crop_size", "resize", "words"), [(224, 20_000, "--resize 20000"), (10**9, 10**9, "--crop_size")]
+)
+def test_images_of_gigabytes_are_refused(crop_size: int, resize: int, words: str) -> None:
+    with pytest.raises(UserError, match=rf"{words}.* GB: give at most {MAX_SIDE}"):
+        build_eval_transform({"crop_size": crop_size, "resize": resize})
+    assert build_eval_transform({"crop_size": MAX_SIDE, "resize": MAX_SIDE}) is not None
