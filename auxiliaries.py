@@ -10,7 +10,6 @@ import contextlib
 import difflib
 import errno
 import inspect
-import io
 import json
 import math
 import os
@@ -54,7 +53,7 @@ def run_command(command: Callable[[], object]) -> NoReturn:
 
     Text that the terminal can't show is escaped, and a reader that goes away, as in `| head`, stops nothing.
     """
-    sys.stdout, sys.stderr = _SturdyStream(sys.stdout), _SturdyStream(sys.stderr)
+    sys.stdout, sys.stderr = _SturdyStream(sys.stdout), _SturdyStream(sys.stderr)  # type: ignore[assignment]
     try:
         command()
     except UserError as error:
@@ -66,7 +65,7 @@ def run_command(command: Callable[[], object]) -> NoReturn:
     sys.exit(0)
 
 
-class _SturdyStream(io.TextIOBase):
+class _SturdyStream:
     """A text stream that escapes what its encoding lacks, and drops what nobody reads any more."""
 
     def __init__(self, stream: Any):

@@ -458,6 +458,8 @@ def refuse_unused(opt: argparse.Namespace, given: Mapping[str, Any]) -> None:
     changed = [name for name in parser.names_with(needs="cross_validation") if getattr(opt, name) != get_default(name)]
     if changed and opt.split_scheme == "predefined" and not modes:
         raise UserError(f"--{changed[0]} needs --split_scheme cross_validation: predefined splits have no folds")
+    if not modes:
+        methods.refuse_other_methods_flags(given, opt.training_method)
 
 
 def with_flags(opt: argparse.Namespace, **flags: Any) -> argparse.Namespace:

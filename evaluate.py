@@ -331,18 +331,20 @@ class _Products:
     def __init__(self, space: EmbeddingSpace, dtype: torch.dtype):
         self.space, self.dtype, self.scale = space, dtype, space.scale
         self.center = (space.gallery.mean(dim=0, dtype=torch.float64) * self.scale).to(dtype)  # (D,)
-        self.gallery = self.prepare(space.gallery[space.gallery_order])  # (G, D + 1), sorted by label
-        self.gallery[:, -1] = -0.5 * torch.linalg.vector_norm(self.gallery[:, :-1], dim=1).square()
+        self.gallery = self.prepare(space.gallery[space.gallery_order])  # (G, D + 2), sorted by label
+        self.gallery[:, -2] = -0.5 * torch.linalg.vector_norm(self.gallery[:, :-2], dim=1).square()
+        self.gallery[:, -1] = 1
         self.memory = self.gallery.new_empty(2, QUERY_TILE * GALLERY_TILE)  # for the scores of all tiles
 
     def prepare(self, points: torch.Tensor) -> torch.Tensor:
-        """Points `(N, D)`, moved and scaled, with a one behind each: `(N, D + 1)`."""
-        prepared = torch.ones(len(points), points.shape[1] + 1, dtype=self.dtype, device=points.device)
-        torch.mul(points.to(self.dtype), self.scale, out=prepared[:, :-1]).sub_(self.center)
+        """Points `(N, D)`, moved and scaled, with 1 and 0 behind each, for -‖g‖²/2 and an offset: `(N, D + 2)`."""
+        dim = points.shape[1]
+        prepared = torch.eye(1, dim + 2, dtype=self.dtype, device=points.device).roll(dim).repeat(len(points), 1)
+        torch.mul(points.to(self.dtype), self.scale, out=prepared[:, :dim]).sub_(self.center)
         return prepared
 
     def score(self, queries: torch.Tensor, column: int) -> torch.Tensor:
-        """Scores `(rows, columns)` of the gallery's tile from a column on, for prepared queries `(rows, D + 1)`."""
+        """Scores `(rows, columns)` of the gallery's tile from a column on, for prepared queries `(rows, D + 2)`."""
         items = self.gallery[column : column + GALLERY_TILE]
         scores = self.memory[0, : len(queries) * len(items)].view(len(queries), len(items))
         return torch.mm(queries, items.T, out=scores)
@@ -373,23 +375,24 @@ class _QueryTile:
         self.products, self.queries, self.nearest_only = products, queries, nearest_only
         start, end, own = (columns[queries][:, None] for columns in products.space.class_columns)  # (rows, 1) each
         self.start, self.end, self.first, self.last = start, end, int(start.min()), int(end.max())
-        points = products.prepare(products.space.query[queries])  # (rows, D + 1)
+        points = products.prepare(products.space.query[queries])  # (rows, D + 2)
         positives = self._score_positives(points, own)  # (rows, M)
-        nearest = positives.amax(dim=1, keepdim=True)  # (rows, 1)
-        ranked, self.places = positives.sort(dim=1, descending=True)  # (rows, M) each
-        wanted = nearest if nearest_only else ranked  # (rows, M), for a nearest positive (rows, 1)
+        # (rows, M) each, or (rows, 1): the scores of the positives that are compared, and which of the class they are
+        wanted, self.places = positives.topk(1 if nearest_only else positives.shape[1], dim=1)
 
         # An item about as far away as a positive at distance d has ‖g‖ ≤ ‖q‖ + d, and products of D terms are off by up
         # to about eps √D ‖q‖ ‖g‖. Equal distances must be in doubt, too.
         precision = torch.finfo(products.dtype)
-        squared = points[:, :-1].square().sum(dim=1, keepdim=True)  # (rows, 1)
+        squared = points[:, :-2].square().sum(dim=1, keepdim=True)  # (rows, 1)
         lowest = wanted.masked_fill(wanted.isinf(), torch.inf).amin(dim=1, keepdim=True)  # (rows, 1)
         squared_distance = (squared - 2 * lowest).clamp(min=0)  # (rows, 1)
         margin = 4 * precision.eps * math.sqrt(points.shape[1]) * (squared + squared_distance)  # (rows, 1)
         margin += 2 * (TIE - 1) * squared_distance + 1e6 * precision.tiny
-        self.points = points * (0.5 / margin)  # (rows, D + 1)
+        self.points = points * (0.5 / margin)  # (rows, D + 2)
         self.thresholds = (wanted * (0.5 / margin) - 0.5).masked_fill_(wanted.isinf(), torch.inf)  # (rows, M)
-        self.may_be_nearest = positives.isfinite() & (positives >= nearest - 2 * margin)  # (rows, M)
+        if nearest_only:
+            self.points[:, -1:] = -self.thresholds  # which the product then adds
+        self.may_be_nearest = positives.isfinite() & (positives >= wanted[:, :1] - 2 * margin)  # (rows, M)
 
         self.counts = torch.zeros(wanted.shape, dtype=torch.int64, device=queries.device)
         self.is_crowded = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
@@ -410,7 +413,8 @@ class _QueryTile:
 
     def count(self) -> None:
         """Counts the items of other classes that are at least as near as each positive."""
-        compare = self._compare_in_turn if self.thresholds.shape[1] <= MAX_IN_TURN else self._compare_by_search
+        is_few = self.nearest_only or self.thresholds.shape[1] <= MAX_IN_TURN
+        compare = self._compare_in_turn if is_few else self._compare_by_search
         for column in range(0, len(self.products.gallery), GALLERY_TILE):
             scores = self.products.score(self.points, column)  # (rows, columns)
             if self.first < column + scores.shape[1] and column < self.last:
@@ -422,25 +426,29 @@ class _QueryTile:
         self._settle_doubts()
 
     def _compare_in_turn(self, scores: torch.Tensor, column: int) -> None:
-        """Compares a tile's scores `(rows, columns)` with one threshold after the other; overwrites a single one's."""
-        is_single = self.thresholds.shape[1] == 1
-        reached = scores if is_single else self.products.spare(scores)  # (rows, columns): 0, 1, or between in doubt
-        totals, norms = torch.empty_like(self.thresholds.T), torch.empty_like(self.thresholds.T)  # (M, rows)
-        for threshold, total, norm in zip(self.thresholds.T, totals, norms):
-            torch.sub(scores, threshold[:, None], out=reached).clamp_(0, 1)
-            torch.sum(reached, dim=1, out=total)
-            torch.linalg.vector_norm(reached, dim=1, out=norm)
-        self.counts += totals.T.round().long()
-        doubt = (totals - norms.square()).T  # (rows, M) Σ r (1 - r), above zero where any item is in doubt
-        self._add_doubts(4 * doubt.sum(dim=1))
-        in_doubt = ((doubt > 0.01) & ~self.is_crowded[:, None]).nonzero()  # (pairs, 2)
-        for rows, positives in (pairs.T for pairs in in_doubt.split(QUERY_TILE)):
-            reached = scores[rows]  # (some, columns)
-            if not is_single:
-                reached.sub_(self.thresholds[rows, positives][:, None]).clamp_(0, 1)
-            self.counts[rows, positives] += (reached == 1).sum(dim=1) - totals[positives, rows].round().long()
-            places, columns = ((reached > 0) & (reached < 1)).nonzero(as_tuple=True)
-            self.doubts.append((rows[places], positives[places], columns + column))
+        """Compares a tile's scores `(rows, columns)` with one threshold after the other; may overwrite them."""
+        for positive, threshold in enumerate(self.thresholds.T):
+            if self.nearest_only:
+                above = scores  # the product has subtracted the threshold
+            else:
+                above = torch.sub(scores, threshold[:, None], out=self.products.spare(scores))
+            reached = above.clamp_(0, 1)  # (rows, columns): 0, 1, or between where in doubt
+            total = reached.sum(dim=1)  # (rows,)
+            rows = total.nonzero()[:, 0]  # (some,)
+            if 4 * len(rows) < len(total):  # a copy of more takes longer than it saves
+                reached = reached.index_select(0, rows)  # (some, columns)
+            else:
+                rows = torch.arange(len(total), device=rows.device)
+            total = total[rows]
+            doubt = total - torch.linalg.vector_norm(reached, dim=1).square()  # (some,) Σ r (1 - r)
+            chosen = (doubt > 0.01).nonzero()[:, 0]
+            if len(chosen):
+                self._add_doubts(rows[chosen], 4 * doubt[chosen])
+                chosen = chosen[~self.is_crowded[rows[chosen]]]
+                places, columns = _find(reached.index_select(0, chosen).sub_(0.5).abs_() < 0.5)
+                total.index_add_(0, chosen[places], reached[chosen[places], columns], alpha=-1)
+                self.doubts.append((rows[chosen[places]], torch.full_like(places, positive), columns + column))
+            self.counts[rows, positive] += total.round().long()
 
     def _compare_by_search(self, scores: torch.Tensor, column: int) -> None:
         """The same with all thresholds at once, which is quicker where there are many."""
@@ -453,15 +461,15 @@ class _QueryTile:
         histogram.scatter_add_(1, passed, torch.ones_like(passed))  # (rows, M + 1)
         self.counts += histogram.flip(1).cumsum(dim=1)[:, :-1]
         rows, columns = (ascending.gather(1, passed) < scores).nonzero(as_tuple=True)
-        self._add_doubts(torch.bincount(rows, minlength=len(scores)))
+        self._add_doubts(slice(None), torch.bincount(rows, minlength=len(scores)))
         for chosen in (~self.is_crowded[rows]).nonzero()[:, 0].split(max(1, MAX_DIFFERENCES // num_positives)):
             above = scores[rows[chosen], columns[chosen]][:, None] - self.thresholds[rows[chosen]]  # (some, M)
             places, positives = ((above > 0) & (above < 1)).nonzero(as_tuple=True)
             self.doubts.append((rows[chosen][places], positives, columns[chosen][places] + column))
 
-    def _add_doubts(self, numbers: torch.Tensor) -> None:
-        """Adds up the items in doubt of each query `(rows,)`."""
-        self.num_doubts += numbers
+    def _add_doubts(self, rows: torch.Tensor | slice, numbers: torch.Tensor) -> None:
+        """Adds up the items in doubt of some queries."""
+        self.num_doubts[rows] += numbers
         self.is_crowded |= self.num_doubts > self.max_doubts
 
     def _settle_doubts(self) -> None:
@@ -492,6 +500,13 @@ class _QueryTile:
         rows, positives = asked // shape[1], asked % shape[1]
         items = space.gallery_order[self.start[rows, 0] + self.places[rows, positives]]
         return space.distances(self.queries[rows], items)[place]
+
+
+def _find(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows and columns where a mask is true, by NumPy, which is quicker than torch where few are."""
+    places = np.flatnonzero(mask.cpu().numpy())
+    rows, columns = torch.from_numpy(np.stack(np.divmod(places, mask.shape[1]))).to(mask.device)
+    return rows, columns
 
 
 _notice_once = cache(notice)  # not at every evaluation

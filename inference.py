@@ -62,12 +62,14 @@ def evaluate_checkpoint(folder: Path, opt: argparse.Namespace) -> dict[str, floa
     runs.check_flags(folder, opt)
     read_evaluations(folder)  # a damaged file is reported before anything expensive
     metrics: dict[str, float] = {}
-    for split, sets in embed_splits(folder, opt).items():
+    splits = datasets.give_splits(opt)
+    class_names = splits.train.class_names[0]
+    for split, sets in embed_splits(folder, opt, splits).items():
         split_metrics, _ = evaluate.evaluate_points(sets, opt.k_vals, opt.eval_metrics, opt.testing_method)
         print(f"{split} | {records.format_metrics(split_metrics)}")
         metrics |= {f"{split} {name}": value for name, value in split_metrics.items()}
         if opt.eval_size_of_tsne:
-            draw_tsne(folder, split, sets[0].query, opt.eval_size_of_tsne, opt.seed)
+            draw_tsne(folder, split, sets[0].query, class_names, opt.eval_size_of_tsne, opt.seed)
     add_evaluation(folder, opt, metrics)
     return metrics
 
@@ -111,14 +113,15 @@ def add_evaluation(folder: Path, opt: argparse.Namespace, metrics: Mapping[str, 
         print(f"also in {folder / 'evaluation.json'}")
 
 
-def embed_splits(folder: Path, opt: argparse.Namespace) -> dict[str, list[RetrievalSet[Points]]]:
+def embed_splits(
+    folder: Path, opt: argparse.Namespace, splits: datasets.Splits
+) -> dict[str, list[RetrievalSet[Points]]]:
     """The sets of --splits_to_eval, embedded by a run's best network, with the galleries that the eval flags name.
 
     Raises:
         UserError: the run has no such splits, or no network yet.
     """
     device = auxiliaries.pick_device(opt.gpu)
-    splits = datasets.give_splits(opt)
     runs.check_data(folder, opt, splits)
     loaders = datasets.give_dataloaders(opt, splits, pin_memory=device.type == "cuda")
     net = runs.load_network(folder, opt, device)
@@ -187,13 +190,14 @@ def project(
     return sets, [projected(points) for points in reference]
 
 
-def draw_tsne(folder: Path, split: str, points: Points, size: int, seed: int) -> None:
+def draw_tsne(folder: Path, split: str, points: Points, class_names: Sequence[str], size: int, seed: int) -> None:
     """Draws a t-SNE plot of all images of a few classes, chosen at random but always the same ones.
 
     Args:
         folder: the run folder.
         split: the split's name, for the title and the file.
         points: the embedded images.
+        class_names: what their labels stand for.
         size: number of images, at most.
         seed: of the choice of classes.
     """
@@ -209,5 +213,5 @@ def draw_tsne(folder: Path, split: str, points: Points, size: int, seed: int) ->
     num_classes = len(np.unique(labels[chosen]))
     path = folder / f"tsne_{split}.png"
     title = f"t-SNE of {count} {split} images of {num_classes} classes, one color per class"
-    plots.save_scatter(path, flat, labels[chosen], title)
+    plots.save_scatter(path, flat, points.labels[chosen], title, class_names)
     records.show_in_tensorboard(folder / "tensorboard/evaluation", f"t-SNE {split}", path)

@@ -246,6 +246,8 @@ class Sampler:
             elif name not in self.methods and name not in self.miners:
                 raise UserError(f"--sampling {name} is unknown{nearest_name(name, [*self.methods, *LIBRARY_MINERS])}")
         self.params = params
+        if params.get("positives_per_anchor", "1") not in ("1", "all"):
+            raise UserError(f"positives_per_anchor is 1 or all, not {params['positives_per_anchor']}")
 
     @torch.no_grad()
     def give(
@@ -268,8 +270,10 @@ class Sampler:
         """
         picked = self._pick(batch, labels, additional_parameters)
         only = picked[0] if len(picked) == 1 else None
-        is_ready = isinstance(only, torch.Tensor)
-        tuples = only if is_ready else torch.cat([torch.stack(_as_triplets(one), dim=1) for one in picked])
+        if isinstance(only, torch.Tensor):
+            tuples = only
+        else:
+            tuples = torch.cat([torch.stack(_as_triplets(one), dim=1) for one in picked])
         self.tuples = tuples
         return tuples
 
@@ -308,6 +312,7 @@ class Sampler:
     @torch.no_grad()
     def mine(self, batch: torch.Tensor, labels: torch.Tensor, others: torch.Tensor, other_labels: torch.Tensor) -> Any:
         """What the miners find between a batch and other embeddings; own methods know only the batch."""
+        self.tuples = None
         found = [self.miners[name](batch, labels, others, other_labels) for name in names_of(self.method)]
         if any(len(one) == 4 for one in found):
             found = [_as_pairs(one) for one in found]
@@ -350,8 +355,13 @@ class Sampler:
             "d(a, p)": to_positive.mean(),
             "d(a, n)": to_negative.mean(),
         }
+        return values | self.miners_statistics(batch, labels)
+
+    def miners_statistics(self, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Gives the library's statistics of the miners, which are run once more on what they were run on."""
+        values: dict[str, torch.Tensor] = {}
         for name, miner in self.miners.items():
-            values |= _library_statistics(name, miner, batch, labels)
+            values |= _library_statistics(name, miner, *inputs)
         return values
 
     def random_sampling(self, batch: torch.Tensor, labels: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -383,15 +393,24 @@ class Sampler:
             squared: whether d is the squared Euclidean distance.
             positives_per_anchor: 1, or all: every positive, each with a negative of its own.
         """
+        groups, pairs, distances, same = self._anchors_and_distances(batch, labels)
+        if squared:
+            distances = distances.square()  # (A, B)
+        if positives_per_anchor == "1":
+            to_positive = distances.gather(1, pairs[:, 1:])  # (A, 1)
+            semihard = (distances > to_positive) & (distances < to_positive + margin) & ~same  # (A, B)
+            negatives = _draw_columns(~same, semihard)  # (A,)
+            return torch.cat([pairs, negatives[:, None]], dim=1)  # (A, 3)
+        allowed = (~same).to(distances.dtype)  # (A, B)
 
-        def pick(pairs: torch.Tensor, distances: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
-            distances = distances.square() if squared else distances  # (P, B)
-            to_positive = distances.gather(1, pairs[:, 1:])  # (P, 1)
-            semihard = (distances > to_positive) & (distances < to_positive + margin) & ~same  # (P, B)
-            negatives = _draw_columns(~same, semihard)  # (P,)
-            return torch.cat([pairs, negatives[:, None]], dim=1)  # (P, 3)
+        def draw(rows: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+            some = distances.index_select(0, rows)  # (P, B)
+            to_positive = some.gather(1, positives[:, None])  # (P, 1)
+            semihard = (some > to_positive) & (some < to_positive + margin)  # (P, B)
+            is_allowed = allowed.index_select(0, rows)  # (P, B)
+            return (torch.rand_like(some) + 1).mul_(is_allowed).add_(semihard * is_allowed).argmax(dim=1)  # (P,)
 
-        return self._for_each_pair(pick, batch, labels, positives_per_anchor)
+        return self._with_all_positives(groups, batch, draw)
 
     def softhard_sampling(
         self, batch: torch.Tensor, labels: torch.Tensor, positives_per_anchor: str = "1", **_: Any
@@ -402,19 +421,22 @@ class Sampler:
         there is none, any positive, or negative, is picked. With all positives per anchor, every one is picked, hard
         or not, each with a hard negative of its own.
         """
-        is_single = positives_per_anchor == "1"
+        groups, pairs, distances, same = self._anchors_and_distances(batch, labels)
+        positive = same.scatter(1, pairs[:, :1], False)  # (A, B), without the anchor itself
+        farthest_positive = distances.masked_fill(~positive, -torch.inf).amax(dim=1, keepdim=True)  # (A, 1)
+        hard_negative = ~same & (distances < farthest_positive)  # (A, B)
+        if positives_per_anchor == "1":
+            nearest_negative = distances.masked_fill(same, torch.inf).amin(dim=1, keepdim=True)  # (A, 1)
+            negatives = _draw_columns(~same, hard_negative)  # (A,)
+            positives = _draw_columns(positive, positive & (distances > nearest_negative))  # (A,)
+            return torch.stack([pairs[:, 0], positives, negatives], dim=1)  # (A, 3)
+        preference = (~same).to(distances.dtype) + hard_negative  # (A, B)
 
-        def pick(pairs: torch.Tensor, distances: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
-            positive = same.scatter(1, pairs[:, :1], False)  # (P, B), without the anchor itself
-            farthest_positive = distances.masked_fill(~positive, -torch.inf).amax(dim=1, keepdim=True)  # (P, 1)
-            negatives = _draw_columns(~same, ~same & (distances < farthest_positive))  # (P,)
-            positives = pairs[:, 1]
-            if is_single:
-                nearest_negative = distances.masked_fill(same, torch.inf).amin(dim=1, keepdim=True)  # (P, 1)
-                positives = _draw_columns(positive, positive & (distances > nearest_negative))  # (P,)
-            return torch.stack([pairs[:, 0], positives, negatives], dim=1)  # (P, 3)
+        def draw(rows: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+            some = preference.index_select(0, rows)  # (P, B)
+            return some.add_(torch.rand_like(some)).argmax(dim=1)  # (P,)
 
-        return self._for_each_pair(pick, batch, labels, positives_per_anchor)
+        return self._with_all_positives(groups, batch, draw)
 
     def distance_sampling(
         self,
@@ -440,23 +462,29 @@ class Sampler:
             rho: probability that a triplet (a, p, n) becomes (a, a, p), which keeps classes from collapsing. Roth et
                 al., Revisiting Training Strategies, ICML 2020, section 6.
         """
+        groups, pairs, distances, same = self._anchors_and_distances(batch, labels)
         dim = batch.shape[1]
-
-        def pick(pairs: torch.Tensor, distances: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
-            d = distances.clamp(lower_cutoff, torch.finfo(distances.dtype).max)  # (P, B)
-            inside = (1 - d.square() / 4).clamp(min=1e-8)  # (P, B)
-            log_weights = -(dim - 2) * d.log() - (dim - 3) / 2 * inside.log()  # (P, B)
-            if upper_cutoff is not None:
-                reached = (distances <= upper_cutoff) & ~same  # (P, B)
-                weighted = log_weights.masked_fill(~reached, -torch.inf)  # (P, B)
-                log_weights = torch.where(reached.any(dim=1, keepdim=True), weighted, 0.0)  # (P, B)
+        d = distances.clamp(lower_cutoff, torch.finfo(distances.dtype).max)  # (A, B)
+        inside = (1 - d.square() / 4).clamp(min=1e-8)  # (A, B)
+        log_weights = -(dim - 2) * d.log() - (dim - 3) / 2 * inside.log()  # (A, B)
+        if upper_cutoff is not None:
+            reached = (distances <= upper_cutoff) & ~same  # (A, B)
+            weighted = log_weights.masked_fill(~reached, -torch.inf)  # (A, B)
+            log_weights = torch.where(reached.any(dim=1, keepdim=True), weighted, 0.0)  # (A, B)
+        if positives_per_anchor == "1":
             # The column with the largest log weight + Gumbel noise is a draw from the weights (torch.multinomial would
             # make the host wait); -log of exponential noise is Gumbel noise.
-            noise = torch.empty_like(log_weights).exponential_().log_()  # (P, B)
-            negatives = (log_weights - noise).masked_fill_(same, -torch.inf).argmax(dim=1)  # (P,)
-            return torch.cat([pairs, negatives[:, None]], dim=1)  # (P, 3)
+            noise = torch.empty_like(log_weights).exponential_().log_()  # (A, B)
+            negatives = (log_weights - noise).masked_fill_(same, -torch.inf).argmax(dim=1)  # (A,)
+            triplets = torch.cat([pairs, negatives[:, None]], dim=1)  # (A, 3)
+        else:
+            weights = log_weights.masked_fill(same, -torch.inf).softmax(dim=1).masked_fill_(same, -1.0)  # (A, B)
 
-        triplets = self._for_each_pair(pick, batch, labels, positives_per_anchor)
+            def draw(rows: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+                some = weights.index_select(0, rows)  # (P, B)
+                return some.div_(torch.empty_like(some).exponential_()).argmax(dim=1)  # (P,), the same without logs
+
+            triplets = self._with_all_positives(groups, batch, draw)
         if rho:
             is_regularized = upload(np.random.random_sample((len(triplets), 1)) < rho, batch.device)  # (P, 1)
             anchors, positives, _ = triplets.T
@@ -484,42 +512,44 @@ class Sampler:
         return upload(tuples, batch.device)  # (C, 1 + 1 + (C - 1))
 
     @staticmethod
-    def _for_each_pair(
-        pick: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-        batch: torch.Tensor,
-        labels: torch.Tensor,
-        positives_per_anchor: str,
+    def _anchors_and_distances(
+        batch: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[ClassGroups, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Pairs every anchor with a uniform positive.
+
+        Returns:
+            The classes; `(A, 2)` anchors and positives; `(A, B)` Euclidean distances of the anchors to all; `(A, B)`
+            bool, which images are of the anchor's class, itself included.
+        """
+        groups = ClassGroups(labels)
+        positives = groups.random_positives(groups.anchors)
+        pairs = upload(np.stack([groups.anchors, positives], axis=1), batch.device)  # (A, 2)
+        anchors = pairs[:, 0]
+        distances = torch.cdist(batch.index_select(0, anchors), batch)  # (A, B)
+        labels = upload(labels, batch.device)
+        return groups, pairs, distances, labels.index_select(0, anchors)[:, None] == labels
+
+    @staticmethod
+    def _with_all_positives(
+        groups: ClassGroups, batch: torch.Tensor, draw: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
-        """Pairs every anchor with a uniform positive, or with all, and picks a triplet for each pair.
+        """Makes a triplet of every pair of an anchor and a positive.
 
         Args:
-            pick: gives triplets `(P, 3)` for pairs `(P, 2)` of anchors and positives, Euclidean distances of the
-                anchors to all `(P, B)`, and which images are of the anchor's class, itself included, `(P, B)` bool.
+            groups: the classes.
+            batch: `(B, D)` embeddings.
+            draw: gives negatives `(P,)` for the numbers of anchors among the anchors, and positives `(P,)` each.
+
+        Returns:
+            `(P, 3)` triplets.
         """
-        if positives_per_anchor not in ("1", "all"):
-            raise UserError(f"--positives_per_anchor takes 1 or all, not {positives_per_anchor}")
-        groups = ClassGroups(labels)
-        if positives_per_anchor == "all":
-            is_positive = groups.labels[groups.anchors, None] == groups.labels  # (A, B)
-            is_positive[np.arange(len(groups.anchors)), groups.anchors] = False
-            rows, positives = np.nonzero(is_positive)  # (P,) each
-            pairs = np.stack([groups.anchors[rows], positives], axis=1)
-        else:
-            rows = np.arange(len(groups.anchors))
-            pairs = np.stack([groups.anchors, groups.random_positives(groups.anchors)], axis=1)
-        labels = upload(labels, batch.device)
-        distances = torch.cdist(batch.index_select(0, upload(groups.anchors, batch.device)), batch)  # (A, B)
-        per_part = max(1, ELEMENTS_AT_ONCE // len(batch))
-        parts = []
-        for start in range(0, len(rows), per_part):
-            some = upload(pairs[start : start + per_part], batch.device)  # (P, 2)
-            some_distances = distances
-            if positives_per_anchor == "all":
-                some_distances = distances.index_select(0, upload(rows[start : start + per_part], batch.device))
-            elif per_part < len(rows):
-                some_distances = distances[start : start + per_part]
-            parts.append(pick(some, some_distances, labels.index_select(0, some[:, 0])[:, None] == labels))
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        is_positive = groups.labels[groups.anchors, None] == groups.labels  # (A, B)
+        is_positive[np.arange(len(groups.anchors)), groups.anchors] = False
+        rows, positives = np.nonzero(is_positive)  # (P,) each
+        columns = upload(np.stack([rows, groups.anchors[rows], positives]), batch.device)  # (3, P)
+        parts = columns.split(max(1, ELEMENTS_AT_ONCE // len(batch)), dim=1)
+        negatives = [draw(some_rows, some_positives) for some_rows, _, some_positives in parts]
+        return torch.stack([columns[1], columns[2], torch.cat(negatives)], dim=1)  # (P, 3)
 
 
 class Criterion(nn.Module):
@@ -1230,10 +1260,12 @@ REFUSED_PARTS = {
     "MultipleReducers": "it needs a reducer for each part of a loss, which flags can't give",
     "BaseRegularizer": "it is a base class",
 }
+# The number of centers per class, which SparseCentersRegularizer needs to know, with the library's defaults.
+CENTERS = {"SoftTripleLoss": ("centers_per_class", 10), "SubCenterArcFaceLoss": ("sub_centers", 3)}
 # What a constructor asks for and other flags, or the run, fill in.
 RESERVED = (
     "num_classes", "embedding_size", "descriptors_dim", "l", "distance", "reducer", "embedding_regularizer",
-    "weight_regularizer", "weight_init_func", "collect_stats"
+    "weight_regularizer", "weight_init_func", "collect_stats", "mat_based_loss"
 )  # fmt: skip
 STATE_OF_LOSSES = ("hist_",)  # attributes that change from batch to batch, and that the library keeps from checkpoints
 
@@ -1276,7 +1308,8 @@ def _collect(module: nn.Module, is_on: bool) -> None:
     """Makes an object of the library, and those in it, collect statistics or not: each of them makes the host wait."""
     for part in module.modules():
         if hasattr(part, "collect_stats"):
-            part.collect_stats = is_on  # type: ignore[assignment]
+            names = vars(part).setdefault("_statistics", getattr(part, "_record_these_stats", []))
+            vars(part).update(collect_stats=is_on, _record_these_stats=names if is_on else [])
 
 
 def _library_statistics(name: str, module: nn.Module, *inputs: Any) -> dict[str, torch.Tensor]:
@@ -1286,12 +1319,12 @@ def _library_statistics(name: str, module: nn.Module, *inputs: Any) -> dict[str,
     _collect(module, True)
     with seeded(0), torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         _quietly(module, *inputs)
-    _collect(module, False)
     values = {}
     for path, part in module.named_modules():
         for statistic in getattr(part, "_record_these_stats", ()):
             words = " ".join([name, *filter(None, path.split(".")), statistic])
             values[words] = torch.as_tensor(getattr(part, statistic), dtype=torch.float32, device=device).detach()
+    _collect(module, False)
     for name, buffer in module.named_buffers():
         buffer.copy_(kept[name])
     return values
@@ -1323,9 +1356,14 @@ def _build_part(flag: str, module: str, name: str, params: Mapping[str, str], **
         build = getattr(importlib.import_module(f"pytorch_metric_learning.{module}"), name)
     except ImportError:
         raise UserError(f"{flag} {name} needs pytorch-metric-learning: pip install pytorch-metric-learning") from None
-    typed = check_params(f"{flag}_params", params, build, RESERVED)
+    typed = check_params(f"{flag}_params", params, build, (*RESERVED, *given))
     numbers = {key: parse_value(value) if isinstance(value, str) else value for key, value in typed.items()}
     typed = {key: value if isinstance(value, int) else typed[key] for key, value in numbers.items()}
+    asked = inspect.signature(build).parameters.values()
+    required = [one.name for one in asked if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+    missing = [f"{key}=…" for key in required if key not in given and key not in typed]
+    if missing:
+        raise UserError(f"{flag} {name} has no default for all its parameters: give {flag}_params {' '.join(missing)}")
     with _with_statistics(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -1338,8 +1376,7 @@ def _build_part(flag: str, module: str, name: str, params: Mapping[str, str], **
 
 def _reason(error: Exception) -> str:
     """An error's message in one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text.replace("__init__() missing", "missing").removesuffix(".")
+    return (" ".join(str(error).split()) or type(error).__name__).removesuffix(".")
 
 
 def build_miner(
@@ -1371,23 +1408,28 @@ class LibraryLoss(Criterion):
         self.loss = loss
         self.sampler = sampler
         self._last_call: tuple[Any, ...] = ()
-        for attribute in STATE_OF_LOSSES:
-            if hasattr(loss, attribute):
-                value = getattr(loss, attribute)
-                delattr(loss, attribute)
-                loss.register_buffer(attribute, value)
-        loss.register_forward_pre_hook(self._remember)
+        self._state = [attribute for attribute in STATE_OF_LOSSES if hasattr(loss, attribute)]
+        for attribute in self._state:
+            value = getattr(loss, attribute)
+            delattr(loss, attribute)
+            loss.register_buffer(attribute, value)
 
-    def _remember(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def compute(self, embeddings: torch.Tensor, *inputs: Any) -> torch.Tensor:
+        """Calls the library, and remembers with what."""
+        for attribute in self._state:
+            setattr(self.loss, attribute, getattr(self.loss, attribute).detach())
+        self.remember(embeddings, *inputs)
+        return self.loss(embeddings, *inputs)
+
+    def remember(self, *inputs: Any) -> None:
+        """Keeps what the library was called with, for its statistics."""
         self._last_call = tuple(one.detach() if isinstance(one, torch.Tensor) else one for one in inputs)
 
     def forward(self, batch: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Computes the loss, a scalar, of embeddings `(B, D)` and labels `(B,)`."""
-        for attribute in STATE_OF_LOSSES:
-            if hasattr(self.loss, attribute):
-                setattr(self.loss, attribute, getattr(self.loss, attribute).detach())
         call = SPECIAL_CALLS.get(self.name, _call_with_labels)
-        return _quietly(call, self, batch, labels).squeeze()
+        value = _quietly(call, self, batch, labels) if self.name == "HistogramLoss" else call(self, batch, labels)
+        return value.squeeze()
 
     def own_statistics(self) -> dict[str, torch.Tensor]:
         """Gives the library's statistics of the last call."""
@@ -1396,18 +1438,18 @@ class LibraryLoss(Criterion):
 
 def _call_with_labels(criterion: LibraryLoss, batch: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     indices = criterion.sampler.give_indices(batch, labels) if criterion.sampler else None
-    return criterion.loss(batch, upload(labels, batch.device), indices)
+    return criterion.compute(batch, upload(labels, batch.device), indices)
 
 
 def _call_with_proxies(criterion: LibraryLoss, batch: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return criterion.loss(batch, None, upload(labels, batch.device) % int(criterion.loss.K))
+    return criterion.compute(batch, None, upload(labels, batch.device) % len(criterion.loss.get_parameter("proxies")))
 
 
 def _call_with_views(criterion: LibraryLoss, batch: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     groups = ClassGroups(labels)
     views = upload(groups.random_positives(groups.anchors), batch.device)  # (A,)
     anchors = upload(groups.anchors, batch.device)  # (A,)
-    return criterion.loss(batch.index_select(0, anchors), None, None, batch.index_select(0, views))
+    return criterion.compute(batch.index_select(0, anchors), None, None, batch.index_select(0, views))
 
 
 SPECIAL_CALLS = {"ManifoldLoss": _call_with_proxies, "VICRegLoss": _call_with_views}
@@ -1441,6 +1483,7 @@ class MemoryLoss(LibraryLoss):
         from pytorch_metric_learning.losses import CrossBatchMemory
 
         self.memory = CrossBatchMemory(loss, embed_dim, memory_size, sampler.mine if sampler else None)
+        loss.register_forward_pre_hook(lambda _, inputs: self.remember(*inputs))  # the memory calls the loss itself
         self.memory_start = memory_start
         self.iteration = 0
 
@@ -1449,12 +1492,16 @@ class MemoryLoss(LibraryLoss):
         self.iteration += 1
         if self.iteration <= self.memory_start:
             return super().forward(batch, labels)
-        return _quietly(self.memory, batch, upload(labels, batch.device))
+        return self.memory(batch, upload(labels, batch.device))
 
     def own_statistics(self) -> dict[str, torch.Tensor]:
         """Gives the library's statistics of the last call, and how many embeddings the memory holds."""
+        values = super().own_statistics()
         num = self.memory.memory_size if self.memory.has_been_filled else self.memory.queue_idx
-        return {**super().own_statistics(), "Memory": self.memory.embedding_memory.new_full((), num)}
+        if num and self.sampler:
+            batch, labels, _, *others = self._last_call
+            values |= self.sampler.miners_statistics(batch, labels, *others)
+        return {**values, "Memory": self.memory.embedding_memory.new_full((), num)}
 
     def get_extra_state(self) -> dict[str, Any]:
         """What the library keeps outside its state dict."""
@@ -1690,9 +1737,8 @@ def _build_parts(loss: str, params: Mapping[str, str], opt: argparse.Namespace, 
     if _flag(opt, "regularizer", None):
         given: dict[str, Any] = {}
         if opt.regularizer == "SparseCentersRegularizer":
-            given = {"num_classes": num_classes}
-            if "centers_per_class" not in opt.regularizer_params:
-                given["centers_per_class"] = int(params.get("centers_per_class", 10))
+            key, default = CENTERS[loss]
+            given = {"num_classes": num_classes, "centers_per_class": int(params.get(key, default))}
         built = _build_part("--regularizer", "regularizers", opt.regularizer, opt.regularizer_params, **given)
         parts[f"{LIBRARY_REGULARIZERS[opt.regularizer]}_regularizer"] = built
     return parts
@@ -1780,6 +1826,9 @@ def _check_parts(opt: argparse.Namespace, names: Sequence[str], methods: Sequenc
         without = [name for name in theirs if not set(LIBRARY_LOSSES[name].fills) >= set(_weights)]
         if without:
             raise UserError(f"--regularizer {opt.regularizer} is for a loss's own weights, which {without[0]} lacks")
+    without = [name for name in theirs if name not in CENTERS]
+    if opt.regularizer == "SparseCentersRegularizer" and without:
+        raise UserError(f"--regularizer {opt.regularizer} is for {' or '.join(CENTERS)}, not for --loss {without[0]}")
     if opt.regularizer == "LpRegularizer" and opt.normalize:
         raise UserError(
             "--regularizer LpRegularizer has no effect on embeddings of length 1: drop it, or give --distance with "
@@ -1816,7 +1865,7 @@ def _refuse_twice(
     known = {key for name in names if name in LOSSES for key in inspect.signature(LOSSES[name]).parameters}
     of_losses = {name: list(values) for name, values in params.items() if name in LOSSES}
     of_methods = split_params("--sampling_params", opt.sampling_params, list(dict.fromkeys(methods)))
-    both = [
+    both: list[tuple[str, dict[str, Any]]] = [
         ("loss", of_losses),
         ("sampling", {name: v for name, v in of_methods.items() if name not in LIBRARY_MINERS}),
     ]

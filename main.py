@@ -100,7 +100,7 @@ def main(opt: argparse.Namespace, folder: Path | None = None) -> dict[str, float
                 continue
 
             space = evaluate_epoch(run, loaders, device, epoch)
-            method.end_evaluation(run.log.rows["val"][-1][opt.eval_metric_for_best_epoch])
+            method.end_evaluation(records.mean_over_sets(run.log.rows["val"][-1], opt.eval_metric_for_best_epoch))
             best_epoch = best_epoch_so_far(opt, run.log)
             console.print_epoch(epoch, run.log, best_epoch)
             if best_epoch == epoch:

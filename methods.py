@@ -70,7 +70,8 @@ SHORT_FLAGS = {
     ("scheduler_params", "gamma"): "gamma",
     ("scheduler_params", "tau"): "tau",
     ("scheduler_params", "milestones"): "tau",
-    ("scheduler_params", "base_lr"): "lr",
+    ("scheduler_params", "base_lr"): "lr",  # of CyclicLR
+    ("scheduler_params", "max_lr"): "lr",  # of OneCycleLR; CyclicLR's is another value
 }
 
 Group = dict[str, Any]
@@ -94,7 +95,7 @@ def add_arguments(parser: FlagParser) -> None:
     add("--training_method", choices=METHODS, default="MetricLossOnly", fixed=True, help="what is trained, and how")
     add("--classifier_loss_weight", type=number(float, 0), fixed=True,
         help="weight of the cross entropy of a classifier of the embeddings, which any method with labels can add "
-        "(default: 1 for TrainWithClassifier, otherwise 0: no classifier)")
+        "(default: 0.1 for TrainWithClassifier, otherwise 0: no classifier)")
     add("--classifier_hidden", type=number(int, 1), nargs="*", default=[], metavar="N", fixed=True,
         help="widths of the classifier's hidden layers, each followed by a ReLU")
     add("--s2sd_dims", type=number(int, 1), nargs="+", default=[512, 1024, 1536, 2048], metavar="N", fixed=True,
@@ -233,12 +234,25 @@ def refuse_doubles(given: Collection[str], opt: argparse.Namespace) -> None:
         UserError: one is.
     """
     for (mapping, key), short in SHORT_FLAGS.items():
-        if key not in (getattr(opt, mapping) or {}):
+        if key not in (getattr(opt, mapping) or {}) or (key == "max_lr" and opt.scheduler == "CyclicLR"):
             continue
         for name in [short] if isinstance(short, str) else short:
             if name in given:
                 value = getattr(opt, mapping)[key]
                 raise UserError(f"--{name} and --{mapping} {key}={value} say the same: drop --{name}")
+
+
+def refuse_other_methods_flags(given: Collection[str], training_method: str) -> None:
+    """Checks that no flag is given that only another training method reads.
+
+    Raises:
+        UserError: one is.
+    """
+    own = {*METHODS[training_method].flags, *METHODS[training_method].build_flags}
+    for name, method in METHODS.items():
+        for flag in (*method.flags, *method.build_flags):
+            if flag in given and flag not in own:
+                raise UserError(f"--{flag} is for --training_method {name}: drop it, or give that method")
 
 
 def optimizer_settings(opt: argparse.Namespace) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -600,12 +614,14 @@ class MetricLossOnly:
         knows_labels: whether it learns from the images' labels.
         samples_per_class: images per class in a batch, unless the user gives another number; None: the loss's.
         flags: the flags that the constructor has keywords for.
+        build_flags: the flags that only `build_networks` reads.
     """
 
     default_classifier_loss_weight = 0.0
     knows_labels = True
     samples_per_class: int | None = None
     flags: tuple[str, ...] = ("classifier_loss_weight", "freeze_trunk_epochs", "ema")
+    build_flags: tuple[str, ...] = ("classifier_hidden",)
 
     def __init__(
         self,
@@ -756,7 +772,7 @@ class MetricLossOnly:
 class TrainWithClassifier(MetricLossOnly):
     """Trains a network on the metric loss of its embeddings and on the cross entropy of a classifier of them."""
 
-    default_classifier_loss_weight = 1.0
+    default_classifier_loss_weight = 0.1  # embeddings of length 1 fit a classifier slowly: its gradient is large
 
 
 class UnsupervisedByAugmentation(MetricLossOnly):
@@ -786,6 +802,7 @@ class S2SD(MetricLossOnly):
     """
 
     flags = (*MetricLossOnly.flags, "s2sd_weight", "s2sd_temperature", "s2sd_feature_start")
+    build_flags = (*MetricLossOnly.build_flags, "s2sd_dims")
 
     def __init__(
         self,

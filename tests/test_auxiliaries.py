@@ -692,3 +692,14 @@ def test_wrong_parameters_are_one_sentence(params: dict[str, str], words: str) -
         check_params("--loss_params", params, Derived, reserved=["num_classes"])
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_terminal_stays_one() -> None:
+    """Progress bars ask whether they are drawn on one."""
+    code = "import sys\nfrom auxiliaries import run_command\nrun_command(lambda: print(sys.stdout.isatty()))"
+    reader, terminal = os.openpty()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=terminal, stderr=terminal, check=False)
+    printed = os.read(reader, 1000).decode()
+    os.close(terminal)
+    os.close(reader)
+    assert (done.returncode, printed.strip()) == (0, "True")

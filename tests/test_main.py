@@ -499,6 +499,7 @@ def test_every_flag_is_consumed() -> None:
     modules = (main, config, runs, protocol, inference, datasets, transforms, netlib, losses, methods)
     read = "".join(inspect.getsource(module) for module in modules)
     keywords = {name for loss in losses.LOSSES.values() for name in inspect.signature(loss).parameters}
+    keywords |= {name for method in methods.METHODS.values() for name in method.flags}
     for name in vars(config.parse([])):
         is_read = re.search(rf"\b(opt\.{name}\b|(flags|given)\[\"{name}\"\])", read)
         assert is_read or name in keywords, name

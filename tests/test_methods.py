@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Run, csv_rows
+from test_losses import fake_cuda, needs_fake_cuda
 from torch import nn
 
 import config
@@ -38,7 +39,7 @@ def build(
     method: Callable[..., methods.MetricLossOnly] = methods.MetricLossOnly,
     keywords: dict[str, Any] | None = None,
     **changes: Any,
-) -> methods.MetricLossOnly:
+) -> Any:
     """A method with a tiny network and learned betas; by default with a schedule of steps after epochs 1 and 3."""
     seed_everything(0)
     net = tiny_net(embed_dim)
@@ -203,7 +204,7 @@ def test_several_optimizers_each_with_its_part() -> None:
     assert settings["embedder"] == ("SGD", {"momentum": 0.5})
     assert settings["loss"] == ("SGD", {"momentum": 0, "lr": 0.3})
 
-    def make() -> methods.MetricLossOnly:
+    def make() -> Any:
         return build(0.05, fc_lr_mul=1, settings=settings)
 
     method = make()
@@ -296,7 +297,7 @@ def test_every_schedule_continues_bit_for_bit(name: str, interval: str) -> None:
     schedule = methods.Schedule(name, params, num_steps, "R@1", "max")
     kinds = {"trunk": ("Adam", {}), "embedder": ("SGD", {"momentum": 0.9}), "loss": ("SGD", {"momentum": 0.9})}
 
-    def make(lr: float = 0.1) -> methods.MetricLossOnly:
+    def make(lr: float = 0.1) -> Any:
         return build(lr, fc_lr_mul=0.5, schedule=schedule, settings=kinds, steps_per_epoch=3)
 
     assert_resumes(make, steps=3)
@@ -355,6 +356,10 @@ def test_a_plateau_that_is_new_when_resuming_counts_from_the_first_epoch() -> No
         (["--scheduler_params", "tau=3"], r"tau takes a list of epochs, such as \[30,55\], not 3"),
         (["--scheduler", "none", "--scheduler_params", "gamma=3"], "none has no parameter gamma; it takes none"),
         (["--gamma", "1", "--scheduler_params", "gamma=1"], "--gamma and --scheduler_params gamma=1 say the same"),
+        (
+            ["--lr", "1", "--scheduler", "OneCycleLR", "--scheduler_params", "max_lr=1"],
+            "--lr and --scheduler_params max_lr=1 say the same",
+        ),
         (["--tau", "1", "--scheduler_params", "tau=[1]"], r"--tau and --scheduler_params tau=\[1\] say the same"),
         (
             ["--optimizer", "Adagrad", "--scheduler", "OneCycleLR"],
@@ -376,7 +381,7 @@ def test_a_cycle_that_ends_before_the_training_is_refused() -> None:
 
 
 def test_a_frozen_trunk_waits_while_the_rest_learns() -> None:
-    def make() -> methods.MetricLossOnly:
+    def make() -> Any:
         return build(keywords={"freeze_trunk_epochs": 1})
 
     method = make()
@@ -415,7 +420,7 @@ def test_gradients_are_clipped() -> None:
 
 
 def test_the_average_is_what_is_evaluated_and_the_raw_network_what_learns() -> None:
-    def make() -> methods.MetricLossOnly:
+    def make() -> Any:
         return build(keywords={"ema": 0.75})
 
     method, plain = make(), build()
@@ -449,13 +454,13 @@ def test_an_average_begins_and_ends_when_resuming() -> None:
 
 
 def test_accumulated_batches_make_the_step_of_their_mean() -> None:
-    def make(accumulate: int = 1) -> methods.MetricLossOnly:
+    def make(accumulate: int = 1) -> Any:
         seed_everything(0)
         net = netlib.EmbeddingNet(nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()), 12, 4, normalize=False)
         criterion = losses.CrossEntropy(4, 4)
         groups = [{"name": "network", "part": "trunk", "lr": 0.1, "params": [*net.parameters()]}]
         groups.append({"name": "loss", "part": "loss", "lr": 0.1, "params": [*criterion.parameters()]})
-        settings = dict.fromkeys(methods.PARTS, ("SGD", {}))
+        settings: dict[str, Any] = dict.fromkeys(methods.PARTS, ("SGD", {}))
         return methods.MetricLossOnly(net, criterion, methods.Optimization(groups, settings, accumulate=accumulate))
 
     whole, split = make(), make(accumulate=2)
@@ -498,7 +503,7 @@ def test_losses_whose_batches_may_be_split_are_means_over_images() -> None:
 # A classifier
 
 
-def with_classifier(weight: float = 0.5) -> methods.MetricLossOnly:
+def with_classifier(weight: float = 0.5) -> Any:
     seed_everything(1)
     classifier = methods.mlp(4, 6, 4)
     seed_everything(0)
@@ -521,7 +526,6 @@ def test_the_classifiers_loss_is_added() -> None:
     seed_everything(0, 1)
     embeddings = again.net(IMAGES)
     metric = again.criterion(embeddings, LABELS)
-    assert again.classifier is not None
     logits = again.classifier(embeddings).detach()
     classification = torch.stack([row.logsumexp(0) - row[label] for row, label in zip(logits, LABELS)]).mean()
     assert set(parts) == {"loss", "metric", "classifier"}
@@ -533,7 +537,7 @@ def test_the_classifiers_loss_is_added() -> None:
 
 def test_classifiers_by_flags() -> None:
     assert flags().classifier_loss_weight == 0
-    assert flags("--training_method", "TrainWithClassifier").classifier_loss_weight == 1
+    assert flags("--training_method", "TrainWithClassifier").classifier_loss_weight == 0.1
     with pytest.raises(UserError, match="--classifier_hidden needs a classifier"):
         flags("--classifier_hidden", "3")
     small = ("--arch", "shufflenet_v2_x0_5", "--not_pretrained", "--crop_size", "32", "--embed_dim", "8")
@@ -549,7 +553,7 @@ def test_classifiers_by_flags() -> None:
 # Self-similarity distillation
 
 
-def s2sd(feature_start: int = 1, weight: float = 3.0) -> methods.MetricLossOnly:
+def s2sd(feature_start: int = 1, weight: float = 3.0) -> Any:
     seed_everything(1)
     heads = nn.ModuleDict({str(dim): methods.mlp(12, dim, dim) for dim in (6, 8)})
     criteria = nn.ModuleDict({name: losses.TripletLoss(losses.Sampler("random")) for name in heads})
@@ -611,9 +615,9 @@ def test_s2sd_adds_its_terms() -> None:
         features = features_of(IMAGES)
         embeddings = again.net.embed_features(features)
         metric, targets, divergences = again.criterion(embeddings, LABELS), [], []
-        for name, head in again.networks["target_heads"].items():  # type: ignore[operator]
+        for name, head in again.networks["target_heads"].items():
             target = F.normalize(head(features), dim=1)
-            targets.append(again.networks["target_criteria"][name](target, LABELS))  # type: ignore[index]
+            targets.append(again.networks["target_criteria"][name](target, LABELS))
             divergences.append(divergence_by_hand(target, embeddings, 0.5))
         distillation = (divergences[0] + divergences[1]) / 2
         if iteration == 2:
@@ -725,18 +729,57 @@ def test_generated_negatives_resume() -> None:
     assert_resumes(lambda: daml(metric_alone=1, generator_alone=2, ema=0.9))
 
 
+@pytest.mark.parametrize("make", [build, with_classifier, s2sd, daml])
+def test_every_method_trains_on_a_frozen_trunk(make: Callable[[], Any]) -> None:
+    def frozen() -> Any:
+        method = make()
+        method.net.backbone.requires_grad_(False)
+        return method
+
+    method = frozen()
+    before = {name: value.clone() for name, value in method.net.named_parameters()}
+    train(method, 1, 2)
+    changed = {name for name, value in method.net.named_parameters() if not torch.equal(value, before[name])}
+    assert changed == {"embedding.weight", "embedding.bias"}
+    assert_resumes(frozen)
+
+
+@needs_fake_cuda
+@pytest.mark.parametrize("make", [with_classifier, s2sd, daml, lambda: daml(generator_alone=1)])
+def test_steps_do_not_wait_for_the_device(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = LABELS.clone()
+    made = []
+
+    def only_look(self: methods.Optimization, loss: torch.Tensor) -> bool:  # backward() itself needs a CUDA driver
+        made.append(loss)
+        return True
+
+    monkeypatch.setattr(methods.Optimization, "step", only_look)
+    with fake_cuda():
+        method = make()
+        method.start_epoch(1)
+        for _ in range(2):
+            parts = method.step(torch.zeros(8, 3, 6, 6, dtype=torch.uint8), labels, 1)
+        assert made[-1].is_cuda
+        assert all(part.is_cuda for part in parts.values())
+
+
 # Whole runs
 
 WHOLE = {
-    "optimizers": ("--optimizer", "SGD", "--optim_params", "momentum=0.9", "trunk.class=RMSprop", "loss.lr=0.1"),
-    "schedule": ("--scheduler", "StepLR", "--scheduler_params", "step_size=3", "interval=iteration"),
-    "plateau": ("--scheduler", "ReduceLROnPlateau", "--scheduler_params", "patience=0", "threshold=1"),
-    "warm-up": ("--freeze_trunk_epochs", "1", "--clip_grad_value", "10", "--clip_grad_norm", "1", "--ema", "0.9"),
+    "optimizers": (
+        *("--optimizer", "SGD", "--optim_params", "momentum=0.9", "trunk.class=RMSprop", "loss.lr=0.1"),
+        *("--scheduler", "StepLR", "--scheduler_params", "step_size=3", "interval=iteration"),
+    ),
+    "warm-up": (
+        *("--freeze_trunk_epochs", "1", "--clip_grad_value", "10", "--clip_grad_norm", "1", "--ema", "0.9"),
+        *("--scheduler", "ReduceLROnPlateau", "--scheduler_params", "patience=0", "threshold=1"),
+    ),
     "accumulate": ("--loss", "crossentropy", "--accumulate", "2"),
     "TrainWithClassifier": ("--training_method", "TrainWithClassifier", "--classifier_hidden", "7"),
     "UnsupervisedByAugmentation": ("--training_method", "UnsupervisedByAugmentation"),
     "S2SD": (
-        *("--training_method", "S2SD", "--s2sd_dims", "32", "48", "--s2sd_feature_start", "4"),
+        *("--training_method", "S2SD", "--s2sd_dims", "32", "48", "--s2sd_feature_start", "3"),
         *("--classifier_loss_weight", "0.5"),
     ),
     "DeepAdversarialMetricLearning": (
@@ -747,11 +790,13 @@ WHOLE = {
 
 
 @pytest.mark.usefixtures("without_pictures")
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in methods.METHODS else []) for name in WHOLE]
+)
 def test_whole_runs_resume_and_are_evaluated_bit_for_bit(name: str, run: Run, go_on: Run, tmp_path: Path) -> None:
-    more = WHOLE[name]
-    run(*more, "--log_every", "1", "--savename", "whole")
-    run(*more, "--log_every", "1", "--n_epochs", "1", "--savename", "stopped")
+    more = (*WHOLE[name], "--log_every", "1", "--eval_metrics", "Recall", "--iterations_per_epoch", "2")
+    run(*more, "--savename", "whole")
+    run(*more, "--n_epochs", "1", "--savename", "stopped")
     go_on("--resume_training", "--n_epochs", "2", savename="stopped")
     whole, stopped = tmp_path / "tiny" / "whole", tmp_path / "tiny" / "stopped"
     one, other = (torch.load(folder / "last.pth.tar", weights_only=True) for folder in (whole, stopped))
@@ -763,7 +808,7 @@ def test_whole_runs_resume_and_are_evaluated_bit_for_bit(name: str, run: Run, go
     rows = csv_rows(whole / "log_val_Base.csv")
     metrics = go_on("--evaluate", savename="whole")
     best = max(rows, key=lambda row: (float(row["Recall @ 1"]), -int(row["Epochs"])))
-    assert metrics["Recall @ 1"] == float(best["Recall @ 1"])
+    assert metrics["test Recall @ 1"] == float(best["Recall @ 1"])
 
 
 @pytest.mark.usefixtures("without_pictures")
@@ -800,6 +845,12 @@ def test_every_method_names_flags_that_there_are(name: str) -> None:
 def test_methods_refuse_what_they_cant_use(argv: Sequence[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         flags("--training_method", *argv)
+
+
+def test_flags_of_another_method_are_refused(run: Run) -> None:
+    for flag in ("--s2sd_weight", "--s2sd_dims"):
+        with pytest.raises(UserError, match=f"{flag} is for --training_method S2SD: drop it, or give that method"):
+            run("--training_method", "DeepAdversarialMetricLearning", flag, "3")
 
 
 @pytest.mark.usefixtures("without_pictures")
