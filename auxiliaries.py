@@ -53,7 +53,7 @@ def run_command(command: Callable[[], object]) -> NoReturn:
 
     Text that the terminal can't show is escaped, and a reader that goes away, as in `| head`, stops nothing.
     """
-    sys.stdout, sys.stderr = _SturdyStream(sys.stdout), _SturdyStream(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _SturdyStream(sys.stdout), _SturdyStream(sys.stderr)
     try:
         command()
     except UserError as error:

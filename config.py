@@ -40,6 +40,7 @@ from auxiliaries import (
     user_path,
 )
 
+VERSION = "2.0.0"  # as in CITATION.cff
 PRESETS = Path(__file__).parent / "configs"
 COMPLETE = "# Complete if the last line is three dots.\n"
 MAX_SAVENAME = 200  # bytes: with what is put before and after it, it must fit into 255
@@ -118,11 +119,6 @@ def add_arguments(parser: FlagParser) -> None:
     # fmt: on
 
 
-def read_version() -> str:
-    """The version of this repository, as CITATION.cff has it."""
-    return str(read_yaml(Path(__file__).parent / "CITATION.cff")["version"])
-
-
 @cache
 def build_parser() -> FlagParser:
     """The parser of all modules' flags."""
@@ -132,7 +128,7 @@ def build_parser() -> FlagParser:
         "never seen.",
         known_elsewhere=KNOWN_ELSEWHERE,
     )
-    parser.add_argument("--version", action="version", version=f"{parser.prog} {read_version()}")
+    parser.add_argument("--version", action="version", version=f"{parser.prog} {VERSION}")
     for module in (datasets, transforms, netlib, losses, methods, evaluate, records):
         module.add_arguments(parser)
     add_arguments(parser)
@@ -459,7 +455,9 @@ def refuse_unused(opt: argparse.Namespace, given: Mapping[str, Any]) -> None:
     if changed and opt.split_scheme == "predefined" and not modes:
         raise UserError(f"--{changed[0]} needs --split_scheme cross_validation: predefined splits have no folds")
     if not modes:
-        methods.refuse_other_methods_flags(given, opt.training_method)
+        # a complete config.yaml gives every flag
+        changed = [name for name in given if getattr(opt, name) != get_default(name)]
+        methods.refuse_other_methods_flags(changed, opt.training_method)
 
 
 def with_flags(opt: argparse.Namespace, **flags: Any) -> argparse.Namespace:

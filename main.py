@@ -228,12 +228,17 @@ def show_retrievals(run: runs.Run, space: evaluate.EmbeddingSpace, images: datas
 def draw_curves(run: runs.Run, best_epoch: int, has_val: bool) -> None:
     """Draws the curves of all rows so far."""
     opt, rows = run.opt, run.log.rows
-    title = f"{opt.dataset}, {opt.arch}, {opt.loss}, {opt.sampling or 'no tuples'}"
+    title = f"{opt.dataset}, {opt.arch}, {join_names(opt.loss)}, {join_names(opt.sampling) or 'no sampling'}"
     title = f"{title}\n{records.describe_selection(opt.eval_metric_for_best_epoch, has_val)}"
     path = run.folder / "InfoPlot_Base.svg"
     plots.save_info_plot(path, rows["train"], rows["val"], best_epoch, title, evaluate.lower_is_better)
     if rows["distances"]:
         plots.save_curve(run.folder / "distance_measures_Train.svg", rows["distances"], "Intra / Inter")
+
+
+def join_names(names: str | Sequence[str] | None) -> str:
+    """One name or several in words, such as `triplet + ArcFaceLoss`."""
+    return names if isinstance(names, str) else " + ".join(names or ())
 
 
 def print_start(run: runs.Run, device: torch.device, num_batches: int) -> None:
@@ -242,9 +247,8 @@ def print_start(run: runs.Run, device: torch.device, num_batches: int) -> None:
     weights = "random weights" if opt.not_pretrained else f"weights of {opt.weights}" if opt.weights else "pretrained"
     million = sum(parameter.numel() for parameter in net.parameters()) / 1e6
     network = f"{opt.arch} ({weights}), {million:.2f} million parameters, {opt.embed_dim}-dimensional embeddings"
-    losses = opt.loss if isinstance(opt.loss, str) else " + ".join(opt.loss)
-    sampling = f" with {opt.sampling} sampling" if opt.sampling else ""
-    loss = f"{losses}{sampling}, --lr {opt.lr:g}, {num_batches} batches of {opt.bs} images per epoch"
+    sampling = f" with {join_names(opt.sampling)} sampling" if opt.sampling else ""
+    loss = f"{join_names(opt.loss)}{sampling}, --lr {opt.lr:g}, {num_batches} batches of {opt.bs} images per epoch"
     records.print_start(opt.dataset, run.splits, network, loss, device, run.folder, run.epoch)
 
 
