@@ -18,6 +18,7 @@ import secrets
 import shutil
 import sys
 import textwrap
+import time
 import warnings
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 try:
     import fcntl
@@ -109,6 +111,35 @@ def disk_advice(error: Exception) -> str:
     if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG):
         return "choose another place or name"
     return "free some space, or choose another place"
+
+
+PLAIN_LINE_EVERY = 30  # seconds
+
+
+class Progress:
+    """Goes through `batches` with a progress bar; without a terminal, with a plain line every half minute.
+
+    Attributes:
+        note: what stands behind the counts.
+    """
+
+    def __init__(self, batches: Iterable[Any], name: str, clock: Callable[[], float] = time.monotonic):
+        self.bar = tqdm(batches, desc=name, leave=False, disable=None)
+        self.name, self.clock, self.note = name, clock, ""
+
+    def __iter__(self) -> Iterator[Any]:
+        shown = self.clock()
+        for done, batch in enumerate(self.bar, start=1):
+            yield batch
+            if self.bar.disable and self.clock() - shown >= PLAIN_LINE_EVERY:
+                shown = self.clock()
+                note = self.note and f", {self.note}"
+                print(f"{self.name}: {done} of {self.bar.total}{note}", file=sys.stderr, flush=True)
+
+    def show(self, note: str) -> None:
+        """Changes the note."""
+        self.note = note
+        self.bar.set_postfix_str(note)
 
 
 # Flags

@@ -20,9 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
-from auxiliaries import FlagParser, UserError, notice, number
+from auxiliaries import FlagParser, Progress, UserError, notice, number
 
 if TYPE_CHECKING:
     from datasets import ImageLoader, RetrievalSet
@@ -71,7 +70,7 @@ def embed(net: nn.Module, loader: ImageLoader, device: torch.device, name: str =
         `(N, D)` float32, on the device.
     """
     net.eval()
-    batches = tqdm(loader, desc=f"embedding {name}".strip(), leave=False, disable=None)
+    batches = Progress(loader, f"embedding {name}".strip())
     return torch.cat([net(images.to(device, non_blocking=True)).float() for images, _, _ in batches])
 
 

@@ -23,7 +23,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from auxiliaries import FlagParser, UserError, atomic_write, disk_advice, notice, number, save_json, to_builtin
+from auxiliaries import (
+    FlagParser,
+    Progress,
+    UserError,
+    atomic_write,
+    disk_advice,
+    notice,
+    number,
+    save_json,
+    to_builtin,
+)
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
@@ -619,33 +629,9 @@ class GradientRecord:
 
 CONSOLE_WIDTH = 100  # characters
 ROWS_BELOW_HEADER = 25
-PLAIN_LINE_EVERY, READ_LOSS_EVERY = 30, 10  # seconds
 
 
-class Progress:
-    """Goes through `batches` with a progress bar; without a terminal, with a plain line every half minute.
-
-    Attributes:
-        note: what stands behind the counts.
-    """
-
-    def __init__(self, batches: Iterable[Any], name: str, clock: Callable[[], float] = time.monotonic):
-        self.bar = tqdm(batches, desc=name, leave=False, disable=None)
-        self.name, self.clock, self.note = name, clock, ""
-
-    def __iter__(self) -> Iterator[Any]:
-        shown = self.clock()
-        for done, batch in enumerate(self.bar, start=1):
-            yield batch
-            if self.bar.disable and self.clock() - shown >= PLAIN_LINE_EVERY:
-                shown = self.clock()
-                note = self.note and f", {self.note}"
-                print(f"{self.name}: {done} of {self.bar.total}{note}", file=sys.stderr, flush=True)
-
-    def show(self, note: str) -> None:
-        """Changes the note."""
-        self.note = note
-        self.bar.set_postfix_str(note)
+READ_LOSS_EVERY = 10  # seconds
 
 
 class Console:

@@ -30,14 +30,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 import main
 import records
-from auxiliaries import FlagParser, UserError
+from auxiliaries import FlagParser, Progress, UserError
 from records import (
     LOGS,
     TENSORBOARD_TAGS,
     Console,
     GradientRecord,
     IterationLog,
-    Progress,
     Records,
     Row,
     best_epoch,
