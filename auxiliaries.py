@@ -382,6 +382,11 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
+    def _get_values(self, action, arg_strings):
+        if "--" in arg_strings and action.option_strings:  # argparse would drop it
+            raise UserError(f"{action.option_strings[0]} takes a value, not --")
+        return super()._get_values(action, arg_strings)
+
     def parse_args(self, args=None, namespace=None):
         opt, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -628,9 +633,22 @@ def check_schema(file: Path, value: Any, schema: Mapping[str, Any], advice: str)
     import jsonschema
 
     error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(value))
-    if error is not None:
-        problem = textwrap.shorten(f"{error.json_path}: {error.message}", 200)
-        raise UserError(f"{file} is damaged ({problem}): {advice}")
+    if error is None:
+        return
+    place = error.json_path.removeprefix("$").lstrip(".") or "it"
+    problem = error.message
+    if error.validator == "required":
+        problem = f"lacks {next(name for name in error.validator_value if name not in error.instance)}"
+    elif error.validator == "type":
+        kinds = [error.validator_value] if isinstance(error.validator_value, str) else error.validator_value
+        problem = f"is not {' or '.join(SCHEMA_TYPES[kind] for kind in kinds)}"
+    raise UserError(f"{file} is damaged ({place} {textwrap.shorten(problem, 150)}): {advice}")
+
+
+SCHEMA_TYPES = {
+    **{"object": "a mapping", "array": "a list", "integer": "an integer", "number": "a number", "string": "text"},
+    **{"boolean": "true or false", "null": "null"},
+}
 
 
 def as_json(value: Any) -> str:

@@ -82,7 +82,7 @@ def read_run(folder: Path, metric: str) -> dict[str, Any]:
         "flags": {name: str(value) for name, value in runs.compared_flags(flags).items()},
         "split": split,
         **values,
-        "seconds": float(summary["seconds"]),
+        "seconds": math.nan if summary["seconds"] is None else float(summary["seconds"]),
         "curve": read_curve(folder / records.LOGS["val"], metric),
         "test data": runs.test_data(folder),
     }

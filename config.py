@@ -431,7 +431,7 @@ def _refuse_folds(opt: argparse.Namespace) -> None:
             "fold needs a partition to validate on"
         )
     if opt.fold is not None and opt.fold >= sets:
-        raise UserError(f"--fold {opt.fold} does not exist: --num_training_sets {sets} counts from 0")
+        raise UserError(f"--fold {opt.fold} does not exist: with --num_training_sets {sets}, folds are 0 to {sets - 1}")
 
 
 def refuse_unused(opt: argparse.Namespace, given: Mapping[str, Any]) -> None:

@@ -710,7 +710,7 @@ def read_glyphs(root: Path) -> Splits:
     try:
         characters = [chr(int(name.removeprefix("U+"), 16)) for name in images.class_names[0]]
         scripts = [unicodedata.name(character).split()[0] for character in characters]
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UserError(
             f"{root / 'images'} contains a folder that is not named after a character ({error}): remove {root}"
         ) from None

@@ -21,7 +21,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from auxiliaries import FlagParser, UserError, check_params, nearest_name, number, parse_value, seeded, upload
+from auxiliaries import (
+    FlagParser,
+    UserError,
+    check_memory,
+    check_params,
+    nearest_name,
+    number,
+    parse_value,
+    seeded,
+    upload,
+)
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 Indices = tuple[torch.Tensor, ...]  # (anchors, positives, negatives), or (anchors, positives, anchors, negatives)
@@ -1763,6 +1773,7 @@ def _select_of_library(
     sampler = _select_sampler(name, opt, num_classes)
     criterion = LibraryLoss(name, loss, sampler, lr)
     if _flag(opt, "memory_size", 0):
+        check_memory(4.0 * opt.memory_size * opt.embed_dim, f"--memory_size {opt.memory_size}")
         sizes = {"memory_size": opt.memory_size, "memory_start": opt.memory_start}
         criterion = MemoryLoss(name, loss, sampler, lr, embed_dim=opt.embed_dim, **sizes)
     if "lr" in params and not any(parameter.requires_grad for parameter in criterion.parameters()):

@@ -169,7 +169,7 @@ def evaluate_epoch(
         The embedding space of the (first) set that selects the epoch.
     """
     watched = {"val": loaders.val or loaders.test}
-    if loaders.val and run.opt.split_scheme == "predefined":
+    if loaders.val and loaders.test and run.opt.split_scheme == "predefined":
         watched["test"] = loaders.test
     spaces = {kind: evaluate_sets(run, sets, device, epoch, kind) for kind, sets in watched.items()}
     if run.opt.dist_measure:
@@ -260,9 +260,9 @@ def summarize(run: runs.Run, has_val: bool) -> dict[str, float]:
     """
     metric = run.opt.eval_metric_for_best_epoch
     lower_is_better = evaluate.lower_is_better(metric)
-    is_predefined = run.opt.split_scheme == "predefined"
+    watches_test = run.opt.split_scheme == "predefined" and bool(run.splits.test)
     is_pretrained = not run.opt.not_pretrained
-    summary = records.build_summary(run.log.rows, metric, lower_is_better, has_val, is_predefined, is_pretrained)
+    summary = records.build_summary(run.log.rows, metric, lower_is_better, has_val, watches_test, is_pretrained)
     auxiliaries.save_json(run.folder / "summary.json", summary)
     records.print_summary(summary)
     print(f"plots, retrievals and checkpoints: {run.folder}")

@@ -6,6 +6,7 @@ import argparse
 import copy
 import inspect
 import math
+import textwrap
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ import netlib
 from auxiliaries import (
     FlagParser,
     UserError,
+    check_memory,
     check_params,
     nearest_name,
     number,
@@ -555,6 +557,10 @@ def _continue_schedule(scheduler: Any, state: Mapping[str, Any], saved_groups: S
     own = {name: value for name, value in scheduler.state_dict().items() if name in ("max_lrs", "min_lrs")}
     if "base_lrs" in state:
         own["base_lrs"] = [group["initial_lr"] for group in groups]
+    for name, value in scheduler.state_dict().items():
+        numbers = (int, float) if isinstance(value, int | float) else type(state.get(name))
+        if name in state and not isinstance(state[name], numbers):
+            raise ValueError(f"{name} of the schedule is not a number")
     scheduler.load_state_dict({**state, **own})
     by_name = {group.get("name"): group for group in saved_groups}
     whole = by_name.get("network") or by_name.get("backbone")
@@ -575,9 +581,14 @@ def _continue_schedule(scheduler: Any, state: Mapping[str, Any], saved_groups: S
 
 
 def mlp(features: int, *widths: int) -> nn.Sequential:
-    """Linear layers of these widths, with a ReLU between them."""
+    """Linear layers of these widths, with a ReLU between them.
+
+    Raises:
+        UserError: this machine doesn't have the memory for them.
+    """
     layers: list[nn.Module] = []
     for width in widths:
+        check_memory(16.0 * features * width, f"a layer of {features} by {width} features")
         layers += [nn.Linear(features, width), nn.ReLU()]
         features = width
     return nn.Sequential(*layers[:-1])
@@ -765,8 +776,11 @@ class MetricLossOnly:
                 self.averaged.load_state_dict(state["state_dict"])
             self.optimization.load_state_dict(state)
         except Exception as error:  # torch raises anything at all on the state of something else
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"the run's network or loss differs from what these flags give ({reason})") from None
+            reason = textwrap.shorten(str(error) or type(error).__name__, 200)
+            raise UserError(
+                f"the run's network, loss or optimizer differs from what these flags give: drop those that changed "
+                f"({reason})"
+            ) from None
 
 
 class TrainWithClassifier(MetricLossOnly):

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import googlenet
-from auxiliaries import FlagParser, UserError, load_checkpoint, nearest_name, number, user_path
+from auxiliaries import FlagParser, UserError, check_memory, load_checkpoint, nearest_name, number, user_path
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -270,6 +270,7 @@ def networkselect(opt: argparse.Namespace | Mapping[str, Any], load_pretrained: 
         ) from None
     if file is not None:
         load_weights(backbone, file)
+    check_memory(16.0 * features * opt.embed_dim, f"--embed_dim {opt.embed_dim}")  # weights, gradient, Adam's moments
     net = EmbeddingNet(backbone, features, opt.embed_dim, opt.normalize, opt.freeze_batchnorm, arch.mean, arch.std)
     check_input(net, opt.arch, opt.crop_size)
     return net.eval() if is_finished else net
@@ -306,6 +307,9 @@ def load_weights(backbone: nn.Module, file: str) -> None:
         if name.endswith(".num_batches_tracked"):
             state.setdefault(name, own[name])
     state = {name: state[name] for name in [*own, *surplus] if name in state}
+    for name in [name for name in own if name in state]:
+        if (kind := _unusual_kind(state[name], own[name])) is not None:
+            raise UserError(f"--weights {file}: {name} is {kind}, which can't be loaded: save it as ordinary float32")
     problems = {
         "lacks": [name for name in own if name not in state],
         "has another shape for": [name for name in own if name in state and state[name].shape != own[name].shape],
@@ -314,9 +318,6 @@ def load_weights(backbone: nn.Module, file: str) -> None:
     for problem, names in problems.items():
         if names:
             raise UserError(f"--weights {file} {problem} {_first_of(names)}: it belongs to another --arch")
-    for name in own:
-        if (kind := _unusual_kind(state[name], own[name])) is not None:
-            raise UserError(f"--weights {file}: {name} is {kind}, which can't be loaded: save it as ordinary float32")
     state = {name: state[name].to(own[name].dtype) for name in own}
     not_finite = [name for name in own if not state[name].isfinite().all()]
     if not_finite:

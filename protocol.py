@@ -20,6 +20,7 @@ import auxiliaries
 import config
 import datasets
 import evaluate
+import methods
 import records
 import runs
 from auxiliaries import UserError, notice
@@ -264,7 +265,7 @@ def resume(folder: Path, argv: Sequence[str], train_run: TrainRun) -> dict[str, 
         for path, flags in fold_flags.items():
             runs.check_flags(path, flags)
             if runs.has_state(path):
-                runs.check_data(path, flags, datasets.give_splits(flags))
+                check_resumable(path, flags)
         if opt.resume_training == "best":
             for path in fold_flags:
                 runs.go_back_to_best(path)
@@ -276,6 +277,24 @@ def resume(folder: Path, argv: Sequence[str], train_run: TrainRun) -> dict[str, 
         check_data(config.resolve(with_flags(opt, fold=some_fold)))
         _store_changes(folder, fold_flags, parent_opt)
     return train(opt, train_run, folder)
+
+
+def check_resumable(folder: Path, opt: argparse.Namespace) -> None:
+    """Makes sure, before anything is changed, that a run's data, images and state go with these resolved flags.
+
+    Raises:
+        UserError: they don't.
+    """
+    splits = datasets.give_splits(opt)
+    runs.check_data(folder, opt, splits)
+    if opt.check_images:
+        datasets.check_images(splits, opt.exif_orientation)
+    seen = methods.relabel(opt, splits)
+    num_batches = len(datasets.give_dataloaders(opt, seen).train)
+    lower_is_better = evaluate.lower_is_better(opt.eval_metric_for_best_epoch)
+    device = torch.device("cpu")
+    method = methods.build_training(opt, seen.train.num_classes(), device, False, num_batches, lower_is_better)
+    method.load_state_dict(runs.read_state(folder / "last.pth.tar"))
 
 
 def _resumed_flags(folder: Path, opt: argparse.Namespace) -> dict[Path, argparse.Namespace]:

@@ -55,7 +55,8 @@ DATA_SCHEMA = {
         "properties": {"images": {"type": "integer"}, "classes": {"type": "integer"}, "sha256": {"type": "string"}},
     },
 }
-METRICS_SCHEMA = {"type": "object", "additionalProperties": {"type": ["number", "null"]}}
+NUMBER_SCHEMA = {"type": ["number", "null"], "minimum": -1e300, "maximum": 1e300}  # null: not defined
+METRICS_SCHEMA = {"type": "object", "minProperties": 1, "additionalProperties": NUMBER_SCHEMA}
 MODEL_SCHEMA = {
     "type": "object",
     "required": ["epoch"],
@@ -70,7 +71,7 @@ SUMMARY_SCHEMA = {
         "metric": {"type": "string"},
         "selected": MODEL_SCHEMA,
         "last": MODEL_SCHEMA,
-        "seconds": {"type": "number"},
+        "seconds": NUMBER_SCHEMA,
     },
 }
 ROWS_SCHEMA = {"type": "object", "additionalProperties": {"type": "array", "items": {"type": "object"}}}
@@ -96,6 +97,7 @@ STATE_SCHEMA = {
         "metrics": {"type": "object"},
         "opt": {"type": "object"},
         "history": ROWS_SCHEMA,
+        "data": {"anyOf": [DATA_SCHEMA, {"type": "null"}]},
         "state_dict": {"type": "object"},
         "criterion": {"type": "object"},
         "optimizer": OPTIMIZER_SCHEMA,
@@ -380,7 +382,7 @@ def read_data(folder: Path) -> DataDescription | None:
     """
     path = folder / "data.json"
     if not path.exists():
-        return None
+        return read_state(folder / "last.pth.tar").get("data") if has_state(folder) else None
     description = auxiliaries.load_json(path)
     auxiliaries.check_schema(path, description, DATA_SCHEMA, "remove it to continue without comparing the data")
     return description
@@ -512,7 +514,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 def test_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
     """The selected network's metrics on the test classes (on the validation classes, where there are no others)."""
-    return summary["selected"].get("test") or summary["selected"]["val"]
+    return summary["selected"]["test" if "test" in summary["selected"] else "val"]
 
 
 # The state
@@ -526,7 +528,7 @@ def check_version(file: Path, values: Any) -> None:
     """
     version = values.get("version") if isinstance(values, Mapping) else None
     if not isinstance(version, int):
-        raise UserError(f"{file} is damaged: it doesn't say which version it has")
+        raise UserError(f"{file} is damaged: it doesn't say which version it has; remove it, or restore it")
     if version > RUN_VERSION:
         raise UserError(f"{file} is of a later version of this repository (run folders of version {version})")
 
@@ -578,13 +580,23 @@ def read_state(file: Path) -> dict[str, Any]:
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized or value.is_meta:
             raise UserError(f"{file} is damaged (state_dict.{name} is not an ordinary tensor): {advice}")
     for kind, rows in state["history"].items():
-        if kind not in records.LOGS or not all(map(_is_row, rows)):
+        if kind not in records.LOGS or not all(_is_row(kind, row) for row in rows):
             raise UserError(f"{file} is damaged (history.{kind} does not hold rows of numbers): {advice}")
     return state
 
 
-def _is_row(row: Mapping[Any, Any]) -> bool:
-    return "Epochs" in row and all(isinstance(n, str) and isinstance(v, int | float) for n, v in row.items())
+NEEDED_COLUMNS = {
+    **{"train": ("Time", "Train Loss", "Iterations"), "val": ("Time",), "test": ("Time",)},
+    **{"iterations": ("Iteration",), "distances": ()},
+}
+
+
+def _is_row(kind: str, row: Mapping[Any, Any]) -> bool:
+    """Whether a row has numbers in named columns, with those that every row of its kind has."""
+    numbers_only = all(isinstance(name, str) and isinstance(value, int | float) for name, value in row.items())
+    counts = [row.get(name) for name in ("Epochs", *(["Iteration"] if kind == "iterations" else []))]
+    is_counted = all(isinstance(count, int) and 0 <= count < 2**63 for count in counts)
+    return numbers_only and is_counted and all(name in row for name in NEEDED_COLUMNS[kind])
 
 
 def epoch_reached(folder: Path) -> int:
@@ -643,7 +655,11 @@ def load_network(folder: Path, opt: argparse.Namespace, device: torch.device) ->
     """
     state = best_state(folder)
     net = netlib.networkselect(vars(opt))
-    net.load_state_dict(state["state_dict"])
+    try:
+        net.load_state_dict(state["state_dict"])
+    except Exception as error:  # torch raises anything at all on the state of something else
+        reason = " ".join(str(error).split())
+        raise UserError(f"the checkpoint of {folder} is of another network than its config.yaml: {reason}") from None
     return net.to(device)
 
 

@@ -85,6 +85,8 @@ def parser() -> FlagParser:
         (["--gamma", "-inf"], "--gamma"),
         (["--gamma", "inf"], "--gamma: inf is not"),
         (["--gamma", "nan"], "--gamma: nan is not"),
+        (["--gamma=--"], "--gamma takes a value, not --"),
+        (["--loss=--"], "--loss takes a value, not --"),
     ],
     ids=lambda value: " ".join(value)[:20] if isinstance(value, list) else "",
 )
@@ -574,17 +576,14 @@ def test_a_file_of_another_form_is_one_sentence(tmp_path: Path) -> None:
     schema = {"type": "object", "required": ["epoch"], "properties": {"epoch": {"type": "integer"}}}
     check_schema(tmp_path / "a.json", {"epoch": 3, "more": [1]}, schema, "remove it")
     for value, words in (
-        ({"epoch": "x"}, "$.epoch: 'x' is not of type 'integer'"),
-        ({}, "'epoch' is a required property"),
-        ([1], "$: [1] is not of type 'object'"),
-        ({"epoch": [torch.zeros(100)] * 100}, "$.epoch"),
+        ({"epoch": "x"}, "epoch is not an integer"),
+        ({}, "it lacks epoch"),
+        ([1], "it is not a mapping"),
+        ({"epoch": [torch.zeros(100)] * 100}, "epoch is not an integer"),
     ):
-        with pytest.raises(UserError, match=r"a\.json is damaged \(\$") as caught:
+        with pytest.raises(UserError, match=re.escape(f"a.json is damaged ({words}): remove it")) as caught:
             check_schema(tmp_path / "a.json", value, schema, "remove it")
-        assert words in str(caught.value)
-        assert str(caught.value).endswith("remove it")
         assert "\n" not in str(caught.value)
-        assert len(str(caught.value)) < 400
 
 
 def test_deeply_nested_json_is_one_sentence(tmp_path: Path) -> None:

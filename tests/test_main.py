@@ -548,7 +548,7 @@ def test_metrics_within_parents_need_coarser_labels(small_flags: Flags, tmp_path
         (["--dataset", "tinyy"], "no images were found in"),
         (["--fold", "0"], "--fold needs --split_scheme cross_validation"),
         (["--num_training_sets", "5"], "--num_training_sets 5 is more than --num_training_partitions 4"),
-        ([*FOLD, "2"], "--fold 2 does not exist: --num_training_sets 2 counts from 0"),
+        ([*FOLD, "2"], "--fold 2 does not exist: with --num_training_sets 2, folds are 0 to 1"),
         (FOLD[:-1], "one training run is one fold of cross_validation: give --fold"),
         ([*FOLD, "0", "--test_size", "0.1"], "leaves 0 test class(es) of 8"),
         ([*FOLD, "0", "--num_training_partitions", "3"], "leaves 1 validation class(es) of 8"),

@@ -139,7 +139,7 @@ def test_changed_flags_take_effect(
 
 
 def test_a_state_of_another_network_or_optimizer_is_refused() -> None:
-    with pytest.raises(UserError, match="network or loss differs from what these flags give") as error:
+    with pytest.raises(UserError, match="differs from what these flags give") as error:
         build(embed_dim=5).load_state_dict(saved(build(), 0))
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="trained with Adam, not with SGD"):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CROSS, ROOT, CrossValidated, Metrics, Run, csv_rows, embed_by_hand, training_flags
+from conftest import CROSS, ROOT, CrossValidated, Metrics, Run, csv_rows, embed_by_hand, make_tree, training_flags
 from crash_child import rows_of, same
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -612,7 +612,7 @@ def test_lower_n_epochs_says_that_nothing_is_left(copied: Path, go_on: Run, caps
     ("file", "content", "words"),
     [
         ("summary.json", "{", "is not valid JSON"),
-        ("summary.json", "{}", "is damaged ($: 'selection' is a required property): --resume_training writes it anew"),
+        ("summary.json", "{}", "is damaged (it lacks selection): --resume_training writes it anew"),
         ("environment.json", "[1]", "is damaged: it doesn't say which version it has"),
         ("environment.json", '{"version": "x"}', "is damaged: it doesn't say which version it has"),
     ],
@@ -757,6 +757,9 @@ def test_folds_of_other_test_images_are_left_out_by_name(
 
 def test_a_run_from_before_data_were_described_says_so(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (copied / "data.json").unlink()
+    for name in ("last.pth.tar", "checkpoint.pth.tar"):
+        state = torch.load(copied / name, weights_only=True)
+        torch.save({key: value for key, value in state.items() if key != "data"}, copied / name)
     main.command(["--evaluate", str(copied)])
     assert "doesn't say on which images it was trained" in capsys.readouterr().err
 
@@ -822,3 +825,54 @@ def test_a_reproduction_that_cannot_train_leaves_no_folder(finished: Path, tmp_p
     with pytest.raises(UserError, match="needs 20 classes per batch"):
         main.command(["--reproduce_results", str(finished), "--save_path", str(tmp_path), "--bs", "40"])
     assert not list(tmp_path.rglob("config.yaml"))
+
+
+# What a hunt for bad inputs found
+
+
+def test_a_resumption_that_fails_changes_nothing(own_source: Path, tmp_path: Path) -> None:
+    main.command(training_flags(own_source, tmp_path, "--dataset", "tiny", "--savename", "run", "--n_epochs", "1"))
+    folder, image = tmp_path / "tiny" / "run", own_source / "tiny" / "images" / "class_0" / "0.jpg"
+    image.write_text("junk")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    resume = ["--save_path", str(tmp_path), "--resume_training", "--savename", "run", "--n_epochs", "2", "--lr", "0.5"]
+    with pytest.raises(UserError, match=r"class_0.*0\.jpg"):
+        main.command(resume)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_training_and_validation_folders_are_enough(tmp_path: Path) -> None:
+    make_tree(tmp_path / "data" / "train", classes=4, per_class=4)
+    make_tree(tmp_path / "data" / "val", classes=4, per_class=4, seed=1)
+    for label in range(4):
+        (tmp_path / "data" / "val" / f"class_{label}").rename(tmp_path / "data" / "val" / f"other_{label}")
+    flags = training_flags(tmp_path, tmp_path / "results", "--savename", "run", "--n_epochs", "1")
+    metrics = main.command([*flags, "--dataset", str(tmp_path / "data")])
+    summary = auxiliaries.load_json(tmp_path / "results" / "data" / "run" / "summary.json")
+    assert metrics == summary["selected"]["val"]
+    assert "best on test" not in summary
+
+
+def test_the_description_of_the_data_is_also_in_the_checkpoint(own_source: Path, tmp_path: Path) -> None:
+    main.command(training_flags(own_source, tmp_path, "--dataset", "tiny", "--savename", "run", "--n_epochs", "1"))
+    (tmp_path / "tiny" / "run" / "data.json").unlink()
+    shutil.copytree(own_source / "tiny/images/class_0", own_source / "tiny/images/class_00")
+    with pytest.raises(UserError, match="the data have changed"):
+        main.command(["--evaluate", str(tmp_path / "tiny" / "run")])
+
+
+@pytest.mark.parametrize("change", ["missing", "odd name", "shape"])
+def test_evaluating_the_network_of_another_run_is_one_sentence(copied: Path, change: str) -> None:
+    for name in ("last.pth.tar", "checkpoint.pth.tar"):
+        state = torch.load(copied / name, weights_only=True)
+        weights = state["state_dict"]
+        if change == "missing":
+            del weights["embedding.bias"]
+        elif change == "odd name":
+            weights[5] = torch.zeros(1)
+        else:
+            weights["embedding.bias"] = torch.zeros(3)
+        torch.save(state, copied / name)
+    with pytest.raises(UserError, match=r"the checkpoint of .* is of another network than its config\.yaml") as error:
+        main.command(["--evaluate", str(copied)])
+    assert "\n" not in str(error.value)
