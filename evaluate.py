@@ -163,8 +163,8 @@ class EmbeddingSpace:
             of them, nearest first; a query with fewer positives has counts without meaning at the end.
         """
         waiting = torch.from_numpy(np.argsort(self.query_labels, kind="stable")).to(self.query.device)  # by label
-        is_search = not nearest_only and self.num_positives.max(initial=0) > MAX_IN_TURN  # float64 costs it little more
-        for dtype in (torch.float64,) if is_search else (torch.float32, torch.float64):
+        is_long = not nearest_only and self.num_positives.max(initial=0) > MAX_IN_TURN  # then float64 costs little more
+        for dtype in (torch.float64,) if is_long else (torch.float32, torch.float64):
             if len(waiting) == 0:
                 return
             products, crowded = _Products(self, dtype), []

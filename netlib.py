@@ -307,8 +307,8 @@ def load_weights(backbone: nn.Module, file: str) -> None:
         if name.endswith(".num_batches_tracked"):
             state.setdefault(name, own[name])
     state = {name: state[name] for name in [*own, *surplus] if name in state}
-    for name in [name for name in own if name in state]:
-        if (kind := _unusual_kind(state[name], own[name])) is not None:
+    for name, value in own.items():
+        if name in state and (kind := _unusual_kind(state[name], value)) is not None:
             raise UserError(f"--weights {file}: {name} is {kind}, which can't be loaded: save it as ordinary float32")
     problems = {
         "lacks": [name for name in own if name not in state],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import glob
 import json
@@ -825,7 +826,8 @@ def build_summary(
     epochs = {"selected": best_epoch(val_rows, metric, lower_is_better), "last": val_rows[-1]["Epochs"]}
     if is_predefined:
         test_rows = log_rows["test"] if has_val_classes else val_rows
-        epochs["best on test"] = best_epoch(test_rows, metric, lower_is_better)
+        with contextlib.suppress(UserError):  # the metric is not defined on the test classes
+            epochs["best on test"] = best_epoch(test_rows, metric, lower_is_better)
     if val_rows[0]["Epochs"] == 0:
         epochs["untrained"] = 0
     networks = {
