@@ -268,6 +268,15 @@ def given(dataset: str, source: Path, *flags: str) -> Splits:
     return datasets.give_splits(config.resolve(config.parse([*where, *flags])))
 
 
+def read_spoiled(dataset: str, path: str, spoil: Callable[[Path], object], source: Path) -> str:
+    """Writes a dataset, spoils one of its files, and returns the error that reading it gives."""
+    WRITE[dataset](source / dataset)
+    spoil(source / dataset / path)
+    with pytest.raises(UserError) as error:
+        read(dataset, source)
+    return str(error.value)
+
+
 def assert_one_sentence(message: str, *parts: object) -> None:
     assert "\n" not in message
     for part in parts:
@@ -990,13 +999,8 @@ VEHICLE_TRAIN, VEHICLE_TEST = "train_test_split/train_list.txt", "train_test_spl
 def test_bad_data_is_one_sentence_with_the_path(
     dataset: str, path: str, spoil: Callable[[Path], object], said: str, tmp_path: Path
 ) -> None:
-    WRITE[dataset](tmp_path / dataset)
-    spoil(tmp_path / dataset / path)
-    with pytest.raises(UserError) as error:
-        read(dataset, tmp_path)
-    assert_one_sentence(
-        str(error.value), tmp_path / dataset / path, said.replace("PATH", f"{tmp_path / dataset / path}")
-    )
+    error = read_spoiled(dataset, path, spoil, tmp_path)
+    assert_one_sentence(error, tmp_path / dataset / path, said.replace("PATH", f"{tmp_path / dataset / path}"))
 
 
 IN_SHOP_TRAIN, IN_SHOP_QUERY = IN_SHOP_ROWS[0][0], IN_SHOP_ROWS[5][0]
@@ -1033,11 +1037,8 @@ IN_SHOP_TRAIN, IN_SHOP_QUERY = IN_SHOP_ROWS[0][0], IN_SHOP_ROWS[5][0]
 def test_an_image_of_two_classes_or_parts_is_refused_with_both_rows(
     dataset: str, path: str, spoil: Callable[[Path], object], said: str, tmp_path: Path
 ) -> None:
-    WRITE[dataset](tmp_path / dataset)
-    spoil(tmp_path / dataset / path)
-    with pytest.raises(UserError) as error:
-        read(dataset, tmp_path)
-    assert_one_sentence(str(error.value), said.replace("PATH", f"{tmp_path / dataset / path}"), "row ", "; row ")
+    error = read_spoiled(dataset, path, spoil, tmp_path)
+    assert_one_sentence(error, said.replace("PATH", f"{tmp_path / dataset / path}"), "row ", "; row ")
 
 
 @pytest.mark.parametrize(
