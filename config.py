@@ -17,6 +17,7 @@ import yaml
 
 import datasets
 import evaluate
+import features
 import losses
 import methods
 import netlib
@@ -78,7 +79,8 @@ def add_arguments(parser: FlagParser) -> None:
     """Declares the flags of the run itself, of its folder, and of what to do with a run that exists."""
     # fmt: off
     add = parser.add_argument_group("run").add_argument
-    add("--n_epochs", type=number(int, 1), default=70, help="number of epochs")
+    add("--n_epochs", type=number(int, 0), default=70,
+        help="number of epochs; 0: only evaluate the network as it is, before training")
     add("--seed", type=number(int, 0), default=1, compared=False,
         help="seed of weights, batches, augmentation and sampling")
     add("--gpu", type=number(int, -1), default=0, machine=True, compared=False,
@@ -129,7 +131,7 @@ def build_parser() -> FlagParser:
         known_elsewhere=KNOWN_ELSEWHERE,
     )
     parser.add_argument("--version", action="version", version=f"{parser.prog} {VERSION}")
-    for module in (datasets, transforms, netlib, losses, methods, evaluate, records):
+    for module in (datasets, transforms, netlib, features, losses, methods, evaluate, records):
         module.add_arguments(parser)
     add_arguments(parser)
     return parser
@@ -405,8 +407,10 @@ def refuse_contradictions(opt: argparse.Namespace) -> None:
         raise UserError(f"--loss {loss} needs two images per class in a batch: raise --samples_per_class")
     if losses.needs_positives(opt.loss) and opt.bs < 2 * opt.samples_per_class:
         raise UserError(f"--loss {loss} needs two classes of {opt.samples_per_class} images in a batch: raise --bs")
+    netlib.refuse_contradictions(opt)
     losses.check(opt, get_default)
     methods.refuse_contradictions(opt)
+    features.refuse_contradictions(opt)
     _refuse_folds(opt)
 
 

@@ -52,7 +52,7 @@ def add_arguments(parser: FlagParser) -> None:
     add("--patience", type=number(int, 1),
         help="stop when the selecting metric has not improved for this many epochs (default: never)")
     add("--check_untrained_accuracy", action="switch", compared=False,
-        help="also evaluate before training, as epoch 0")
+        help="also evaluate before training: the network as epoch 0, its backbone's features as epoch -1")
     # fmt: on
 
 

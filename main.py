@@ -30,8 +30,10 @@ import auxiliaries
 import config
 import datasets
 import evaluate
+import features
 import inference
 import methods
+import netlib
 import plots
 import protocol
 import records
@@ -41,12 +43,13 @@ from auxiliaries import UserError
 READ_LOSSES_EVERY = 50  # iterations: until then they stay on the device
 
 
-def main(opt: argparse.Namespace, folder: Path | None = None) -> dict[str, float]:
+def main(opt: argparse.Namespace, folder: Path | None = None, only_check: bool = False) -> dict[str, float]:
     """Trains and evaluates once.
 
     Args:
         opt: the flags, from `config.parse`; under cross-validation with --fold.
         folder: the run folder to create, or, where it exists, to continue in (default: a new one named by the flags).
+        only_check: whether to stop before anything is written; what can be known to fail has failed then.
 
     Returns:
         The test metrics of the selected epoch.
@@ -62,7 +65,7 @@ def main(opt: argparse.Namespace, folder: Path | None = None) -> dict[str, float
 
     # ================================================== Data ==========================================================
     splits = datasets.give_splits(opt)
-    if opt.check_images:
+    if opt.check_images and opt.cache_features is None:  # a cache reads them all when it is made, and then none
         datasets.check_images(splits, opt.exif_orientation)
     seen = methods.relabel(opt, splits)
     loaders = datasets.give_dataloaders(opt, seen, pin_memory=device.type == "cuda")
@@ -73,6 +76,11 @@ def main(opt: argparse.Namespace, folder: Path | None = None) -> dict[str, float
     method = methods.build_training(
         opt, num_classes, device, not runs.has_state(folder), len(loaders.train), lower_is_better
     )
+    if only_check:
+        runs.restore(opt, splits, method, folder)
+        return {}
+    if opt.cache_features is not None:
+        loaders = features.give_cached_loaders(opt, loaders, method, device)
 
     with runs.open_run(opt, splits, method, device, folder) as run, records.resume_hint(run.folder):
         print_start(run, device, len(loaders.train))
@@ -82,9 +90,8 @@ def main(opt: argparse.Namespace, folder: Path | None = None) -> dict[str, float
         gradients = None
         if opt.grad_measure:
             gradients = records.GradientRecord(run.folder / "grad_measure.npz", run.log.iterations())
-        if run.epoch == 0 and opt.check_untrained_accuracy:
-            evaluate_epoch(run, loaders, device, epoch=0)
-            console.print_epoch(0, run.log, best_epoch=0)
+        if run.epoch == 0:
+            evaluate_before_training(run, loaders, device, console)
         if run.epoch >= opt.n_epochs:
             auxiliaries.notice(f"{run.folder} is at epoch {run.epoch} of {opt.n_epochs}: nothing is left to train")
 
@@ -140,7 +147,7 @@ def train_one_epoch(
     for iteration, (images, labels, _) in enumerate(console.watch(loader, epoch), start=1):
         parts = method.step(images.to(device, non_blocking=True), labels, epoch)
         if gradients is not None:
-            gradients.add(method.net.embedding.weight)
+            gradients.add(method.net.last_linear.weight)
         iterations.add(iteration, **parts)
         num_images += len(labels)
         if iteration % READ_LOSSES_EVERY == 0 or iteration == len(loader) or console.wants_loss():
@@ -159,6 +166,21 @@ def train_one_epoch(
     return row
 
 
+def evaluate_before_training(
+    run: runs.Run, loaders: datasets.Loaders, device: torch.device, console: records.Console
+) -> None:
+    """Evaluates the backbone's features as epoch -1 and the network as epoch 0, as far as the flags ask for it."""
+    opt = run.opt
+    if opt.check_untrained_accuracy and opt.embed_dim:  # without an embedding layer they are the same
+        evaluate_epoch(run, loaders, device, epoch=-1)
+        console.print_epoch(-1, run.log, best_epoch=0)
+    if opt.check_untrained_accuracy or not opt.n_epochs:
+        evaluate_epoch(run, loaders, device, epoch=0)
+        console.print_epoch(0, run.log, best_epoch=0)
+    if not opt.n_epochs:
+        run.save(epoch=0, best_epoch=0)
+
+
 def evaluate_epoch(
     run: runs.Run, loaders: datasets.Loaders, device: torch.device, epoch: int
 ) -> evaluate.EmbeddingSpace:
@@ -172,7 +194,7 @@ def evaluate_epoch(
     if loaders.val and loaders.test and run.opt.split_scheme == "predefined":
         watched["test"] = loaders.test
     spaces = {kind: evaluate_sets(run, sets, device, epoch, kind) for kind, sets in watched.items()}
-    if run.opt.dist_measure:
+    if run.opt.dist_measure and epoch >= 0:
         points = evaluate.embed(run.method.evaluated, loaders.train_eval, device, "training images")
         ratio = evaluate.intra_inter_ratio(evaluate.EmbeddingSpace(points, loaders.train_eval.labels))
         run.log.add("distances", {"Epochs": epoch, "Intra / Inter": ratio})
@@ -182,11 +204,14 @@ def evaluate_epoch(
 def evaluate_sets(
     run: runs.Run, sets: Sequence[datasets.RetrievalSet], device: torch.device, epoch: int, kind: str
 ) -> list[evaluate.EmbeddingSpace]:
-    """Evaluates retrieval sets, records a row of that kind, and returns the embedding spaces."""
+    """Evaluates retrieval sets, as epoch -1 by the backbone's features; records a row of that kind.
+
+    Returns:
+        The embedding spaces.
+    """
     opt, start = run.opt, time.perf_counter()
-    metrics, spaces = evaluate.evaluate(
-        run.method.evaluated, sets, opt.k_vals, device, opt.eval_metrics, opt.testing_method
-    )
+    net = run.method.evaluated if epoch >= 0 else netlib.Trunk(run.method.evaluated)
+    metrics, spaces = evaluate.evaluate(net, sets, opt.k_vals, device, opt.eval_metrics, opt.testing_method)
     run.log.add(kind, {"Epochs": epoch, "Time": time.perf_counter() - start, **metrics})
     return spaces
 
@@ -246,7 +271,7 @@ def print_start(run: runs.Run, device: torch.device, num_batches: int) -> None:
     opt, net = run.opt, run.method.net
     weights = "random weights" if opt.not_pretrained else f"weights of {opt.weights}" if opt.weights else "pretrained"
     million = sum(parameter.numel() for parameter in net.parameters()) / 1e6
-    network = f"{opt.arch} ({weights}), {million:.2f} million parameters, {opt.embed_dim}-dimensional embeddings"
+    network = f"{opt.arch} ({weights}), {million:.2f} million parameters, {net.embed_dim}-dimensional embeddings"
     sampling = f" with {join_names(opt.sampling)} sampling" if opt.sampling else ""
     loss = f"{join_names(opt.loss)}{sampling}, --lr {opt.lr:g}, {num_batches} batches of {opt.bs} images per epoch"
     records.print_start(opt.dataset, run.splits, network, loss, device, run.folder, run.epoch)

@@ -580,20 +580,6 @@ def _continue_schedule(scheduler: Any, state: Mapping[str, Any], saved_groups: S
 # Training methods
 
 
-def mlp(features: int, *widths: int) -> nn.Sequential:
-    """Linear layers of these widths, with a ReLU between them.
-
-    Raises:
-        UserError: this machine doesn't have the memory for them.
-    """
-    layers: list[nn.Module] = []
-    for width in widths:
-        check_memory(16.0 * features * width, f"a layer of {features} by {width} features")
-        layers += [nn.Linear(features, width), nn.ReLU()]
-        features = width
-    return nn.Sequential(*layers[:-1])
-
-
 def _further_group(name: str, network: nn.Module, opt: argparse.Namespace, part: str = "") -> Group:
     """The parameter group of a further network, with the rate and the weight decay of the trunk."""
     return {
@@ -666,7 +652,7 @@ class MetricLossOnly:
         """
         if not opt.classifier_loss_weight:
             return {}, []
-        classifier = mlp(opt.embed_dim, *opt.classifier_hidden, num_classes)
+        classifier = netlib.mlp(net.embed_dim, *opt.classifier_hidden, num_classes)
         return {"classifier": classifier}, [_further_group("classifier", classifier, opt)]
 
     @property
@@ -843,7 +829,7 @@ class S2SD(MetricLossOnly):
         heads, criteria = nn.ModuleDict(), nn.ModuleDict()
         for dim in opt.s2sd_dims:
             name = str(dim)
-            heads[name] = mlp(num_features(net), dim, dim)
+            heads[name] = netlib.mlp(net.num_features, dim, dim)
             wider = argparse.Namespace(**{**vars(opt), "embed_dim": dim})
             criteria[name], of_criterion = losses.loss_select(opt.loss, wider, [], num_classes)
             groups += [{"part": "loss", **group, "name": f"{group['name']} of {dim}"} for group in of_criterion]
@@ -945,8 +931,8 @@ class DeepAdversarialMetricLearning(MetricLossOnly):
     ) -> tuple[dict[str, Any], list[Group]]:
         """Builds the generator; see `MetricLossOnly.build_networks`."""
         networks, groups = super().build_networks(opt, net, num_classes)
-        features = num_features(net)
-        generator = mlp(3 * features, features, features)
+        features = net.num_features
+        generator = netlib.mlp(3 * features, features, features)
         return {**networks, "generator": generator}, [*groups, _further_group("generator", generator, opt)]
 
     def learns_alone(self, epoch: int) -> str | None:
@@ -1044,12 +1030,6 @@ def frozen(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def num_features(net: netlib.EmbeddingNet) -> int:
-    """The number of the backbone's features."""
-    first = next(module for module in net.embedding.modules() if isinstance(module, nn.Linear))
-    return first.in_features
-
-
 METHODS: dict[str, type[MetricLossOnly]] = {
     "MetricLossOnly": MetricLossOnly,
     "TrainWithClassifier": TrainWithClassifier,
@@ -1082,6 +1062,13 @@ def refuse_contradictions(opt: argparse.Namespace) -> None:
         raise UserError(f"--accumulate needs a loss of single images, which {opt.training_method} is not: drop it")
     if not method.knows_labels:
         _refuse_labels(opt)
+    if opt.freeze_trunk and opt.freeze_trunk_epochs:
+        raise UserError(
+            f"--freeze_trunk and --freeze_trunk_epochs {opt.freeze_trunk_epochs} contradict each other: the first "
+            "freezes the backbone for good, so drop one"
+        )
+    if opt.fc_lr_mul and not opt.embed_dim:
+        raise UserError("--fc_lr_mul is for the embedding layer, which --embed_dim 0 leaves out: drop one of them")
     if opt.classifier_hidden and not opt.classifier_loss_weight:
         raise UserError("--classifier_hidden needs a classifier: give --classifier_loss_weight, or drop it")
 
@@ -1132,18 +1119,34 @@ def build_training(
     """
     seed_everything(opt.seed, 0)
     net = netlib.networkselect(opt, load_pretrained).to(device)
-    has_batchnorm = any(isinstance(module, _BatchNorm) for module in net.modules())
-    if opt.bs == 1 and has_batchnorm and not opt.freeze_batchnorm:
+    if opt.bs == 1 and any(isinstance(module, _BatchNorm) and module.training for module in net.modules()):
         raise UserError("--bs 1 leaves BatchNorm nothing to normalize over: raise --bs, or give --freeze_batchnorm")
     of_net = _network_groups(opt, net)
-    criterion, groups = losses.loss_select(opt.loss, opt, of_net, num_classes)
+    sized = argparse.Namespace(**{**vars(opt), "embed_dim": net.embed_dim})
+    criterion, groups = losses.loss_select(opt.loss, sized, of_net, num_classes)
     groups = [{"part": "loss", **group} for group in groups]
     method = METHODS[opt.training_method]
     further, further_groups = method.build_networks(opt, net, num_classes)
     for network in (criterion, *further.values()):
         network.to(device)
-    optimization = _build_optimization(opt, [*groups, *further_groups], num_batches, lower_is_better)
+    groups = [*groups, *further_groups]
+    _refuse_nothing_to_learn(opt, net, groups)
+    optimization = _build_optimization(opt, groups, num_batches, lower_is_better)
     return method(net, criterion, optimization, **further, **{name: getattr(opt, name) for name in method.flags})
+
+
+def _refuse_nothing_to_learn(opt: argparse.Namespace, net: netlib.EmbeddingNet, groups: Sequence[Group]) -> None:
+    """Refuses training without a parameter that learns, in its first epochs or at all."""
+    of_trunk = set(map(id, net.backbone.parameters()))
+    learning = [parameter for group in groups for parameter in group["params"]]
+    flag = "--freeze_trunk_epochs" if opt.freeze_trunk_epochs else "--freeze_trunk"
+    if opt.freeze_trunk_epochs:
+        learning = [parameter for parameter in learning if id(parameter) not in of_trunk]
+    if opt.n_epochs and not learning:
+        raise UserError(
+            f"with {flag} and --embed_dim 0 nothing learns, since --loss {' '.join(losses.names_of(opt.loss))} has no "
+            f"parameters: give --embed_dim 1 or more, drop {flag}, or only evaluate with --n_epochs 0"
+        )
 
 
 def _network_groups(opt: argparse.Namespace, net: netlib.EmbeddingNet) -> list[Group]:
@@ -1161,7 +1164,7 @@ def _build_optimization(
     Raises:
         UserError: --optim_params names a part that this training doesn't have.
     """
-    parts = {group["part"] for group in groups}
+    parts = {group["part"] for group in groups if group["params"]}
     for key in opt.optim_params:
         part, dot, _ = key.partition(".")
         if dot and part not in parts:

@@ -26,6 +26,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 WRAPPERS = ("state_dict", "model", "model_state_dict")
 PREFIXES = ("module.", "_orig_mod.", "model.")
 
+EMBEDDER_NORMS = ("none", "layernorm")
+
 
 def add_arguments(parser: FlagParser) -> None:
     """Declares the flags of the network."""
@@ -34,13 +36,23 @@ def add_arguments(parser: FlagParser) -> None:
     # fmt: off
     add("--arch", default="resnet50", metavar="NAME", fixed=True,
         help="resnet50, googlenet, or another classification network of torchvision (resnet18, vit_b_16, …)")
-    add("--embed_dim", type=number(int, 1), fixed=True, help="embedding dimension (default: 128; googlenet: 512)")
+    add("--embed_dim", type=number(int, 0), fixed=True,
+        help="embedding dimension; 0: the backbone's features themselves are the embedding (default: 128; googlenet: "
+        "512)")
+    add("--embedder", type=number(int, 1), nargs="*", default=[], metavar="N", fixed=True,
+        help="widths of hidden layers before the embedding layer, each followed by a ReLU, such as 512 256")
+    add("--embedder_norm", choices=EMBEDDER_NORMS, default="none", fixed=True,
+        help="layernorm: scale the backbone's features, before any layer of the embedding, to mean 0 and variance 1 "
+        "per image, without parameters, as ProxyNCA++ does")
     add("--not_pretrained", action="switch", default=None,
         help="start from random weights instead of pretrained ones (default: if the architecture has no others)")
     add("--weights", type=user_path, metavar="FILE",
         help="start from the state dict in FILE instead of downloading one")
     add("--freeze_batchnorm", action="switch", default=None,
         help="keep BatchNorm's running statistics fixed; its affine parameters still learn (default: if pretrained)")
+    add("--freeze_trunk", action="switch", fixed=True,
+        help="train only what stands behind the backbone, which stays as it is (a linear probe): quick, and often "
+        "enough for a strong pretrained backbone")
     # fmt: on
 
 
@@ -153,16 +165,56 @@ def find_arch(name: str) -> Arch:
     )
 
 
+def mlp(features: int, *widths: int) -> nn.Sequential:
+    """Linear layers of these widths, with a ReLU between them.
+
+    Raises:
+        UserError: this machine doesn't have the memory for them.
+    """
+    layers: list[nn.Module] = []
+    for width in widths:
+        # weights, gradient, Adam's moments
+        check_memory(16.0 * features * width, f"a layer of {features} by {width} features")
+        layers += [nn.Linear(features, width), nn.ReLU()]
+        features = width
+    return nn.Sequential(*layers[:-1])
+
+
+def build_embedding(num_features: int, embed_dim: int, hidden: Sequence[int] = (), norm: str = "none") -> nn.Module:
+    """Builds what makes embeddings `(B, D)` of features `(B, features)`.
+
+    Args:
+        num_features: number of features.
+        embed_dim: dimension D; 0: no linear layer, the features are the embedding.
+        hidden: widths of hidden layers.
+        norm: one of `EMBEDDER_NORMS`.
+
+    Raises:
+        UserError: this machine doesn't have the memory for it.
+    """
+    layers = [*mlp(num_features, *hidden, embed_dim)] if embed_dim else []
+    if norm == "layernorm":
+        layers = [nn.LayerNorm(num_features, elementwise_affine=False), *layers]
+    if len(layers) == 1:  # so that an ordinary network's parameters are embedding.weight and embedding.bias
+        return layers[0]
+    return nn.Sequential(*layers) if layers else nn.Identity()
+
+
 class EmbeddingNet(nn.Module):
-    """A backbone and a linear embedding layer.
+    """A backbone and an embedding of its features.
 
     Args:
         backbone: normalized images `(B, 3, H, W)` to features `(B, features)`.
-        features: number of features.
-        embed_dim: dimension D of the embedding.
+        num_features: number of features.
+        embed_dim: dimension D of the embedding; 0: as many as there are features.
         normalize: whether embeddings are scaled to unit length.
         freeze_batchnorm: whether BatchNorm layers keep their running statistics in training.
         mean, std: of the backbone's input, per channel, for images in 0 … 1.
+        freeze_trunk: whether the backbone stays as it is: in evaluation mode, without gradients.
+        embedding: features `(B, features)` to embeddings `(B, D)`, see `build_embedding` (default: a linear layer).
+
+    Attributes:
+        takes_features: whether it is given features that the backbone has computed before, in place of images.
     """
 
     mean: torch.Tensor
@@ -171,18 +223,22 @@ class EmbeddingNet(nn.Module):
     def __init__(
         self,
         backbone: nn.Module,
-        features: int,
+        num_features: int,
         embed_dim: int = 128,
         normalize: bool = True,
         freeze_batchnorm: bool = False,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        freeze_trunk: bool = False,
+        embedding: nn.Module | None = None,
     ):
         super().__init__()
-        self.backbone = backbone
-        self.embedding = nn.Linear(features, embed_dim)
+        self.backbone = backbone.requires_grad_(False) if freeze_trunk else backbone
+        self.embedding = embedding or build_embedding(num_features, embed_dim)
+        self.num_features, self.embed_dim = num_features, embed_dim or num_features
         self.normalize = normalize
-        self.freeze_batchnorm = freeze_batchnorm
+        self.freeze_batchnorm, self.freeze_trunk = freeze_batchnorm, freeze_trunk
+        self.takes_features = False
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
 
@@ -200,17 +256,27 @@ class EmbeddingNet(nn.Module):
         Raises:
             UserError: it got something else.
         """
+        if self.takes_features:
+            return images
         check_images(images)
-        return self.backbone((images.contiguous() - self.mean) / self.std)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_trunk):
+            return self.backbone((images.contiguous() - self.mean) / self.std)
 
     def embed_features(self, features: torch.Tensor) -> torch.Tensor:
         """The backbone's features `(B, features)` to embeddings `(B, D)`."""
         embeddings = self.embedding(features)
         return F.normalize(embeddings, dim=1) if self.normalize else embeddings
 
+    @property
+    def last_linear(self) -> nn.Linear | None:
+        """The last linear layer of the embedding; None where the features are the embedding."""
+        return next((layer for layer in [*self.embedding.modules()][::-1] if isinstance(layer, nn.Linear)), None)
+
     def train(self, mode: bool = True) -> EmbeddingNet:
-        """Sets the mode; frozen BatchNorm layers stay in evaluation mode."""
+        """Sets the mode; a frozen backbone and frozen BatchNorm layers stay in evaluation mode."""
         super().train(mode)
+        if self.freeze_trunk:
+            self.backbone.eval()
         if self.freeze_batchnorm:
             for module in self.modules():
                 if isinstance(module, _BatchNorm):
@@ -218,17 +284,41 @@ class EmbeddingNet(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"normalize={self.normalize}, freeze_batchnorm={self.freeze_batchnorm}"
+        return f"normalize={self.normalize}, freeze_batchnorm={self.freeze_batchnorm}, freeze_trunk={self.freeze_trunk}"
 
     def parameter_groups(self, lr: float, decay: float, fc_lr_mul: float = 0) -> list[dict[str, Any]]:
-        """The optimizer's parameter groups; the embedding layer's rate is `lr * fc_lr_mul`, or `lr` when that is 0."""
-        if not fc_lr_mul:
-            return [{"name": "network", "params": list(self.parameters()), "lr": lr, "weight_decay": decay}]
-        embedding = {"params": list(self.embedding.parameters()), "lr": lr * fc_lr_mul, "weight_decay": decay}
-        return [
-            {"name": "backbone", "params": list(self.backbone.parameters()), "lr": lr, "weight_decay": decay},
-            {"name": "embedding", **embedding},
-        ]
+        """The optimizer's groups of the parameters that learn: `network`, or `backbone` and `embedding`.
+
+        They are two with a learning rate of the embedding layer of its own, `lr * fc_lr_mul`; a backbone of which
+        nothing learns has no group.
+        """
+
+        def group(name: str, module: nn.Module, rate: float) -> dict[str, Any]:
+            learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            return {"name": name, "params": learning, "lr": rate, "weight_decay": decay}
+
+        backbone, embedding = (
+            group("backbone", self.backbone, lr),
+            group("embedding", self.embedding, lr * (fc_lr_mul or 1)),
+        )
+        if not backbone["params"]:
+            return [embedding]
+        return [backbone, embedding] if fc_lr_mul else [group("network", self, lr)]
+
+
+class Trunk(nn.Module):
+    """An embedding network without its embedding layer: images `(B, 3, H, W)` uint8 to features `(B, features)`.
+
+    They are scaled to length 1 where the network's embeddings are.
+    """
+
+    def __init__(self, net: EmbeddingNet):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.net.features(images)
+        return F.normalize(features, dim=1) if self.net.normalize else features
 
 
 def networkselect(opt: argparse.Namespace | Mapping[str, Any], load_pretrained: bool | None = None) -> EmbeddingNet:
@@ -248,8 +338,7 @@ def networkselect(opt: argparse.Namespace | Mapping[str, Any], load_pretrained: 
     is_finished = isinstance(opt, Mapping)
     if load_pretrained is None:
         load_pretrained = not is_finished
-    if isinstance(opt, Mapping):
-        opt = argparse.Namespace(**opt)
+    opt = with_defaults(opt)
     arch = find_arch(opt.arch)
     file = opt.weights if load_pretrained else None
     if opt.not_pretrained:
@@ -271,9 +360,32 @@ def networkselect(opt: argparse.Namespace | Mapping[str, Any], load_pretrained: 
     if file is not None:
         load_weights(backbone, file)
     check_memory(16.0 * features * opt.embed_dim, f"--embed_dim {opt.embed_dim}")  # weights, gradient, Adam's moments
-    net = EmbeddingNet(backbone, features, opt.embed_dim, opt.normalize, opt.freeze_batchnorm, arch.mean, arch.std)
+    embedding = build_embedding(features, opt.embed_dim, opt.embedder, opt.embedder_norm)
+    freezing = {"freeze_batchnorm": opt.freeze_batchnorm, "freeze_trunk": opt.freeze_trunk}
+    net = EmbeddingNet(
+        backbone, features, opt.embed_dim, opt.normalize, mean=arch.mean, std=arch.std, embedding=embedding, **freezing
+    )
     check_input(net, opt.arch, opt.crop_size)
     return net.eval() if is_finished else net
+
+
+def with_defaults(opt: argparse.Namespace | Mapping[str, Any]) -> argparse.Namespace:
+    """The flags, with the defaults of those of the network that they lack, as the flags of an earlier version do."""
+    parser = FlagParser()
+    add_arguments(parser)
+    return argparse.Namespace(**{**vars(parser.parse_args([])), **(opt if isinstance(opt, Mapping) else vars(opt))})
+
+
+def refuse_contradictions(opt: argparse.Namespace) -> None:
+    """Checks the resolved flags of the network against each other.
+
+    Raises:
+        UserError: they contradict each other.
+    """
+    if opt.embedder and not opt.embed_dim:
+        raise UserError(
+            "--embedder puts hidden layers before the embedding layer, which --embed_dim 0 leaves out: drop one of them"
+        )
 
 
 def check_images(images: Any) -> None:
@@ -378,7 +490,7 @@ def check_input(net: EmbeddingNet, arch: str, crop_size: int) -> None:
     Raises:
         UserError: it doesn't.
     """
-    device, was_training = net.embedding.weight.device, net.training
+    device, was_training = net.mean.device, net.training
     net.eval()
     try:
         with torch.inference_mode():

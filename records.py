@@ -630,6 +630,7 @@ class GradientRecord:
 
 CONSOLE_WIDTH = 100  # characters
 ROWS_BELOW_HEADER = 25
+BEFORE_TRAINING = {"untrained": 0, "trunk": -1}  # networks by name, and the epochs as which they are recorded
 
 
 READ_LOSS_EVERY = 10  # seconds
@@ -815,9 +816,10 @@ def build_summary(
         is_pretrained: whether the network had pretrained weights before training.
 
     Returns:
-        `selection`, `metric`, `seconds`, and networks by name (`selected`, `last`, where known `best on test` and
-        `untrained`), each with its `epoch` and one network's metrics on `val` and `test`, as far as evaluated. Beside
-        `untrained`, which is the network before training, `initial weights` says which it had: random or pretrained.
+        `selection`, `metric`, `seconds`, and networks by name (`selected`, `last`, where known `best on test`,
+        `untrained` and `trunk`), each with its `epoch` and one network's metrics on `val` and `test`, as far as
+        evaluated. Beside `untrained`, which is the network before training, `initial weights` says which it had:
+        random or pretrained. `trunk` is its backbone alone.
     """
     metrics = {kind: {row["Epochs"]: metrics_of(row) for row in log_rows[kind]} for kind in ("val", "test")}
     if not has_val_classes:
@@ -828,8 +830,8 @@ def build_summary(
         test_rows = log_rows["test"] if has_val_classes else val_rows
         with contextlib.suppress(UserError):  # the metric is not defined on the test classes
             epochs["best on test"] = best_epoch(test_rows, metric, lower_is_better)
-    if val_rows[0]["Epochs"] == 0:
-        epochs["untrained"] = 0
+    evaluated = {row["Epochs"] for row in val_rows}
+    epochs |= {name: epoch for name, epoch in BEFORE_TRAINING.items() if epoch in evaluated}
     networks = {
         name: {"epoch": epoch, **{kind: by_epoch[epoch] for kind, by_epoch in metrics.items() if epoch in by_epoch}}
         for name, epoch in epochs.items()
@@ -843,10 +845,11 @@ def build_summary(
 def print_summary(summary: Mapping[str, Any]) -> None:
     """Prints a summary as a table: a row per network and kind of classes, networks of the same epoch in one."""
     before_training = "before training" if summary.get("initial weights") == "pretrained" else "untrained"
+    other_names = {"untrained": before_training, "trunk": f"backbone {before_training}"}
     networks = {name: network for name, network in summary.items() if isinstance(network, Mapping)}
     names: dict[int, list[str]] = {}
     for name, network in networks.items():
-        names.setdefault(network["epoch"], []).append(before_training if name == "untrained" else name)
+        names.setdefault(network["epoch"], []).append(other_names.get(name, name))
     by_epoch = {network["epoch"]: network for network in networks.values()}
     rows = {
         (" = ".join(names[epoch]), epoch, kind): network[kind]
@@ -864,7 +867,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     for (label, epoch, kind), metrics in rows.items():
         cells = "".join(format_cell(mean_over_sets(metrics, name), name) for name in columns)
         print(f"{label:>{first}}  {epoch:>5}  {kind:<4}{cells}")
-    if "untrained" in networks:
+    if "untrained" in networks and networks["selected"]["epoch"] > 0:
         metric, kind = summary["metric"], "test" if "test" in networks["untrained"] else "val"
         before, after = (mean_over_sets(networks[name][kind], metric) for name in ("untrained", "selected"))
         trained = f"{after:.4f} trained ({after - before:+.4f})"

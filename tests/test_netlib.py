@@ -176,7 +176,7 @@ def test_resnet50_and_googlenet_are_known_without_torchvision() -> None:
 def test_flags() -> None:
     parser = FlagParser()
     netlib.add_arguments(parser)
-    assert parser.names_with(fixed=True) == ["arch", "embed_dim"]
+    assert parser.names_with(fixed=True) == ["arch", "embed_dim", "freeze_trunk"]
     opt = parser.parse_args([])
     assert (opt.arch, opt.embed_dim, opt.not_pretrained, opt.freeze_batchnorm) == ("resnet50", None, None, None)
     assert parser.parse_args(["--not_pretrained"]).not_pretrained
@@ -609,3 +609,26 @@ def test_weights_that_cannot_be_read_name_the_file(kept: int | None, tmp_path: P
         path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(UserError, match=r"some_weights\.pth"):
         networkselect(flags(weights=str(path)))
+
+
+def test_a_frozen_trunk_stays_as_it_is() -> None:
+    net = small_net(freeze_trunk=True).train()
+    assert not any(module.training for module in net.backbone.modules())
+    assert net.embedding.training
+    before = {name: value.clone() for name, value in net.backbone.state_dict().items()}
+    net(images()).square().sum().backward()
+    assert not any(parameter.requires_grad for parameter in net.backbone.parameters())
+    assert not net.features(images()).requires_grad
+    assert net.embedding.weight.grad is not None
+    assert all(torch.equal(before[name], value) for name, value in net.backbone.state_dict().items())
+    (group,) = net.parameter_groups(0.1, 0.01, fc_lr_mul=3)
+    assert {id(p) for p in group["params"]} == set(map(id, net.embedding.parameters()))
+    assert (group["name"], group["lr"]) == ("embedding", pytest.approx(0.3))
+
+
+def test_a_frozen_trunk_is_a_flag() -> None:
+    net = networkselect(resolved("--arch", "resnet18", "--not_pretrained", "--freeze_trunk", "--crop_size", "32"))
+    assert net.freeze_trunk
+    assert net.training
+    assert not net.backbone.training
+    assert net.num_features == 512

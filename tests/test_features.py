@@ -1,0 +1,218 @@
+"""The cache of a frozen trunk's features: the same embeddings as without, one file for many runs, and bad input."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CROSS, ROOT, csv_rows, training_flags
+
+import config
+import datasets
+import evaluate
+import features
+import inference
+import main
+import methods
+import netlib
+import transforms
+from auxiliaries import UserError, seeded
+
+CPU = torch.device("cpu")
+FROZEN = ("--freeze_trunk", "--cache_features")
+
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
+
+@pytest.fixture
+def cached(source: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """A function that gives the flags of a run on `tiny` that caches its features in tmp_path/cache."""
+
+    def flags(*more: str) -> list[str]:
+        where = ("--dataset", "tiny", "--savename", "run", "--n_epochs", "2", "--cache_path", str(tmp_path / "cache"))
+        return training_flags(source, tmp_path, *where, *FROZEN, *more)
+
+    return flags
+
+
+def build(argv: list[str]) -> tuple[methods.MetricLossOnly, datasets.Loaders, datasets.Loaders]:
+    """The method, its loaders of images, and those of features."""
+    opt = config.resolve(config.parse(argv))
+    loaders = datasets.give_dataloaders(opt, datasets.give_splits(opt))
+    method = methods.build_training(opt, loaders.train.dataset.num_classes, CPU)
+    return method, loaders, features.give_cached_loaders(opt, loaders, method, CPU)
+
+
+def files(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache").glob("*.npy"))
+
+
+def test_embeddings_are_those_of_the_images(cached: Callable[..., list[str]]) -> None:
+    method, loaders, of_features = build(cached())
+    method.net.eval()
+    for images, stored in (
+        (loaders.train_eval, of_features.train_eval),
+        (loaders.test[0].query, of_features.test[0].query),
+    ):
+        found = evaluate.embed(method.net, stored, CPU)
+        method.net.takes_features = False
+        wanted = evaluate.embed(method.net, images, CPU)
+        method.net.takes_features = True
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+        assert stored.paths == images.paths
+        np.testing.assert_array_equal(stored.labels, images.labels)
+
+
+def test_a_run_ends_as_without_a_cache(source: Path, tmp_path: Path, cached: Callable[..., list[str]]) -> None:
+    """With a training transform that draws nothing, the test transform's."""
+    plain = [flag for flag in cached("--savename", "plain") if flag != "--cache_features"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transforms, "build_train_transform", transforms.build_eval_transform)
+        wanted = main.command(plain)
+    assert main.command(cached()) == pytest.approx(wanted, abs=1e-6)
+    rows, others = (csv_rows(tmp_path / "tiny" / name / "log_iterations.csv") for name in ("run", "plain"))
+    for row, other in zip(rows, others, strict=True):
+        assert float(row["Loss"]) == pytest.approx(float(other["Loss"]), abs=1e-5)
+
+
+def test_views_are_random_transforms_drawn_by_epoch_and_position(cached: Callable[..., list[str]]) -> None:
+    method, loaders, of_features = build(cached("3"))
+    dataset, source = of_features.train.dataset, loaders.train.dataset
+    pool = sorted(source.images.paths)
+    shown: list[list[int]] = []
+    for epoch in (1, 2, 1):
+        dataset.set_epoch(epoch)
+        shown.append(dataset.views.tolist())
+        for batch, draws in zip(of_features.train, dataset.batches, strict=True):
+            for row, (idx, _, position) in zip(batch[0], draws, strict=True):
+                path = source.images.paths[idx]
+                with seeded(1, int(dataset.views[position]), pool.index(path)):
+                    image = source.transform(transforms.load_image(path))
+                method.net.takes_features = False
+                torch.testing.assert_close(row, method.net.features(image[None])[0], atol=1e-5, rtol=1e-5)
+            np.testing.assert_array_equal(batch[1], source.labels[[idx for idx, _, _ in draws]])
+    assert shown[0] == shown[2] != shown[1]
+    assert set(shown[0]) == {0, 1, 2}
+
+
+def test_the_trunk_runs_once_per_image(cached: Callable[..., list[str]], tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def count(module: torch.nn.Module, images: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        seen.append(len(images[0]))
+
+    build_arch = netlib.find_arch(config.parse(cached()).arch).build
+    with pytest.MonkeyPatch.context() as patch:
+
+        def counted(*args: object) -> tuple[torch.nn.Module, int]:
+            backbone, num = build_arch(*args)  # type: ignore[arg-type]
+            backbone.register_forward_hook(count)
+            return backbone, num
+
+        row = netlib.find_arch(config.parse(cached()).arch)
+        patch.setitem(netlib.ARCHS, "shufflenet_v2_x0_5", netlib.Arch(counted, row.crop_size, row.resize))
+        first = main.command(cached())
+        assert sum(seen) == 48 + 1  # and the check that the network takes such images
+        seen.clear()
+        assert main.command(cached("--savename", "again")) == first
+        assert sum(seen) == 1
+    assert len(files(tmp_path)) == 1
+
+
+def test_folds_share_the_files_and_go_on_bit_for_bit(source: Path, tmp_path: Path) -> None:
+    more = (*CROSS, *FROZEN, "2", "--cache_path", str(tmp_path / "cache"))
+    whole = main.command(training_flags(source, tmp_path, *more, "--savename", "whole"))
+    assert len(files(tmp_path)) == 2  # views of training images, and all images' test transform
+    stop = training_flags(source, tmp_path, *more, "--savename", "parts", "--n_epochs", "1")
+    main.command(stop)
+    parts = main.command(["--save_path", str(tmp_path), "--savename", "parts", "--resume_training", "--n_epochs", "2"])
+    assert parts == whole
+    for fold in range(3):
+        one, other = (tmp_path / "cv" / name / f"fold_{fold}" / "log_iterations.csv" for name in ("whole", "parts"))
+        assert csv_rows(one) == csv_rows(other)
+    assert len(files(tmp_path)) == 2
+
+
+def test_a_run_folder_is_evaluated_on_images(cached: Callable[..., list[str]], tmp_path: Path) -> None:
+    wanted = main.command(cached())
+    found = inference.evaluate_run(["--evaluate", str(tmp_path / "tiny" / "run")])
+    assert {name.removeprefix("test "): value for name, value in found.items()} == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["--seed", "2"], ["--crop_size", "40"], ["--exif_orientation"], ["--arch", "resnet18"]],
+)
+def test_what_changes_features_makes_another_file(
+    cached: Callable[..., list[str]], tmp_path: Path, more: list[str]
+) -> None:
+    build(cached())
+    build(cached(*more))  # another seed: other random weights
+    assert len(files(tmp_path)) == 2
+
+
+def test_a_changed_image_makes_another_file(source: Path, cached: Callable[..., list[str]], tmp_path: Path) -> None:
+    build(cached())
+    image = source / "tiny" / "images" / "class_0" / "0.jpg"
+    before = image.stat().st_mtime_ns
+    os.utime(image, ns=(before, before + 10))
+    build(cached())
+    os.utime(image, ns=(before, before))
+    build(cached())
+    assert len(files(tmp_path)) == 2
+
+
+def test_half_precision_halves_the_file(cached: Callable[..., list[str]], tmp_path: Path) -> None:
+    _, _, whole = build(cached())
+    _, _, half = build(cached("--cache_dtype", "float16"))
+    assert sorted(np.load(path).dtype for path in files(tmp_path)) == [np.float16, np.float32]
+    for one, other in zip(whole.train_eval, half.train_eval, strict=True):
+        assert other[0].dtype == torch.float32
+        torch.testing.assert_close(one[0], other[0], atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01\x00", b"no array"])
+def test_a_damaged_file_is_named(cached: Callable[..., list[str]], tmp_path: Path, content: bytes) -> None:
+    build(cached())
+    files(tmp_path)[0].write_bytes(content)
+    with pytest.raises(UserError, match=r"\.npy can't be read as stored features .* remove it"):
+        build(cached())
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--cache_features"], "--cache_features stores what the trunk gives, .* add --freeze_trunk"),
+        (["--cache_features", "-1"], "--cache_features: -1 is not at least 0"),
+        (
+            [*FROZEN, "--training_method", "UnsupervisedByAugmentation"],
+            "compares transforms of an image: give --cache_features VIEWS with at least 2",
+        ),
+        ([*FROZEN, "--cache_path", "/proc/nowhere"], "--cache_path /proc/nowhere can't be created"),
+    ],
+)
+def test_bad_input(source: Path, tmp_path: Path, more: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        main.command(training_flags(source, tmp_path, "--dataset", "tiny", "--savename", "run", *more))
+    assert not (tmp_path / "tiny").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_file(cached: Callable[..., list[str]], tmp_path: Path) -> None:
+    commands = [[sys.executable, "main.py", *cached("--savename", name)] for name in ("one", "two")]
+    started = [
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for command in commands
+    ]
+    notices = [process.communicate()[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], notices
+    assert sum("features of 48 images are stored" in text for text in notices) == 1
+    one, two = (csv_rows(tmp_path / "tiny" / name / "log_iterations.csv") for name in ("one", "two"))
+    assert one == two
+    assert len(files(tmp_path)) == 1
