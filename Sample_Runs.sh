@@ -14,6 +14,8 @@ runs() {
     local softhard="--loss triplet --sampling softhard"
     local npair="--loss npair --sampling npair"
     local proxynca="--loss proxynca"
+    local photographs="--dataset caltech101 --arch timm:tf_efficientnet_lite0 --freeze_trunk --cache_features --n_epochs 20 --save_interval 4"
+    local rc="--config reality_check"
     local demo="--dataset glyphs --arch resnet18 --not_pretrained --check_untrained_accuracy --savename demo"
     cat <<TABLE
 demo                                      $demo --loss marginloss --crop_size 48 --bs 56 --lr 1e-3 --n_epochs 4 --tau 3
@@ -45,6 +47,23 @@ online_products-googlenet-npair           --dataset online_products $google $npa
 in-shop-googlenet-margin                  --dataset in-shop $google $margin --n_epochs 40 --tau 25
 in-shop-googlenet-triplet                 --dataset in-shop $google $semihard --n_epochs 40 --tau 25
 in-shop-googlenet-npair                   --dataset in-shop $google $npair --n_epochs 40 --tau 25
+cub200-proxy_anchor                       --config proxy_anchor
+cars196-proxy_anchor                      --config proxy_anchor --dataset cars196
+cub200-proxynca++                         --config proxynca++
+cub200-zero_shot                          --config zero_shot --dataset cub200
+cub200-dinov2                             --config dinov2 --dataset cub200
+reality_check-contrastive                 $rc reality_check_contrastive
+reality_check-triplet                     $rc reality_check_triplet
+reality_check-ntxent                      $rc reality_check_ntxent
+reality_check-proxynca                    $rc reality_check_proxynca
+reality_check-margin                      $rc reality_check_margin
+reality_check-cosface                     $rc reality_check_cosface
+reality_check-arcface                     $rc reality_check_arcface
+reality_check-fastap                      $rc reality_check_fastap
+reality_check-multi_similarity            $rc reality_check_multi_similarity
+reality_check-multi_similarity_miner      $rc reality_check_multi_similarity_miner
+reality_check-soft_triple                 $rc reality_check_soft_triple
+benchmark-losses                          benchmark_losses.py --savename losses $photographs
 TABLE
 }
 
@@ -59,5 +78,9 @@ if [ -z "$flags" ]; then
     exit 2
 fi
 bash install.sh
+case $flags in
+    " benchmark_losses.py "*) ;;
+    *) flags="main.py $flags" ;;
+esac
 # shellcheck disable=SC2086 # the flags hold no spaces of their own
-exec "${DML_VENV:-.venv}/bin/python" main.py $flags "${@:2}"
+exec "${DML_VENV:-.venv}/bin/python" $flags "${@:2}"

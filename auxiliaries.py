@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import difflib
 import errno
 import inspect
@@ -14,11 +15,14 @@ import json
 import math
 import os
 import random
+import re
 import secrets
 import shutil
+import signal
 import sys
 import textwrap
 import time
+import typing
 import warnings
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -56,6 +60,8 @@ def run_command(command: Callable[[], object]) -> NoReturn:
     Text that the terminal can't show is escaped, and a reader that goes away, as in `| head`, stops nothing.
     """
     sys.stdout, sys.stderr = _SturdyStream(sys.stdout), _SturdyStream(sys.stderr)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as programs set it while modules load
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         command()
     except UserError as error:
@@ -96,6 +102,22 @@ class _SturdyStream:
         os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
+MAX_NAME = 255  # bytes of a file's name
+MAX_SHOWN = 60  # characters of what the user typed
+MAX_LISTED = 16  # names in a message
+
+
+def shorten(text: str) -> str:
+    """Text cut to what messages show of it."""
+    return f"{text[:MAX_SHOWN]}…" if len(text) > MAX_SHOWN else text
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: not too long, and in quotes where it could be overlooked or isn't printable."""
+    text = shorten(str(value))
+    return text if text.isprintable() and text.strip() == text != "" else repr(text)
+
+
 def nearest_name(name: str, names: Iterable[str], cutoff: float = 0.7) -> str:
     """` (did you mean …?)` with the most similar of `names`, or an empty string when none is similar enough."""
     by_lower_case = {other.lower(): other for other in names}
@@ -108,9 +130,13 @@ def disk_advice(error: Exception) -> str:
     number = getattr(error, "errno", None)
     if number in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
         return "move away what stands in its place"
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG):
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EILSEQ):
         return "choose another place or name"
-    return "free some space, or choose another place"
+    if number == errno.ENOENT:
+        return "make its folder first, or choose another place"
+    if number in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # torch doesn't say which error it was
+        return "free some space, or choose another place"
+    return "see to the disk, or choose another place"
 
 
 PLAIN_LINE_EVERY = 30  # seconds
@@ -155,20 +181,27 @@ def number(
     """An argparse type: a `kind` (int or float), at least `minimum` (above it, with `exclusive`) and below `below`."""
 
     def parse(text: str) -> Any:
-        value = kind(text)
+        try:
+            value = kind(text)
+        except (ValueError, OverflowError):
+            name = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not {name}") from None
         if value >= below:
-            raise argparse.ArgumentTypeError(f"{text} is not below {below:g}")
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not below {below:g}")
         if math.isnan(value) or value < minimum or (exclusive and value == minimum):
             bound = f"above {minimum}" if exclusive else f"at least {minimum}"
-            raise argparse.ArgumentTypeError(f"{text} is not {bound}")
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not {bound}")
         return value
 
-    parse.__name__ = getattr(kind, "__name__", "number")  # argparse names the type in "invalid int value"
     return parse
 
 
 def user_path(text: str) -> str:
     """An argparse type: a path, in which a leading `~` stands for the home folder."""
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a path: it has a NUL character")
+    if any(len(name.encode(errors="replace")) > MAX_NAME for name in Path(text).parts):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a path: a name in it is longer than {MAX_NAME} bytes")
     return os.path.expanduser(text)
 
 
@@ -211,11 +244,11 @@ def check_params(
     for key, text in params.items():
         if key not in known:
             listed = f"; it takes {', '.join(known)}" if known else "; it takes none"
-            raise UserError(f"{flag}: {name} has no parameter {key}{nearest_name(key, known)}{listed}")
+            raise UserError(f"{flag}: {name} has no parameter {shown(key)}{nearest_name(key, known)}{listed}")
         wanted = _expected_type(known[key])
         values[key] = text if wanted is str else parse_value(text)
         if wanted and not _has_type(values[key], wanted):
-            raise UserError(f"{flag}: {key} of {name} takes {TYPE_NAMES[wanted]}, not {text}")
+            raise UserError(f"{flag}: {key} of {name} takes {TYPE_NAMES[wanted]}, not {shown(text)}")
     return values
 
 
@@ -242,6 +275,9 @@ def _expected_type(parameter: inspect.Parameter) -> type | None:
     annotation = getattr(parameter.annotation, "__name__", parameter.annotation)
     if annotation in hints:
         return hints[annotation]
+    kinds = [typing.get_origin(kind) or kind for kind in typing.get_args(parameter.annotation)]
+    if any(kind in (Sequence, list, tuple) for kind in kinds):  # one value or several: the default says too little
+        return None
     default = parameter.default
     if isinstance(default, tuple):
         return list
@@ -275,7 +311,7 @@ class FlagTraits:
         machine: it says where a run is made, not what the run is.
         compared: runs that differ in it are runs of different configurations.
         stored: it is part of a run's configuration.
-        needs: what must be asked for beside it: "evaluate" or "cross_validation".
+        needs: what must be asked for beside it: "evaluate", "cross_validation" or "memory_size".
     """
 
     fixed: bool = False
@@ -329,7 +365,7 @@ class MappingAction(argparse.Action):
         for entry in values:
             key, equals, value = entry.partition("=")
             if not equals or not key:
-                raise UserError(f"{option_string} {entry} is not of the form key=value")
+                raise UserError(f"{option_string} {shown(entry)} is not of the form key=value")
             merged[key] = value
         setattr(namespace, self.dest, merged)
 
@@ -380,7 +416,11 @@ class FlagParser(argparse.ArgumentParser):
         return [name for name, known in self.traits.items() if wanted <= vars(known).items()]
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        switch = re.match(r"argument (\S+): ignored explicit argument", message)
+        if switch:
+            on, *off = switch[1].split("/")
+            raise UserError(f"{on} takes no value: give {' or '.join([on, *off])}")
+        raise UserError(message.removeprefix("argument "))
 
     def _get_values(self, action, arg_strings):
         if "--" in arg_strings and action.option_strings:  # argparse would drop it
@@ -392,7 +432,7 @@ class FlagParser(argparse.ArgumentParser):
         if unknown:
             kind = "flag" if unknown[0].startswith("-") else "argument"
             near = self.nearest_flag(unknown[0].split("=")[0])
-            raise UserError(f"unknown {kind} {unknown[0]}{near}: {self.prog} --help lists all flags")
+            raise UserError(f"unknown {kind} {shown(unknown[0])}{near}: {self.prog} --help lists all flags")
         return opt
 
     def nearest_flag(self, flag: str) -> str:
@@ -410,8 +450,9 @@ class FlagParser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
-            listed = f"; it takes one of {', '.join(choices)}" if len(choices) <= 12 else ""
-            raise UserError(f"{action.option_strings[0]} {value} is unknown{nearest_name(str(value), choices)}{listed}")
+            listed = f"; it takes one of {', '.join(choices)}" if len(choices) <= MAX_LISTED else ""
+            near = nearest_name(str(value), choices)
+            raise UserError(f"{action.option_strings[0]} {shown(value)} is unknown{near}{listed}")
 
 
 # Seeds and device
@@ -472,6 +513,7 @@ def pick_device(gpu: int) -> torch.device:
         if gpu >= 0:
             notice("no CUDA device was found: running on the CPU")
         torch.set_num_threads(cpu_cores() - cpu_cores() // 4)
+        keep_freed_memory()
         return device
     if gpu >= torch.cuda.device_count():
         raise UserError(
@@ -482,9 +524,21 @@ def pick_device(gpu: int) -> torch.device:
     return device
 
 
+def keep_freed_memory() -> None:
+    """Makes the C library keep what is freed: a step on the CPU frees gigabytes of activations, and to hand them back to
+    the system, which clears them anew for the next step, can take longer than to compute them."""
+    mmap_max, trim_threshold = -4, -1  # parameters of glibc's mallopt
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
 def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copies host data to `device` without making the host wait for the device."""
     tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+    if tensor.device == device:
+        return tensor
     # A copy from pageable memory may wait for the stream. Fake CUDA tensors exist without CUDA, pinned memory doesn't.
     if device.type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_available():
         tensor = tensor.pin_memory()

@@ -36,13 +36,24 @@ def add_arguments(parser: auxiliaries.FlagParser) -> None:
     """Declares the flags."""
     # fmt: off
     add = parser.add_argument
-    add("folders", nargs="+", metavar="FOLDER", help="run folders, such as Training_Results/cub200/*")
+    add("folders", nargs="+", type=auxiliaries.user_path, metavar="FOLDER",
+        help="run folders, such as Training_Results/cub200/*")
     add("--metric", default="Recall @ 1", help="the metric to compare, as log_val_Base.csv names it")
-    add("--svg", default="comparison.svg", metavar="FILE", help="where to draw the curves")
+    add("--svg", default="comparison.svg", type=_svg_file, metavar="FILE", help="where to draw the curves")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--csv", action="store_true", help="print CSV instead of Markdown")
     add("--json", action="store_true", help="print JSON instead of Markdown")
     # fmt: on
+
+
+def _svg_file(text: str) -> Path:
+    """An argparse type: an SVG file that can be written."""
+    path = Path(auxiliaries.user_path(text))
+    if path.suffix.lower() != ".svg":
+        raise UserError(f"--svg {auxiliaries.shown(text)} is not the name of an SVG file: end it with .svg")
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"--svg {auxiliaries.shown(text)} can't be written: name a file in a folder that exists")
+    return path
 
 
 # Reading runs
@@ -100,6 +111,8 @@ def read_curve(file: Path, metric: str) -> dict[int, float]:
         curve = {int(row["Epochs"]): records.mean_over_sets(row, metric) for row in rows}
         if not all(0 <= epoch < MAX_EPOCH for epoch in curve):
             raise ValueError("it has impossible epochs")
+        if any(abs(value) > runs.LARGEST for value in curve.values()):
+            raise ValueError(f"it has impossible values of {metric}")
     except (OSError, KeyError, TypeError, ValueError, OverflowError, csv.Error) as error:
         raise UserError(f"{file.name} is damaged: {' '.join(str(error).split())}") from None
     return {epoch: value for epoch, value in curve.items() if math.isfinite(value)}
@@ -301,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         table.writerows(rows)
     else:
         print(format_markdown(rows))
-    plots.save_bands(Path(opt.svg), compute_bands(seeds), opt.metric)
+    plots.save_bands(opt.svg, compute_bands(seeds), opt.metric)
     auxiliaries.notice(f"curves in {opt.svg}")
     return rows
 

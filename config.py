@@ -37,6 +37,8 @@ from auxiliaries import (
     find_device,
     nearest_name,
     number,
+    shorten,
+    shown,
     to_builtin,
     user_path,
 )
@@ -47,7 +49,7 @@ COMPLETE = "# Complete if the last line is three dots.\n"
 MAX_SAVENAME = 200  # bytes: with what is put before and after it, it must fit into 255
 
 # What runs did that were stored before these flags existed: a stored configuration that lacks one of them means this.
-MEANT_BEFORE = {"crop_scale": 0.08, "flip": True, "redraw_images": True}
+MEANT_BEFORE = {"crop_scale": 0.08, "flip": True, "redraw_images": True, "interpolation": "bilinear"}
 
 # What users bring along from other projects, and what it is here.
 KNOWN_ELSEWHERE = {
@@ -69,7 +71,9 @@ KNOWN_ELSEWHERE = {
     "lr_decay_gamma": "--gamma", "eval_every": "--save_interval", "save_every": "--save_interval",
     "eval_metric": "--eval_metric_for_best_epoch", "primary_metric": "--eval_metric_for_best_epoch",
     "test": "--evaluate", "eval_only": "--evaluate", "eval": "--evaluate", "reproduce": "--reproduce_results",
-    "special_split_scheme_name": "--split_scheme", "config_file": "--config", "cfg": "--config",
+    "freeze_backbone": "--freeze_trunk", "linear_probe": "--freeze_trunk", "lora_rank": "--lora", "lora_r": "--lora",
+    "global_pool": "--pooling", "special_split_scheme_name": "--split_scheme", "config_file": "--config",
+    "cfg": "--config",
 }  # fmt: skip
 
 Layer = list[tuple[str, list[str]]]  # flags with what a user would have typed for them; nothing: back to the default
@@ -166,7 +170,7 @@ def _check_text(name: str, text: str) -> None:
     """Refuses text that can't be written to files or be part of a path."""
     is_unicode = text.encode("utf-8", errors="replace").decode("utf-8") == text
     if "\0" in text or not is_unicode:
-        raise UserError(f"--{name} {text!a} is not valid text: it has a NUL character or is not UTF-8")
+        raise UserError(f"--{name} {shown(text)} is not valid text: it has a NUL character or is not UTF-8")
 
 
 def given_flags(argv: Sequence[str]) -> dict[str, Any]:
@@ -268,11 +272,11 @@ def _find_file(name: str) -> Path:
     if path.is_file():
         return path
     if path.suffix or path.name != name:
-        raise UserError(f"--config {name} does not exist or is not a file")
+        raise UserError(f"--config {shown(name)} does not exist or is not a file")
     if not preset.is_file():
         names = sorted(file.stem for file in PRESETS.glob("*.yaml"))
         raise UserError(
-            f"--config {name} is neither a file nor one in configs/{nearest_name(name, names)}, which has "
+            f"--config {shown(name)} is neither a file nor one in configs/{nearest_name(name, names)}, which has "
             f"{', '.join(names)}"
         )
     return preset
@@ -283,7 +287,7 @@ def _as_tokens(key: str, node: yaml.Node, parser: FlagParser) -> tuple[str, list
     flag = f"--{key}"
     action = parser.flags().get(flag)
     if action is None or key in ("config", "help"):
-        raise UserError(f"unknown flag {flag}{parser.nearest_flag(flag)}")
+        raise UserError(f"unknown flag {shown(flag)}{parser.nearest_flag(flag)}")
     if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null":
         return flag, []
     if isinstance(node, yaml.MappingNode | yaml.SequenceNode):
@@ -292,7 +296,7 @@ def _as_tokens(key: str, node: yaml.Node, parser: FlagParser) -> tuple[str, list
             raise UserError(f"{flag} takes plain values, not lists or mappings of more lists or mappings")
         odd = [part.value for part in parts if part.value.startswith("-") and not _is_number(part.value)]
         if odd:
-            raise UserError(f"{flag} takes values, not {odd[0]}, which looks like a flag")
+            raise UserError(f"{flag} takes values, not {shown(odd[0])}, which looks like a flag")
     if isinstance(node, yaml.MappingNode) and isinstance(action, MappingAction):
         return flag, [flag, *(f"{name.value}={value.value}" for name, value in node.value)]
     if isinstance(node, yaml.SequenceNode) and action.nargs in ("*", "+"):
@@ -301,7 +305,7 @@ def _as_tokens(key: str, node: yaml.Node, parser: FlagParser) -> tuple[str, list
         raise UserError(f"{flag} takes {'a mapping' if isinstance(action, MappingAction) else 'a plain value'}")
     if isinstance(action, SwitchAction):
         if node.value.lower() not in ("true", "false"):
-            raise UserError(f"{flag} takes true or false, not {node.value}")
+            raise UserError(f"{flag} takes true or false, not {shown(node.value)}")
         on, off = action.option_strings
         return flag, [off if (node.value.lower() == "true") == (flag == off) else on]
     return flag, [f"{flag}={node.value}"]
@@ -325,7 +329,7 @@ def resolve(opt: argparse.Namespace) -> argparse.Namespace:
         UserError: flags contradict each other.
     """
     opt = argparse.Namespace(**vars(opt))
-    arch, needs = netlib.find_arch(opt.arch), losses.needs_of(opt.loss)
+    arch, needs = netlib.find_arch(opt.arch), losses.requirements(opt.loss)
 
     def fill(name: str, value: Any) -> None:
         if getattr(opt, name) is None:
@@ -341,20 +345,36 @@ def resolve(opt: argparse.Namespace) -> argparse.Namespace:
     fill("eval_bs", opt.bs)
     fill("kernels", default_workers(find_device(opt.gpu)))
     fill("k_vals", list(datasets.default_k_vals(opt.dataset)))
-    fill("crop_scale", datasets.find_spec(opt.dataset).crop_scale)
-    fill("flip", datasets.find_spec(opt.dataset).flip)
     _compute_what_selects(opt)
     fill("embed_dim", arch.embed_dim)
-    fill("resize", arch.resize if opt.crop_size is None else round(opt.crop_size * arch.resize / arch.crop_size))
-    fill("crop_size", arch.crop_size)
+    fill("interpolation", arch.interpolation)
+    if methods.METHODS[opt.training_method].is_cascade:
+        fill("cascade_layers", [])  # those of the architecture
+    for name, value in _image_flags(opt, arch).items():
+        fill(name, value)
     if opt.split_scheme == "cross_validation":
         fill("num_training_sets", min(4, opt.num_training_partitions))
     fill("not_pretrained", not (arch.has_weights or opt.weights))
     fill("freeze_batchnorm", not opt.not_pretrained)
     methods.resolve_optimization(opt)
-    fill("savename", f"{opt.dataset}_{opt.arch}_{datetime.now():%Y-%m-%d_%H-%M-%S}")
+    fill("savename", f"{opt.dataset}_{opt.arch.replace(':', '-')}_{datetime.now():%Y-%m-%d_%H-%M-%S}")
     refuse_contradictions(opt)
     return FrozenNamespace(**vars(opt))
+
+
+def _image_flags(opt: argparse.Namespace, arch: netlib.Arch) -> dict[str, Any]:
+    """What the flags of images are where they aren't given; those that transforms by name replace stay None.
+
+    Raises:
+        UserError: such transforms can't be used.
+    """
+    spec, crop_size = datasets.find_spec(opt.dataset), transforms.input_side(opt) or opt.crop_size or arch.crop_size
+    flags: dict[str, Any] = {"crop_size": crop_size}
+    if not opt.train_transforms:
+        flags |= {"crop_scale": spec.crop_scale, "flip": spec.flip}
+    if not opt.eval_transforms:
+        flags["resize"] = round(crop_size * arch.resize / arch.crop_size)
+    return flags
 
 
 def _compute_what_selects(opt: argparse.Namespace) -> None:
@@ -375,7 +395,7 @@ def _compute_what_selects(opt: argparse.Namespace) -> None:
     if metric not in evaluate.chosen_metrics(opt.k_vals, opt.eval_metrics):
         names = list(evaluate.chosen_metrics(opt.k_vals, list(evaluate.METRICS)))
         raise UserError(
-            f"--eval_metric_for_best_epoch {metric} is unknown{nearest_name(metric, names)}; it takes one of "
+            f"--eval_metric_for_best_epoch {shown(metric)} is unknown{nearest_name(metric, names)}; it takes one of "
             f"{', '.join(names)}"
         )
 
@@ -391,7 +411,7 @@ def refuse_contradictions(opt: argparse.Namespace) -> None:
     if opt.not_pretrained and opt.freeze_batchnorm:
         of_arch = " or --not_pretrained" if netlib.find_arch(opt.arch).has_weights else f"; --arch {opt.arch} has none"
         raise UserError(f"--freeze_batchnorm needs pretrained statistics to keep: drop it{of_arch}")
-    if opt.resize < opt.crop_size:
+    if opt.resize is not None and opt.resize < opt.crop_size:
         raise UserError(
             f"--resize {opt.resize} is less than --crop_size {opt.crop_size}: the crop must fit into the image"
         )
@@ -407,6 +427,7 @@ def refuse_contradictions(opt: argparse.Namespace) -> None:
         raise UserError(f"--loss {loss} needs two images per class in a batch: raise --samples_per_class")
     if losses.needs_positives(opt.loss) and opt.bs < 2 * opt.samples_per_class:
         raise UserError(f"--loss {loss} needs two classes of {opt.samples_per_class} images in a batch: raise --bs")
+    datasets.refuse_contradictions(opt)
     netlib.refuse_contradictions(opt)
     losses.check(opt, get_default)
     methods.refuse_contradictions(opt)
@@ -419,7 +440,7 @@ def _refuse_savename(name: str | None) -> None:
     if name is None:
         return
     if name in ("", ".", "..") or Path(name).name != name:
-        raise UserError(f"--savename '{name}' is not a folder name: give a plain name, without slashes")
+        raise UserError(f"--savename '{shorten(name)}' is not a folder name: give a plain name, without slashes")
     if len(name.encode()) > MAX_SAVENAME:
         raise UserError(f"--savename '{name[:20]}…' is longer than {MAX_SAVENAME} bytes: give a shorter name")
 
@@ -458,6 +479,9 @@ def refuse_unused(opt: argparse.Namespace, given: Mapping[str, Any]) -> None:
     changed = [name for name in parser.names_with(needs="cross_validation") if getattr(opt, name) != get_default(name)]
     if changed and opt.split_scheme == "predefined" and not modes:
         raise UserError(f"--{changed[0]} needs --split_scheme cross_validation: predefined splits have no folds")
+    for name in parser.names_with(needs="memory_size"):
+        if not modes and not opt.memory_size and getattr(opt, name) != get_default(name):
+            raise UserError(f"--{name} says how to use the memory of --memory_size: add --memory_size, or drop it")
     if not modes:
         # a complete config.yaml gives every flag
         changed = [name for name in given if getattr(opt, name) != get_default(name)]

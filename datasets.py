@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import inspect
 import itertools
 import math
 import os
@@ -22,10 +23,11 @@ import threading
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
@@ -36,15 +38,18 @@ from tqdm import tqdm
 
 import transforms
 from auxiliaries import (
+    MAX_NAME,
     FlagParser,
     UserError,
     check_memory,
+    check_params,
     cpu_cores,
     locked,
     nearest_name,
     notice,
     number,
     seeded,
+    shown,
     user_path,
 )
 
@@ -57,6 +62,11 @@ U = TypeVar("U")
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 TEST_SIZE = 0.5  # of the classes
+PARTS = ("train", "val", "test")  # folders of class folders
+NAMES_OF_PARTS = {  # what others call them
+    **{"training": "train", "trainset": "train", "train_set": "train"},
+    **{"valid": "val", "validation": "val", "dev": "val", "testing": "test", "testset": "test", "test_set": "test"},
+}
 DOWNLOAD_TIMEOUT = 60.0  # seconds without an answer
 BYTES_PER_DRAW = 200  # of an epoch's list of images
 
@@ -66,7 +76,9 @@ def add_arguments(parser: FlagParser) -> None:
     # fmt: off
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="cub200", metavar="NAME", fixed=True,
-        help=f"{', '.join(DATASETS)}, or any folder of class folders: its name in --source_path, or its path")
+        help=f"{', '.join(name for name in DATASETS if not name.startswith('torchvision_'))}; torchvision:NAME, "
+        f"with the name of one of its classes: {', '.join(TORCHVISION)}; or any folder of class folders: its name in "
+        "--source_path, or its path")
     add("--source_path", type=user_path, default="Datasets", machine=True, compared=False,
         help="folder that contains the datasets")
     add("--download", action="switch", machine=True, compared=False, help="download the dataset first if it is missing")
@@ -81,7 +93,11 @@ def add_arguments(parser: FlagParser) -> None:
     add("--samples_per_class", type=number(int, 1),
         help="images of each class in a batch; 1: batches don't depend on classes (default: by --loss, 4 or 1)")
     add("--batch_sampler", choices=BATCH_SAMPLERS,
-        help="how batches are formed (default: shuffled with --samples_per_class 1, otherwise class_balanced)")
+        help="how batches are formed (default: shuffled with --samples_per_class 1, otherwise class_balanced); "
+        "HierarchicalSampler, of pytorch-metric-learning: each from a few super classes, the next coarser labels")
+    add("--batch_sampler_params", action="params", default={},
+        help="parameters of --batch_sampler: for HierarchicalSampler super_classes_per_batch (default: 2) and "
+        "batches_per_super_tuple (default: 4), the batches that each combination of super classes gets in an epoch")
     add("--redraw_images", action="switch",
         help="class_balanced: draw the images of a class anew for each batch, as the MPerClassSampler of "
         "pytorch-metric-learning does; by default all of them are drawn before any is drawn again")
@@ -284,11 +300,15 @@ def class_disjoint_splits(
     start, size = int(len(classes) * test_start_idx), int(len(classes) * test_size)
     test = classes[np.arange(start, start + size) % len(classes)]
     others = np.setdiff1d(classes, test)
-    for name, count in (("test", len(test)), ("validation", len(others) // num_training_partitions)):
+    for name, count, advice in (
+        ("test", len(test), "raise --test_size"),
+        ("validation", len(others) // num_training_partitions, "lower --num_training_partitions or --test_size"),
+    ):
         if count < 2:  # and then each partition has two or more, which leaves enough to train on
+            flags = f"--test_size {test_size:g} and --num_training_partitions {num_training_partitions}"
             raise UserError(
-                f"cross_validation leaves {count} {name} class(es) of {len(classes)}, and two are needed: change "
-                "--test_size or --num_training_partitions"
+                f"--split_scheme cross_validation leaves {count} {name} class(es) of {len(classes)} with {flags}, and "
+                f"two are needed: {advice}, or give more classes"
             )
     partitions = np.array_split(others, num_training_partitions)
     val, train = partitions[fold], np.concatenate([p for i, p in enumerate(partitions) if i != fold])
@@ -340,20 +360,29 @@ def find_layout(root: Path, *layouts: str) -> Path:
     raise UserError(f"{root} contains none of {', '.join(layouts)}: Datasets/README.md shows the layouts")
 
 
-def read_class_folders(folder: Path, key: Callable[[str], Any] | None = None) -> ImageSet:
+def read_class_folders(folder: Path, key: Callable[[str], Any] | None = None, left_out: Sequence[str] = ()) -> ImageSet:
     """Reads `folder/<class>/<image>`; classes are sorted by `key(name)`, and the images of a class by name.
+
+    Args:
+        folder: of the class folders.
+        key: sort key of the classes' names (default: the name).
+        left_out: folders that are not classes.
 
     Raises:
         UserError: a class folder has no images, there are fewer than two classes, or a link leads nowhere.
     """
-    paths, classes = list_class_folders(folder)
+    paths, classes = list_class_folders(folder, left_out)
     if len(set(classes)) < 2:
         raise UserError(f"{folder} contains {len(set(classes))} class folder(s): at least two are needed")
     return make_image_set(paths, classes, key=key)
 
 
-def list_class_folders(folder: Path) -> tuple[list[str], list[str]]:
+def list_class_folders(folder: Path, left_out: Sequence[str] = ()) -> tuple[list[str], list[str]]:
     """The images `folder/<class>/<image>` and their classes; a notice counts other files.
+
+    Args:
+        folder: of the class folders.
+        left_out: folders that are not classes.
 
     Raises:
         UserError: a class folder has no images, or a link leads nowhere.
@@ -366,6 +395,8 @@ def list_class_folders(folder: Path) -> tuple[list[str], list[str]]:
     class_folders, files = _list_entries(folder)
     ignored["images that are in no class folder"] = list(filter(_has_image_suffix, files))
     for class_folder in class_folders:
+        if os.path.basename(class_folder) in left_out:
+            continue
         subfolders, files = _list_entries(class_folder)
         below = [os.path.join(at, name) for top in subfolders for at, _, names in os.walk(top) for name in names]
         ignored["images in subfolders of class folders"] += filter(_has_image_suffix, below)
@@ -421,19 +452,39 @@ def read_folder(root: Path, test_size: float = TEST_SIZE) -> Splits:
     subfolders = [path for path in root.iterdir() if path.is_dir() and path.name[0] != "."]
     is_class = root / "images" in subfolders and len(subfolders) > 1 and not _list_entries(root / "images")[0]
     folder = root / "images" if (root / "images").exists() and not is_class else root
-    parts = [part for part in ("train", "val", "test") if _holds_class_folders(folder / part)]
+    parts = find_parts(folder)
     if "train" not in parts:
         return split_classes(read_class_folders(folder), test_size)
     if len(parts) == 1:
         raise UserError(f"{folder} has a folder train, but neither val nor test beside it: add one to evaluate on")
     if test_size != TEST_SIZE:
         raise UserError(f"--test_size {test_size} contradicts the folders {', '.join(parts)} of {folder}: drop it")
-    listed = {part: list_class_folders(folder / part) for part in parts}
+    listed = {part: list_class_folders(path) for part, path in parts.items()}
     return split_by_part(
         [path for paths, _ in listed.values() for path in paths],
         [part for part, (paths, _) in listed.items() for _ in paths],
         [name for _, classes in listed.values() for name in classes],
     )
+
+
+def find_parts(folder: Path) -> dict[str, Path]:
+    """The folders `train`, `val` and `test` of class folders, in upper or lower case; those that there are.
+
+    Raises:
+        UserError: there are two of one name, or there are others whose names say the same.
+    """
+    subfolders = sorted(path for path in folder.iterdir() if path.name.lower() in (*PARTS, *NAMES_OF_PARTS))
+    subfolders = [path for path in subfolders if _holds_class_folders(path)]
+    parts: dict[str, Path] = {}
+    for path in subfolders:
+        part = path.name.lower()
+        if part in NAMES_OF_PARTS:
+            raise UserError(f"{path} is not read as a part of the images: rename it to {NAMES_OF_PARTS[part]}")
+        if part in parts:
+            raise UserError(f"{folder} has both {parts[part].name} and {path.name}: put their class folders into one")
+        if part in PARTS:
+            parts[part] = path
+    return {part: parts[part] for part in PARTS if part in parts}
 
 
 def _holds_class_folders(folder: Path) -> bool:
@@ -631,6 +682,8 @@ def read_cars196(root: Path) -> Splits:
     except Exception as error:  # scipy raises anything at all on a damaged file
         raise UserError(f"{info_file} can't be read as Cars196's annotations ({error}): download it again") from None
     origins = [f"row {row} of {info_file}" for row in range(1, len(rows) + 1)]
+    if not names:
+        raise UserError(f"{info_file} names no classes: download it again")
     for class_number, origin in zip(numbers, origins):
         if class_number not in range(1, len(names) + 1):
             raise UserError(
@@ -640,6 +693,17 @@ def read_cars196(root: Path) -> Splits:
     classes = [names[int(class_number) - 1].replace("/", "-") for class_number in numbers]
     files, kept = check_repeats(locate_images(root, images, origins), classes, [""] * len(rows), origins)
     return split_classes(make_image_set([files[i] for i in kept], [classes[i] for i in kept]))
+
+
+def read_caltech101(root: Path) -> Splits:
+    """Caltech-101: trains on the first 50 classes, sorted by name; the folder BACKGROUND_Google is not a class.
+
+    Li, Fergus and Perona, CVPR Workshops 2004.
+    """
+    layouts = ("101_ObjectCategories", "caltech-101/101_ObjectCategories", "accordion")
+    folder = find_layout(root, *layouts)
+    folder = root if folder.name == "accordion" else folder
+    return split_classes(read_class_folders(folder, left_out=("BACKGROUND_Google",)))
 
 
 def read_online_products(root: Path) -> Splits:
@@ -694,6 +758,32 @@ def read_vehicle_id(root: Path) -> Splits:
     return split_by_part(files, parts, class_ids, key=by_number, origins=origins)
 
 
+def read_inaturalist2018(root: Path) -> Splits:
+    """iNaturalist 2018 with the class-disjoint split of Smooth-AP; level 1 is the super categories.
+
+    Brown, Xie, Kalogeiton and Zisserman, ECCV 2020. The split is in the authors' Inaturalist_train_set1.txt and
+    Inaturalist_test_set1.txt, in the folder Inat_dataset_splits or beside the images: lists of paths
+    `train_val2018/<super category>/<class>/<image>`, relative to `root`.
+    """
+    import pandas as pd
+
+    tables = []
+    for part in ("train", "test"):
+        name = f"Inaturalist_{part}_set1.txt"
+        table = read_table(find_layout(root, f"Inat_dataset_splits/{name}", name), ("path",), header=False)
+        paths, origins = table["path"].tolist(), table["origin"].tolist()
+        for path, origin in zip(paths, origins):
+            if len(Path(path).parts) < 3:
+                raise UserError(f"{path}, {origin}, names no super category and class: replace the list")
+        tables.append(table.assign(part=part, file=locate_images(root, paths, origins)))
+    rows = pd.concat(tables)
+    super_categories = [Path(path).parts[-3] for path in rows["path"]]
+    classes = ["/".join(Path(path).parts[-3:-1]) for path in rows["path"]]
+    return split_by_part(
+        rows["file"].tolist(), rows["part"].tolist(), classes, super_categories, origins=rows["origin"].tolist()
+    )
+
+
 GLYPH_FONTS = (
     *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
     *(f"DejaVuSansMono{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
@@ -733,10 +823,9 @@ def render_glyphs(folder: Path) -> None:
     fonts = {name: ImageFont.truetype(file, 44) for name, file in files.items()}
     shared = set.intersection(*(set(FT2Font(file).get_charmap()) for file in files.values()))
     drawable = [chr(code) for code in sorted(shared) if re.match("[LNS]|Po", unicodedata.category(chr(code)))]
-    beside = folder.with_name(f".part-{secrets.token_hex(6)}-{folder.name}")
     seen: set[bytes] = set()
     kept = 0
-    try:
+    with made_whole(folder) as beside:
         for character in drawable:
             renderings = {name: _render(character, font) for name, font in fonts.items()}
             pixels = {rendering.tobytes() for rendering in renderings.values()}
@@ -748,6 +837,20 @@ def render_glyphs(folder: Path) -> None:
             class_folder.mkdir(parents=True)
             for name, rendering in renderings.items():
                 rendering.save(class_folder / f"{name}.png")
+    notice(f"rendered {kept} characters in {len(fonts)} fonts into {folder}")
+
+
+@contextlib.contextmanager
+def made_whole(folder: Path) -> Iterator[Path]:
+    """Gives a folder to fill, which becomes `folder` once the block ends without an error, unless another process was
+    quicker.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    beside = folder.with_name(f".part-{secrets.token_hex(6)}-{folder.name}")
+    try:
+        yield beside
         try:
             os.replace(beside, folder)
         except OSError:
@@ -757,7 +860,6 @@ def render_glyphs(folder: Path) -> None:
         raise UserError(f"{folder} can't be written ({error.strerror}): choose another --source_path") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    notice(f"rendered {kept} characters in {len(fonts)} fonts into {folder}")
 
 
 def _render(character: str, font: ImageFont.FreeTypeFont) -> Image.Image:
@@ -769,11 +871,215 @@ def _render(character: str, font: ImageFont.FreeTypeFont) -> Image.Image:
 
 
 @dataclass(frozen=True)
+class TorchvisionSpec:
+    """How a dataset of torchvision is read.
+
+    Attributes:
+        parts: keywords of its class for each of its parts, which are pooled.
+        paths: how its images' files are found: "loader", its class passes them to its parameter `loader`; "transform",
+            the images that its class passes to its transform know them; or the names of its two attributes with files
+            and labels, or of one with both. None: it keeps arrays, which are written to files once.
+        names: its attribute with the names of the classes; without it they are numbers.
+        by_hand: why torchvision can't download it, if so.
+        is_text: whether it shows characters or signs, of which a part or a mirror image means something else.
+    """
+
+    parts: tuple[Mapping[str, Any], ...] = ({},)
+    paths: str | None = "loader"
+    names: str = "classes"
+    by_hand: str = ""
+    is_text: bool = False
+
+
+def _parts(**values: Sequence[Any]) -> tuple[Mapping[str, Any], ...]:
+    """A dict of keywords for each value of the one keyword given."""
+    ((name, choices),) = values.items()
+    return tuple({name: choice} for choice in choices)
+
+
+_TRAIN_TEST, _ALL_THREE = _parts(split=("train", "test")), _parts(split=("train", "val", "test"))
+_IS_TRAIN, _TRAIN_VAL = _parts(train=(True, False)), _parts(split=("train", "val"))
+_DIGITS = TorchvisionSpec(_IS_TRAIN, None, is_text=True)
+
+# Classes of torchvision.datasets with one label per image.
+TORCHVISION: dict[str, TorchvisionSpec] = {
+    "Caltech101": TorchvisionSpec(paths="transform", names="categories"),
+    "Caltech256": TorchvisionSpec(paths="transform", names="categories"),
+    "CelebA": TorchvisionSpec(({"split": "all", "target_type": "identity"},), "transform"),
+    "CIFAR10": TorchvisionSpec(_IS_TRAIN, None),
+    "CIFAR100": TorchvisionSpec(_IS_TRAIN, None),
+    "CLEVRClassification": TorchvisionSpec(_TRAIN_VAL),  # its test images have no labels
+    "Country211": TorchvisionSpec(_parts(split=("train", "valid", "test"))),
+    "DTD": TorchvisionSpec(_ALL_THREE),
+    "EMNIST": TorchvisionSpec(tuple({"split": "balanced", **part} for part in _IS_TRAIN), None, is_text=True),
+    "EuroSAT": TorchvisionSpec(),
+    "FashionMNIST": TorchvisionSpec(_IS_TRAIN, None),
+    "FER2013": TorchvisionSpec(_TRAIN_TEST, None, by_hand="Kaggle, fer2013.csv or icml_face_data.csv in fer2013/"),
+    "FGVCAircraft": TorchvisionSpec(_parts(split=("trainval", "test"))),
+    "Flowers102": TorchvisionSpec(_ALL_THREE),
+    "Food101": TorchvisionSpec(_TRAIN_TEST),
+    "GTSRB": TorchvisionSpec(_TRAIN_TEST, "_samples", is_text=True),
+    "ImageNet": TorchvisionSpec(
+        _TRAIN_VAL, names="wnids", by_hand="image-net.org, its archives ILSVRC2012_img_train.tar, "
+        "ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz"
+    ),
+    "Imagenette": TorchvisionSpec(_TRAIN_VAL, names="wnids"),
+    "INaturalist": TorchvisionSpec(_parts(version=("2021_train", "2021_valid")), names="all_categories"),
+    "KMNIST": _DIGITS,
+    "LFWPeople": TorchvisionSpec(
+        names="class_to_idx", by_hand="Kaggle, lfw-funneled.tgz, people.txt, lfw-names.txt and the unpacked "
+        "lfw_funneled/ in lfw-py/"
+    ),
+    "MNIST": _DIGITS,
+    "Omniglot": TorchvisionSpec(_parts(background=(True, False)), names="_characters", is_text=True),
+    "OxfordIIITPet": TorchvisionSpec(_parts(split=("trainval", "test")), "_images _labels"),
+    "Places365": TorchvisionSpec(tuple({"split": part, "small": True} for part in ("train-standard", "val"))),
+    "QMNIST": _DIGITS,
+    "SEMEION": TorchvisionSpec(paths=None, is_text=True),
+    "StanfordCars": TorchvisionSpec(
+        _TRAIN_TEST, by_hand="Kaggle, devkit/, cars_train/, cars_test/ and cars_test_annos_withlabels.mat in "
+        "stanford_cars/; or take --dataset cars196"
+    ),
+    "STL10": TorchvisionSpec(_TRAIN_TEST, None),
+    "SUN397": TorchvisionSpec(),
+    "SVHN": TorchvisionSpec(_TRAIN_TEST, None, is_text=True),
+    "USPS": _DIGITS,
+}  # fmt: skip
+
+_PAIRS, _FLOW, _BOXES = "it has pairs of images", "it has optical flow, not classes", "it has boxes, not classes"
+_VIDEO, _CAPTIONS, _OUTLINES = "it has videos", "it has captions, not classes", "it has segmentations, not classes"
+_TWO = "it has two classes, and some must be left to test on"
+_FOLDERS = "give the folder of class folders itself: --dataset PATH"
+
+# The other datasets of torchvision, and why they can't be taken.
+NOT_FROM_TORCHVISION: dict[str, str] = {
+    **dict.fromkeys(("CocoCaptions", "Flickr8k", "Flickr30k", "SBU"), _CAPTIONS),
+    **dict.fromkeys(("CocoDetection", "Kitti", "VOCDetection", "WIDERFace"), _BOXES),
+    **dict.fromkeys(("Cityscapes", "SBDataset", "VOCSegmentation"), _OUTLINES),
+    **dict.fromkeys(("HMDB51", "Kinetics", "MovingMNIST", "UCF101"), _VIDEO),
+    **dict.fromkeys(("FlyingChairs", "FlyingThings3D", "HD1K", "KittiFlow", "Sintel"), _FLOW),
+    **dict.fromkeys(("CarlaStereo", "CREStereo", "ETH3DStereo", "FallingThingsStereo", "InStereo2k"), _PAIRS),
+    **dict.fromkeys(("Kitti2012Stereo", "Kitti2015Stereo", "Middlebury2014Stereo", "SceneFlowStereo"), _PAIRS),
+    **dict.fromkeys(("LFWPairs", "PhotoTour", "SintelStereo"), _PAIRS),
+    **dict.fromkeys(("PCAM", "RenderedSST2"), _TWO),
+    **dict.fromkeys(("DatasetFolder", "ImageFolder"), _FOLDERS),
+    **dict.fromkeys(
+        ("LSUN", "LSUNClass"), "it is a database that needs the package lmdb: export its images to folders"
+    ),
+    "FakeData": "its images are noise",
+    "VisionDataset": "it is the base of the others",
+}
+
+
+def read_torchvision(root: Path, name: str) -> Splits:
+    """A dataset of torchvision, its parts pooled: trains on the first half of its sorted classes.
+
+    Arrays are written once, to `root/images/<class>/<part>_<number>.png`.
+
+    Args:
+        root: its folder, which holds what torchvision downloads or what is put there in the layout that its class
+            expects.
+        name: its class.
+
+    Raises:
+        UserError: its files are missing or damaged.
+    """
+    row = TORCHVISION[name]
+    if row.paths is None:
+        if not (root / "images").is_dir():
+            with locked(root, wait=True):
+                if not (root / "images").is_dir():  # otherwise another process has written them meanwhile
+                    _write_arrays(root / "images", open_torchvision(root, name), row)
+        paths, classes = list_class_folders(root / "images")
+    else:
+        paths, classes = [], []
+        for part in open_torchvision(root, name):
+            names = _class_names(part, row)
+            for path, label in _files_and_labels(part, row):
+                paths.append(path)
+                classes.append(names(label))
+    key = by_number if all(one.isdecimal() for one in classes) else None
+    levels = [[one.partition("/")[0] for one in classes]] if name == "Omniglot" else []  # its alphabets
+    return split_classes(make_image_set(paths, classes, *levels, key=key))
+
+
+def open_torchvision(root: Path, name: str, download: bool = False) -> list[Any]:
+    """The parts of a dataset of torchvision, with `download` after downloading them.
+
+    Raises:
+        UserError: torchvision can't read them.
+    """
+    import torchvision
+
+    row, kind = TORCHVISION[name], getattr(torchvision.datasets, name)
+    keywords: dict[str, Any] = {} if row.by_hand else {"download": download}  # a class's default may be to download
+    if row.paths == "loader":
+        keywords["loader"] = os.fspath
+    elif row.paths == "transform":
+        keywords["transform"] = attrgetter("filename")
+    try:
+        return [kind(str(root), **part, **keywords) for part in row.parts]
+    except Exception as error:  # torchvision raises anything at all on missing or damaged files
+        if download:
+            raise
+        reason = " ".join(str(error).split())
+        again = f"get it by hand from {row.by_hand}" if row.by_hand else "--download downloads it again"
+        raise UserError(f"{root} can't be read as torchvision's {name} ({reason}): remove it, and {again}") from None
+
+
+def _files_and_labels(part: Any, row: TorchvisionSpec) -> Iterator[tuple[str, Any]]:
+    """The file and the label of every image of a part that has files; what has no label is left out."""
+    attributes = str(row.paths).split()
+    if row.paths in ("loader", "transform"):
+        rows: Iterable[tuple[Any, Any]] = (part[i] for i in range(len(part)))
+    elif len(attributes) == 2:
+        rows = zip(*(getattr(part, name) for name in attributes))
+    else:
+        rows = getattr(part, attributes[0])
+    yield from ((os.fspath(path), label) for path, label in rows if label is not None)
+
+
+def _class_names(part: Any, row: TorchvisionSpec) -> Callable[[Any], str]:
+    """From a label to the name of its class, or, where classes have no names, to its number."""
+    names = getattr(part, row.names, None)
+    if names is None:
+        return lambda label: str(int(label))
+    listed = list(names)  # of a mapping from names to labels, its keys
+    return lambda label: str(listed[int(label)])
+
+
+def _write_arrays(folder: Path, parts: Sequence[Any], row: TorchvisionSpec) -> None:
+    """Writes the images of a dataset that keeps arrays as `folder/<class>/<part>_<number>.png`."""
+    total = sum(map(len, parts))
+    with (
+        made_whole(folder) as beside,
+        tqdm(desc=f"writing {folder}", total=total, leave=False, unit=" images", disable=None) as bar,
+    ):
+        for number, part in enumerate(parts):
+            names = _class_names(part, row)
+            for i in range(len(part)):
+                image, label = part[i]
+                bar.update()
+                if label is None:
+                    continue
+                class_folder = beside / names(label).replace("/", "-")
+                class_folder.mkdir(parents=True, exist_ok=True)
+                image.save(class_folder / f"{number}_{i:06d}.png")
+    notice(f"wrote {total} images into {folder}")
+
+
+def download_torchvision(root: Path, name: str) -> None:
+    """Downloads a dataset of torchvision into `root`."""
+    open_torchvision(root, name, download=True)
+
+
+@dataclass(frozen=True)
 class Archive:
     """A file to download: its address, of which --download_url replaces all but the name, and its MD5."""
 
     url: str
     md5: str
+    holds: tuple[str, ...] = ()  # archives within it that are to be unpacked, too
 
 
 @dataclass(frozen=True)
@@ -785,6 +1091,7 @@ class DatasetSpec:
         k_vals: the k of Recall @ k that its literature reports.
         counts: published numbers of classes and images of `train` and of each test set, or of `query` and `gallery`.
         archives: what --download downloads and unpacks.
+        download: in place of archives, a function that downloads the dataset into a folder.
         license: for data that must be requested: from whom, and what to put into the folder.
         made_here: whether `read` creates missing data itself.
         crop_scale: the default of --crop_scale.
@@ -795,6 +1102,7 @@ class DatasetSpec:
     k_vals: tuple[int, ...] = (1, 2, 4, 8)
     counts: dict[str, tuple[int, int | None]] = field(default_factory=dict)
     archives: tuple[Archive, ...] = ()
+    download: Callable[[Path], None] | None = None
     license: str = ""
     made_here: bool = False
     crop_scale: float = transforms.CROP_SCALE
@@ -820,6 +1128,24 @@ DATASETS: dict[str, DatasetSpec] = {
             Archive("cars_annos.mat", "b407c6086d669747186bd1d764ff9dbc"),
         ),
     ),
+    "caltech101": DatasetSpec(
+        read_caltech101,
+        counts={"train": (50, 5526), "test": (51, 3151)},
+        archives=(
+            Archive(
+                "https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip",
+                "3138e1922a9193bfa496528edbbc45d0",
+                holds=("caltech-101/101_ObjectCategories.tar.gz",),
+            ),
+        ),
+    ),
+    "inaturalist2018": DatasetSpec(
+        read_inaturalist2018,
+        k_vals=(1, 4, 16, 32),
+        counts={"train": (5690, 325846), "test": (2452, 136093)},
+        license="get the training and validation images from the iNaturalist 2018 competition and the lists of the "
+        "split from the Smooth-AP project, and put train_val2018/ and Inat_dataset_splits/ there",
+    ),
     "online_products": DatasetSpec(
         read_online_products,
         k_vals=(1, 10, 100, 1000),
@@ -843,7 +1169,34 @@ DATASETS: dict[str, DatasetSpec] = {
         "and put image/ and train_test_split/ there",
     ),
     "glyphs": DatasetSpec(read_glyphs, made_here=True, crop_scale=0.5, flip=False),
+    **{
+        f"torchvision_{name}": DatasetSpec(
+            partial(read_torchvision, name=name),
+            download=None if row.by_hand else partial(download_torchvision, name=name),
+            license=row.by_hand and f"get it by hand from {row.by_hand}",
+            crop_scale=0.5 if row.is_text else transforms.CROP_SCALE,
+            flip=not row.is_text,
+        )
+        for name, row in TORCHVISION.items()
+    },
 }
+
+
+def name_of_row(dataset: str) -> str:
+    """The name of a dataset's row and folder, which `torchvision:DTD` has as `torchvision_DTD`.
+
+    Raises:
+        UserError: torchvision has no such dataset, or one that can't be taken.
+    """
+    library, colon, name = dataset.partition(":")
+    if library != "torchvision" or not colon:
+        return dataset
+    if name in NOT_FROM_TORCHVISION:
+        raise UserError(f"--dataset {dataset} can't be split by class: {NOT_FROM_TORCHVISION[name]}")
+    if name not in TORCHVISION:
+        near = nearest_name(name, TORCHVISION)
+        raise UserError(f"--dataset {shown(dataset)} is unknown{near}; torchvision has {', '.join(TORCHVISION)}")
+    return f"torchvision_{name}"
 
 
 def find_spec(dataset: str) -> DatasetSpec:
@@ -857,7 +1210,14 @@ def default_k_vals(dataset: str) -> tuple[int, ...]:
 
 
 def find_dataset(dataset: str, source_path: str) -> tuple[str, str]:
-    """Name and parent folder of a dataset that is given by its name in `source_path`, or by a path to its folder."""
+    """Name and parent folder of a dataset that is given by its name in `source_path`, or by a path to its folder.
+
+    Raises:
+        UserError: torchvision has no such dataset, or the name is too long for a folder.
+    """
+    dataset = name_of_row(dataset)
+    if any(len(name.encode(errors="replace")) > MAX_NAME for name in Path(dataset).parts):
+        raise UserError(f"--dataset {shown(dataset)} is not a name: it is longer than {MAX_NAME} bytes")
     if os.sep not in dataset and dataset not in (".", "..") and not dataset.startswith("~"):
         return dataset, source_path
     folder = Path(os.path.normpath(os.path.expanduser(dataset)))
@@ -887,8 +1247,11 @@ def read_splits(
     Raises:
         UserError: the data is missing, incomplete, or not in a layout of the dataset.
     """
+    dataset = name_of_row(dataset)
     if dataset in ("", "..") or Path(dataset).name != dataset:
-        raise UserError(f"--dataset {dataset} is not a name: give the folder's name, and its parent as --source_path")
+        raise UserError(
+            f"--dataset {shown(dataset)} is not a name: give the folder's name, and its parent as --source_path"
+        )
     if dataset in DATASETS and test_size != TEST_SIZE:
         raise UserError(
             f"--test_size {test_size} contradicts {dataset}'s own split: drop it, or choose cross_validation"
@@ -925,6 +1288,8 @@ def _how_to_get(dataset: str, root: Path) -> str:
         return f"no images were found in {root.absolute()}, where --dataset {dataset}{near} would be{there}; {demo}"
     if spec.license:
         how = f"--download can't download it: {spec.license}"
+    elif spec.download is not None:
+        how = "--download downloads it"
     elif not spec.archives:
         how = "put its files there"
     elif "://" not in spec.archives[0].url:
@@ -942,8 +1307,11 @@ def download_archives(dataset: str, root: Path, base_url: str | None = None) -> 
     Raises:
         UserError: the dataset needs a license, no address is known, or the download failed.
     """
-    archives = DATASETS[dataset].archives
-    if not archives or (base_url is None and "://" not in archives[0].url):
+    spec = DATASETS[dataset]
+    archives = spec.archives
+    if spec.download is not None and base_url is not None:
+        raise UserError(f"--download_url contradicts --dataset {dataset}, whose addresses torchvision knows: drop it")
+    if spec.download is None and (not archives or (base_url is None and "://" not in archives[0].url)):
         raise UserError(_how_to_get(dataset, root))
     folder = root.with_name(f".download-{dataset}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -954,12 +1322,10 @@ def download_archives(dataset: str, root: Path, base_url: str | None = None) -> 
             notice(f"waiting for another process that is downloading {dataset}")
             stack.enter_context(locked(folder, wait=True))
         if _is_missing(root):  # otherwise the other process has downloaded it
-            _download_and_unpack(dataset, archives, folder, root, base_url)
+            _download_and_unpack(dataset, folder, root, base_url)
 
 
-def _download_and_unpack(
-    dataset: str, archives: Sequence[Archive], folder: Path, root: Path, base_url: str | None
-) -> None:
+def _download_and_unpack(dataset: str, folder: Path, root: Path, base_url: str | None) -> None:
     import http.client
     import tarfile
     import zipfile
@@ -968,20 +1334,26 @@ def _download_and_unpack(
     from torchvision.datasets.utils import download_url
 
     failures = (  # of the connection, by a wrong --download_url, or in unpacking
-        *(OSError, RuntimeError, ValueError, http.client.HTTPException),
+        *(OSError, RuntimeError, ValueError, ImportError, http.client.HTTPException),
         *(EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error),
     )
-    unpacked = folder / "unpacked"
+    unpacked, spec = folder / "unpacked", DATASETS[dataset]
     try:
         shutil.rmtree(unpacked, ignore_errors=True)  # of a process that was killed
         unpacked.mkdir(parents=True)
-        for archive in archives:
+        if spec.download is not None:
+            with _timeout(DOWNLOAD_TIMEOUT):
+                spec.download(unpacked)
+        for archive in spec.archives:
             file = archive.url.rsplit("/", 1)[-1]
             url = f"{base_url.rstrip('/')}/{file}" if base_url else archive.url
             with _timeout(DOWNLOAD_TIMEOUT):
                 # skips intact files, so a second try continues
                 download_url(url, str(folder), file, archive.md5)
             unpack(folder / file, unpacked)
+            for inner in archive.holds:
+                unpack(unpacked / inner, (unpacked / inner).parent)
+                (unpacked / inner).unlink()
         shutil.rmtree(root, ignore_errors=True)  # contains hidden files at most
         os.replace(unpacked, root)
         shutil.rmtree(folder)
@@ -1003,7 +1375,7 @@ def _timeout(seconds: float) -> Iterator[None]:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpacks a .tgz or .zip file, and copies any other one.
+    """Unpacks a .tgz, .tar.gz or .zip file, and copies any other one.
 
     Raises:
         ValueError: it contains something other than files and folders that stay in `folder`.
@@ -1016,7 +1388,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
     # Python 3.10 and 3.11 have it in their later releases.
     extra: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-    if archive.suffix == ".tgz":
+    if archive.name.endswith((".tgz", ".tar.gz")):
         with tarfile.open(archive) as tar:
             for member in tar:
                 if not (member.isfile() or member.isdir()) or _leaves(member.name):
@@ -1239,12 +1611,61 @@ def shuffled(labels: np.ndarray, bs: int, samples_per_class: int, rng: np.random
         yield order[batch * bs : (batch + 1) * bs]
 
 
-# labels (N,), bs, samples_per_class, generator -> batches of image positions, one pass over the images
-BatchSampler = Callable[[np.ndarray, int, int, np.random.Generator], Iterable[np.ndarray]]
+class HierarchicalSampler:
+    """Batches from a few super classes each, as the HierarchicalSampler of pytorch-metric-learning forms them.
+
+    In an epoch every combination of `super_classes_per_batch` super classes gets `batches_per_super_tuple` batches, in
+    random order. Each of these super classes has an equal share of a batch: `samples_per_class` random images of each
+    of its classes, in random order, until the share is full; with too few classes it, and the batch, stay smaller.
+
+    Args:
+        labels: `(N,)`.
+        bs: images per batch, a multiple of super_classes_per_batch * samples_per_class.
+        samples_per_class: images of each class in a batch; images of a smaller class repeat.
+        rng: of all draws.
+        parents: `(N,)` super classes.
+        super_classes_per_batch: super classes in a batch.
+        batches_per_super_tuple: batches of each combination of super classes.
+    """
+
+    def __init__(
+        self,
+        labels: np.ndarray,
+        bs: int,
+        samples_per_class: int,
+        rng: np.random.Generator,
+        parents: np.ndarray,
+        super_classes_per_batch: int = 2,
+        batches_per_super_tuple: int = 4,
+    ):
+        self.samples_per_class, self.rng = samples_per_class, rng
+        self.classes_per_super = bs // super_classes_per_batch // samples_per_class
+        self.members: list[list[np.ndarray]] = []  # of each super class, the images of each class
+        for images in members_of_classes(parents):
+            self.members.append([images[those] for those in members_of_classes(labels[images])])
+        combinations = itertools.combinations(range(len(self.members)), super_classes_per_batch)
+        self.combinations = list(combinations) * batches_per_super_tuple
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for which in self.rng.permutation(len(self.combinations)):
+            batch = []
+            for super_class in self.combinations[which]:
+                classes = self.members[super_class]
+                chosen = self.rng.permutation(len(classes))[: self.classes_per_super]
+                batch += [_draw(classes[one], self.samples_per_class, self.rng) for one in chosen]
+            yield self.rng.permutation(np.concatenate(batch))
+
+
+# labels (N,), bs, samples_per_class, generator -> batches of image positions, one pass over the images. One that has
+# a parameter `parents` gets the next coarser labels (N,), too; others are what --batch_sampler_params give.
+BatchSampler = Callable[..., Iterable[np.ndarray]]
 BATCH_SAMPLERS: dict[str, BatchSampler] = {
     "class_balanced": class_balanced,
     "shuffled": shuffled,
+    "HierarchicalSampler": HierarchicalSampler,
 }
+GIVEN_TO_BATCH_SAMPLERS = ("labels", "bs", "samples_per_class", "rng", "parents")
+MAX_BATCHES = 10**6  # per epoch
 REDRAWING: dict[str, BatchSampler] = {"class_balanced": class_balanced_redrawn}  # in its place, with --redraw_images
 
 Draw = tuple[int, int, int]  # a training image to load: (position in the dataset, epoch, position in the epoch)
@@ -1266,6 +1687,7 @@ class BaseTripletDataset(ImageDataset):
         iterations: batches per epoch (default: one pass of the batch sampler).
         redraw_images: whether `class_balanced` draws the images of a class anew for each batch.
         exif_orientation: whether to turn images as their EXIF data say.
+        batch_sampler_params: further parameters of the batch sampler.
 
     Attributes:
         labels: `(N,)` training labels 0 … num_classes - 1.
@@ -1282,6 +1704,7 @@ class BaseTripletDataset(ImageDataset):
         iterations: int | None = None,
         redraw_images: bool = False,
         exif_orientation: bool = False,
+        batch_sampler_params: Mapping[str, Any] | None = None,
     ):
         super().__init__(images, transform, exif_orientation)
         classes, self.labels = np.unique(self.labels, return_inverse=True)
@@ -1292,6 +1715,7 @@ class BaseTripletDataset(ImageDataset):
         self.seed = seed
         self.iterations = iterations
         self.redraw_images = redraw_images
+        self.batch_sampler_params = dict(batch_sampler_params or {})
         self._batches: list[list[Draw]] = []
         self.set_epoch(1)
         self._warn_about_repeats()
@@ -1303,7 +1727,8 @@ class BaseTripletDataset(ImageDataset):
 
     def _warn_about_repeats(self) -> None:
         sizes = np.bincount(self.labels)
-        if self.batch_sampler == "class_balanced" and sizes.min() < self.samples_per_class:
+        is_by_class = self.batch_sampler == "class_balanced" and self.images.class_names[0] != self.images.paths
+        if is_by_class and sizes.min() < self.samples_per_class:
             few = int((sizes < self.samples_per_class).sum())
             notice(
                 f"classes with fewer than {self.samples_per_class} images: {few}; their images repeat within a batch"
@@ -1312,9 +1737,15 @@ class BaseTripletDataset(ImageDataset):
             notice(
                 f"--bs {self.bs} is more than the {len(self)} training images: images repeat, or batches are smaller"
             )
+        smaller = sum(len(batch) < self.bs for batch in self.batches)
+        if self.batch_sampler == "HierarchicalSampler" and smaller:
+            notice(
+                f"--batch_sampler HierarchicalSampler: {smaller} of {len(self.batches)} batches have fewer than "
+                f"{self.bs} images, since some super classes have few classes"
+            )
         num_draws = sum(map(len, self.batches))
         shown = np.minimum(sizes, num_draws / len(sizes)).sum()  # where each class is drawn equally often
-        if self.batch_sampler == "class_balanced" and shown < 0.9 * min(num_draws, len(self)):
+        if is_by_class and shown < 0.9 * min(num_draws, len(self)):
             notice(
                 f"an epoch shows {self.num_images_shown()} of the {len(self)} training images: classes are drawn "
                 "equally often, so that images of small ones repeat and some of large ones wait for later epochs"
@@ -1332,7 +1763,10 @@ class BaseTripletDataset(ImageDataset):
         """
         rng = np.random.default_rng((self.seed, epoch))
         rows = {**BATCH_SAMPLERS, **(REDRAWING if self.redraw_images else {})}
-        begin = partial(rows[self.batch_sampler], self.labels, self.bs, self.samples_per_class, rng)
+        row, params = rows[self.batch_sampler], self.batch_sampler_params
+        if knows_parents(row):
+            params = {**params, "parents": self.parents}
+        begin = partial(row, self.labels, self.bs, self.samples_per_class, rng, **params)
         sampler = begin()
         batches: list[np.ndarray] = []
         while not batches or len(batches) < (self.iterations or 0):
@@ -1482,6 +1916,63 @@ class Loaders:
     test: Sequence[RetrievalSet[ImageLoader]]
 
 
+def knows_parents(batch_sampler: BatchSampler) -> bool:
+    """Whether a batch sampler takes the next coarser labels."""
+    return "parents" in inspect.signature(batch_sampler).parameters
+
+
+def refuse_contradictions(opt: argparse.Namespace) -> None:
+    """Checks the resolved flags of batches against each other.
+
+    Raises:
+        UserError: they contradict each other.
+    """
+    params = _batch_sampler_params(opt)
+    if opt.batch_sampler != "HierarchicalSampler":
+        return
+    for name, value in params.items():
+        if value < 1:
+            raise UserError(f"--batch_sampler_params {name}={value} is not at least 1")
+    super_classes = params.get("super_classes_per_batch", 2)
+    if opt.bs % (super_classes * opt.samples_per_class):
+        raise UserError(
+            f"--bs {opt.bs} is not a multiple of {super_classes} super classes, super_classes_per_batch, times "
+            f"{opt.samples_per_class} images, --samples_per_class: change one of them"
+        )
+
+
+def _batch_sampler_params(opt: argparse.Namespace) -> dict[str, Any]:
+    row = BATCH_SAMPLERS[opt.batch_sampler]
+    return check_params("--batch_sampler_params", opt.batch_sampler_params, row, GIVEN_TO_BATCH_SAMPLERS)
+
+
+def _check_super_classes(opt: argparse.Namespace, images: ImageSet, params: Mapping[str, Any]) -> None:
+    """Makes sure that the training images have the super classes of which HierarchicalSampler forms batches.
+
+    Raises:
+        UserError: they don't.
+    """
+    if images.labels.shape[1] < 2:
+        raise UserError(
+            f"--batch_sampler {opt.batch_sampler} needs labels coarser than --label_hierarchy_level "
+            f"{opt.label_hierarchy_level}, which {opt.dataset} doesn't have: choose class_balanced"
+        )
+    if opt.batch_sampler != "HierarchicalSampler":
+        return
+    wanted, there = params.get("super_classes_per_batch", 2), len(np.unique(images.labels[:, 1]))
+    if wanted > there:
+        raise UserError(
+            f"--batch_sampler_params super_classes_per_batch={wanted} is more than the {there} super classes of "
+            f"{opt.dataset}'s training images: lower it"
+        )
+    batches = math.comb(there, wanted) * params.get("batches_per_super_tuple", 4)
+    if batches > MAX_BATCHES:
+        raise UserError(
+            f"--batch_sampler HierarchicalSampler would form {batches:,} batches per epoch from {there} super classes: "
+            "lower super_classes_per_batch or batches_per_super_tuple of --batch_sampler_params"
+        )
+
+
 def build_train_dataset(opt: argparse.Namespace, images: ImageSet) -> BaseTripletDataset:
     """The dataset to train on, from the resolved flags.
 
@@ -1494,6 +1985,9 @@ def build_train_dataset(opt: argparse.Namespace, images: ImageSet) -> BaseTriple
             f"--bs {opt.bs} with --samples_per_class {opt.samples_per_class} needs {classes_per_batch} classes per "
             f"batch, and {opt.dataset} trains on {num_classes}: lower --bs or raise --samples_per_class"
         )
+    params = _batch_sampler_params(opt)
+    if knows_parents(BATCH_SAMPLERS[opt.batch_sampler]):
+        _check_super_classes(opt, images, params)
     iterations = f"--iterations_per_epoch {opt.iterations_per_epoch} with --bs {opt.bs}"
     check_memory((opt.iterations_per_epoch or 0) * opt.bs * BYTES_PER_DRAW, iterations)
     return BaseTripletDataset(
@@ -1506,6 +2000,7 @@ def build_train_dataset(opt: argparse.Namespace, images: ImageSet) -> BaseTriple
         opt.iterations_per_epoch,
         opt.redraw_images,
         opt.exif_orientation,
+        params,
     )
 
 

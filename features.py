@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "float16")
 # Flags of what an image goes through.
-TEST_FLAGS = ("crop_size", "resize", "exif_orientation")
-TRAIN_FLAGS = ("crop_size", "crop_scale", "flip", "exif_orientation", "seed")
+TEST_FLAGS = ("crop_size", "resize", "interpolation", "eval_transforms", "exif_orientation")
+TRAIN_FLAGS = ("crop_size", "crop_scale", "flip", "interpolation", "train_transforms", "exif_orientation", "seed")
 
 
 def add_arguments(parser: FlagParser) -> None:

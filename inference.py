@@ -126,7 +126,7 @@ def embed_splits(
     loaders = datasets.give_dataloaders(opt, splits, pin_memory=device.type == "cuda")
     net = runs.load_network(folder, opt, device)
     if opt.eval_use_trunk_output:
-        net.embedding = nn.Identity()  # type: ignore[assignment]
+        net.embedding = nn.Identity()
     if opt.eval_normalize_embeddings is not None:
         net.normalize = opt.eval_normalize_embeddings
     training_set = RetrievalSet("train", loaders.train_eval)

@@ -30,6 +30,7 @@ from auxiliaries import (
     number,
     parse_value,
     seeded,
+    shown,
     upload,
 )
 
@@ -77,7 +78,7 @@ def add_arguments(parser: FlagParser) -> None:
     add("--memory_size", type=number(int, 0), default=0, fixed=True,
         help="cross-batch memory: number of past embeddings that each batch is also compared with, for tuple losses "
         "of pytorch-metric-learning; 0: none")
-    add("--memory_start", type=number(int, 0), default=1000,
+    add("--memory_start", type=number(int, 0), default=1000, needs="memory_size",
         help="iterations before the cross-batch memory is filled and used")
     add("--margin", type=number(float, 0), default=0.2, help="margin of triplet, marginloss, and semihard sampling")
     add("--beta", type=number(float, 0), default=1.2, help="marginloss: initial value of the boundary β")
@@ -110,12 +111,16 @@ def check_batch(
             labels = torch.from_numpy(array.astype(np.int64, casting="same_kind" if array.size else "unsafe"))
         except (TypeError, ValueError):
             raise UserError("labels are integers, one for each embedding, but these are something else") from None
-    if labels.is_floating_point() or labels.is_complex():
-        raise UserError(f"labels are integers, not {str(labels.dtype).removeprefix('torch.')}")
+    if labels.dtype is not torch.int64:
+        if labels.is_floating_point() or labels.is_complex():
+            raise UserError(f"labels are integers, not {str(labels.dtype).removeprefix('torch.')}")
+        labels = labels.long()
     if batch.ndim != 2 or labels.shape != batch.shape[:1]:
         shapes = f"embeddings {tuple(batch.shape)} and labels {tuple(labels.shape)}"
         raise UserError(f"a loss takes embeddings (B, D) and labels (B,), but got {shapes}")
-    return batch.to(torch.promote_types(batch.dtype, torch.float32)), labels.long()
+    if batch.dtype is not torch.float32:
+        batch = batch.to(torch.promote_types(batch.dtype, torch.float32))
+    return batch, labels
 
 
 class ClassGroups:
@@ -149,11 +154,21 @@ class ClassGroups:
 
     def random_positives(self, anchors: np.ndarray) -> np.ndarray:
         """Draws, for each anchor `(A,)`, a uniform other member of its class, `(A,)`."""
+        return self._members_after(anchors, 1 + _uniform_below(self.size[anchors] - 1))
+
+    def all_positives(self) -> tuple[np.ndarray, np.ndarray]:
+        """Pairs every anchor with every positive: ranks in `anchors`, and positives, `(P,)` each."""
+        counts = self.size[self.anchors] - 1  # (A,)
+        rows = np.repeat(np.arange(len(counts)), counts)  # (P,)
+        steps = 1 + np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)  # (P,) 1 … count of the anchor
+        return rows, self._members_after(self.anchors[rows], steps)
+
+    def _members_after(self, positions: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        """For each position `(A,)`, the member of its class that comes so many steps after it, in a circle, `(A,)`."""
         rank = np.empty_like(self.order)
         rank[self.order] = np.arange(len(self.order))  # (B,) where each position stands in `order`
-        step = 1 + _uniform_below(self.size[anchors] - 1)  # (A,)
-        rank_in_class = (rank[anchors] - self.first[anchors] + step) % self.size[anchors]  # (A,)
-        return self.order[self.first[anchors] + rank_in_class]
+        rank_in_class = (rank[positions] - self.first[positions] + steps) % self.size[positions]  # (A,)
+        return self.order[self.first[positions] + rank_in_class]
 
     def random_negatives(self, anchors: np.ndarray) -> np.ndarray:
         """Draws, for each anchor `(A,)`, a uniform member of another class, `(A,)`."""
@@ -177,6 +192,19 @@ def _draw_columns(allowed: torch.Tensor, preferred: torch.Tensor) -> torch.Tenso
         `(A,)` columns.
     """
     return (torch.rand(allowed.shape, device=allowed.device) + allowed + preferred).argmax(dim=1)
+
+
+def _draw_by_sums(sums: torch.Tensor) -> torch.Tensor:
+    """Draws, for each row, a column with probability proportional to its weight.
+
+    Args:
+        sums: `(P, B)` cumulative sums of the weights, int32 or float64.
+
+    Returns:
+        `(P,)` columns; B where all weights are zero.
+    """
+    uniform = torch.rand((len(sums), 1), dtype=torch.float64, device=sums.device)  # (P, 1), below 1
+    return torch.searchsorted(sums, (uniform * sums[:, -1:]).to(sums.dtype), right=True).squeeze(1)
 
 
 def gives(tuple_kind: str) -> Callable[[Method], Method]:
@@ -254,7 +282,8 @@ class Sampler:
             if name in LIBRARY_MINERS and name not in self.miners:
                 self.miners[name] = build_miner(name)
             elif name not in self.methods and name not in self.miners:
-                raise UserError(f"--sampling {name} is unknown{nearest_name(name, [*self.methods, *LIBRARY_MINERS])}")
+                near = nearest_name(name, [*self.methods, *LIBRARY_MINERS])
+                raise UserError(f"--sampling {shown(name)} is unknown{near}")
         self.params = params
         if params.get("positives_per_anchor", "1") not in ("1", "all"):
             raise UserError(f"positives_per_anchor is 1 or all, not {params['positives_per_anchor']}")
@@ -411,14 +440,13 @@ class Sampler:
             semihard = (distances > to_positive) & (distances < to_positive + margin) & ~same  # (A, B)
             negatives = _draw_columns(~same, semihard)  # (A,)
             return torch.cat([pairs, negatives[:, None]], dim=1)  # (A, 3)
-        allowed = (~same).to(distances.dtype)  # (A, B)
+        of_others = distances.masked_fill(same, -torch.inf)  # (A, B), the own class is nearer than any positive
 
-        def draw(rows: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
-            some = distances.index_select(0, rows)  # (P, B)
-            to_positive = some.gather(1, positives[:, None])  # (P, 1)
-            semihard = (some > to_positive) & (some < to_positive + margin)  # (P, B)
-            is_allowed = allowed.index_select(0, rows)  # (P, B)
-            return (torch.rand_like(some) + 1).mul_(is_allowed).add_(semihard * is_allowed).argmax(dim=1)  # (P,)
+        def draw(rows: torch.Tensor, positives: torch.Tensor, any_negatives: torch.Tensor) -> torch.Tensor:
+            to_positive = distances.flatten().index_select(0, rows * len(batch) + positives)[:, None]  # (P, 1)
+            some = of_others.index_select(0, rows)  # (P, B)
+            num_semihard = ((some > to_positive) & (some < to_positive + margin)).cumsum(dim=1, dtype=torch.int32)
+            return torch.where(num_semihard[:, -1] > 0, _draw_by_sums(num_semihard), any_negatives)  # (P,)
 
         return self._with_all_positives(groups, batch, draw)
 
@@ -440,13 +468,11 @@ class Sampler:
             negatives = _draw_columns(~same, hard_negative)  # (A,)
             positives = _draw_columns(positive, positive & (distances > nearest_negative))  # (A,)
             return torch.stack([pairs[:, 0], positives, negatives], dim=1)  # (A, 3)
-        preference = (~same).to(distances.dtype) + hard_negative  # (A, B)
-
-        def draw(rows: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
-            some = preference.index_select(0, rows)  # (P, B)
-            return some.add_(torch.rand_like(some)).argmax(dim=1)  # (P,)
-
-        return self._with_all_positives(groups, batch, draw)
+        preferred = torch.where(hard_negative.any(dim=1, keepdim=True), hard_negative, ~same)  # (A, B)
+        num_preferred = preferred.cumsum(dim=1, dtype=torch.int32)  # (A, B)
+        return self._with_all_positives(
+            groups, batch, lambda rows, *_: _draw_by_sums(num_preferred.index_select(0, rows))
+        )
 
     def distance_sampling(
         self,
@@ -488,13 +514,12 @@ class Sampler:
             negatives = (log_weights - noise).masked_fill_(same, -torch.inf).argmax(dim=1)  # (A,)
             triplets = torch.cat([pairs, negatives[:, None]], dim=1)  # (A, 3)
         else:
-            weights = log_weights.masked_fill(same, -torch.inf).softmax(dim=1).masked_fill_(same, -1.0)  # (A, B)
-
-            def draw(rows: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
-                some = weights.index_select(0, rows)  # (P, B)
-                return some.div_(torch.empty_like(some).exponential_()).argmax(dim=1)  # (P,), the same without logs
-
-            triplets = self._with_all_positives(groups, batch, draw)
+            weights = log_weights.masked_fill(same, -torch.inf).softmax(dim=1)  # (A, B)
+            # embeddings that are not numbers give valid tuples, too
+            sums = weights.nan_to_num_(1.0).masked_fill_(same, 0.0).cumsum(dim=1, dtype=torch.float64)  # (A, B)
+            triplets = self._with_all_positives(
+                groups, batch, lambda rows, *_: _draw_by_sums(sums.index_select(0, rows))
+            )
         if rho:
             is_regularized = upload(np.random.random_sample((len(triplets), 1)) < rho, batch.device)  # (P, 1)
             anchors, positives, _ = triplets.T
@@ -541,25 +566,24 @@ class Sampler:
 
     @staticmethod
     def _with_all_positives(
-        groups: ClassGroups, batch: torch.Tensor, draw: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+        groups: ClassGroups, batch: torch.Tensor, draw: Callable[..., torch.Tensor]
     ) -> torch.Tensor:
         """Makes a triplet of every pair of an anchor and a positive.
 
         Args:
             groups: the classes.
             batch: `(B, D)` embeddings.
-            draw: gives negatives `(P,)` for the numbers of anchors among the anchors, and positives `(P,)` each.
+            draw: gives negatives `(P,)` for ranks in `groups.anchors`, positives, and uniform negatives, `(P,)` each.
 
         Returns:
             `(P, 3)` triplets.
         """
-        is_positive = groups.labels[groups.anchors, None] == groups.labels  # (A, B)
-        is_positive[np.arange(len(groups.anchors)), groups.anchors] = False
-        rows, positives = np.nonzero(is_positive)  # (P,) each
-        columns = upload(np.stack([rows, groups.anchors[rows], positives]), batch.device)  # (3, P)
+        rows, positives = groups.all_positives()  # (P,) each
+        anchors = groups.anchors[rows]  # (P,)
+        columns = upload(np.stack([anchors, positives, rows, groups.random_negatives(anchors)]), batch.device)  # (4, P)
         parts = columns.split(max(1, ELEMENTS_AT_ONCE // len(batch)), dim=1)
-        negatives = [draw(some_rows, some_positives) for some_rows, _, some_positives in parts]
-        return torch.stack([columns[1], columns[2], torch.cat(negatives)], dim=1)  # (P, 3)
+        negatives = torch.cat([draw(rows, positives, uniform) for _, positives, rows, uniform in parts])  # (P,)
+        return torch.stack([columns[0], columns[1], negatives], dim=1)  # (P, 3)
 
 
 class Criterion(nn.Module):
@@ -599,8 +623,8 @@ class Criterion(nn.Module):
         with torch.autocast(batch.device.type, enabled=False):
             return super().__call__(batch, labels)
 
-    def own_statistics(self) -> dict[str, torch.Tensor]:
-        """Statistics that only this loss has, for the records: scalars on its device."""
+    def own_statistics(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Statistics that only this loss has, of the embeddings `(B, D)` of the last pass: scalars on its device."""
         return {}
 
 
@@ -625,7 +649,7 @@ def statistics(criterion: nn.Module, batch: torch.Tensor, labels: torch.Tensor) 
         if criterion.active is not None:
             values["Violations"] = criterion.active.float().mean()
         values |= {f"Loss {name}": part for name, part in criterion.parts.items()}
-        values |= criterion.own_statistics()
+        values |= criterion.own_statistics(batch)
     if isinstance(criterion, SumOfLosses):
         for name, part in criterion.criteria.items():
             found = statistics(part, batch, labels)
@@ -719,7 +743,7 @@ class MarginLoss(Criterion):
             total = total + self.nu * beta.sum()
         return total / num_active_terms.clamp(min=1)
 
-    def own_statistics(self) -> dict[str, torch.Tensor]:
+    def own_statistics(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """Gives the mean β."""
         return {"Mean Beta": self.beta.mean()}
 
@@ -786,7 +810,7 @@ class ProxyNCA(Criterion):
         others = (points @ proxies.T).scatter_(1, labels[:, None], -torch.inf)  # (B, C)
         return (others.logsumexp(dim=1) - own).mean()
 
-    def own_statistics(self) -> dict[str, torch.Tensor]:
+    def own_statistics(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """Gives the mean length of the proxies before they are scaled."""
         return {"Proxy Norm": torch.linalg.norm(self.proxies, dim=1).mean()}
 
@@ -845,7 +869,7 @@ class ProxyNCAPlusPlus(Criterion):
         logits = points @ F.normalize(self.proxies, dim=1).T  # (B, C)
         return F.cross_entropy(logits, upload(labels, batch.device))
 
-    def own_statistics(self) -> dict[str, torch.Tensor]:
+    def own_statistics(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """Gives the mean length of the proxies before they are scaled."""
         return {"Proxy Norm": torch.linalg.norm(self.proxies, dim=1).mean()}
 
@@ -878,6 +902,10 @@ class ContrastiveLoss(Criterion):
         # linalg.norm has gradient 0 where two embeddings are the same
         to_positive = torch.linalg.norm(batch.index_select(0, anchors) - batch.index_select(0, positives), dim=1)
         to_negative = torch.linalg.norm(batch.index_select(0, others) - batch.index_select(0, negatives), dim=1)
+        return self.of_distances(to_positive, to_negative)
+
+    def of_distances(self, to_positive: torch.Tensor, to_negative: torch.Tensor) -> torch.Tensor:
+        """Computes the loss of the distances of positive pairs `(P,)` and of negative pairs `(N,)`."""
         return _mean_above_zero(to_positive - self.pos_margin) + _mean_above_zero(self.neg_margin - to_negative)
 
     def _of_all_pairs(self, batch: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -1289,7 +1317,8 @@ def _known_in(flag: str, known: Collection[str]) -> Callable[[str], str]:
             return name
         if name in refused:
             raise UserError(f"{flag} {name} can't be used: {refused[name]}")
-        raise UserError(f"{flag} {name} is unknown{nearest_name(name, known)}; {flag} takes {', '.join(known)}")
+        near = nearest_name(name, known)
+        raise UserError(f"{flag} {shown(name)} is unknown{near}; {flag} takes {', '.join(known)}")
 
     return parse
 
@@ -1417,52 +1446,55 @@ class LibraryLoss(Criterion):
         self.name, self.lr = name, lr
         self.loss = loss
         self.sampler = sampler
-        self._last_call: tuple[Any, ...] = ()
+        self._inputs_of: Callable[[torch.Tensor], tuple[Any, ...]] | None = None
         self._state = [attribute for attribute in STATE_OF_LOSSES if hasattr(loss, attribute)]
         for attribute in self._state:
             value = getattr(loss, attribute)
             delattr(loss, attribute)
             loss.register_buffer(attribute, value)
 
-    def compute(self, embeddings: torch.Tensor, *inputs: Any) -> torch.Tensor:
-        """Calls the library, and remembers with what."""
-        for attribute in self._state:
-            setattr(self.loss, attribute, getattr(self.loss, attribute).detach())
-        self.remember(embeddings, *inputs)
-        return self.loss(embeddings, *inputs)
-
     def remember(self, *inputs: Any) -> None:
-        """Keeps what the library was called with, for its statistics."""
-        self._last_call = tuple(one.detach() if isinstance(one, torch.Tensor) else one for one in inputs)
+        """Keeps what the library is called with beside the embeddings, for its statistics."""
+        self._inputs_of = lambda batch: (batch, *inputs)
 
     def forward(self, batch: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Computes the loss, a scalar, of embeddings `(B, D)` and labels `(B,)`."""
-        call = SPECIAL_CALLS.get(self.name, _call_with_labels)
-        value = _quietly(call, self, batch, labels) if self.name == "HistogramLoss" else call(self, batch, labels)
-        return value.squeeze()
+        for attribute in self._state:
+            setattr(self.loss, attribute, getattr(self.loss, attribute).detach())
+        inputs_of = SPECIAL_INPUTS.get(self.name, _with_labels)(self, batch, labels)
+        vars(self)["_inputs_of"] = inputs_of  # a module's own way to set an attribute takes several times as long
+        inputs = inputs_of(batch)
+        value = _quietly(self.loss, *inputs) if self.name == "HistogramLoss" else self.loss(*inputs)
+        return value.squeeze() if value.ndim else value
 
-    def own_statistics(self) -> dict[str, torch.Tensor]:
+    def own_statistics(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """Gives the library's statistics of the last call."""
-        return _library_statistics(self.name, self.loss, *self._last_call) if self._last_call else {}
+        return _library_statistics(self.name, self.loss, *self._inputs_of(batch)) if self._inputs_of else {}
 
 
-def _call_with_labels(criterion: LibraryLoss, batch: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+# What a loss of the library is called with, as a function of the embeddings: keeping them would cost time and memory.
+InputsOf = Callable[[torch.Tensor], tuple[Any, ...]]
+
+
+def _with_labels(criterion: LibraryLoss, batch: torch.Tensor, labels: torch.Tensor) -> InputsOf:
     indices = criterion.sampler.give_indices(batch, labels) if criterion.sampler else None
-    return criterion.compute(batch, upload(labels, batch.device), indices)
+    on_device = upload(labels, batch.device)
+    return lambda batch: (batch, on_device, indices)
 
 
-def _call_with_proxies(criterion: LibraryLoss, batch: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return criterion.compute(batch, None, upload(labels, batch.device) % len(criterion.loss.get_parameter("proxies")))
+def _with_proxies(criterion: LibraryLoss, batch: torch.Tensor, labels: torch.Tensor) -> InputsOf:
+    proxies = upload(labels, batch.device) % len(criterion.loss.get_parameter("proxies"))
+    return lambda batch: (batch, None, proxies)
 
 
-def _call_with_views(criterion: LibraryLoss, batch: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _with_views(criterion: LibraryLoss, batch: torch.Tensor, labels: torch.Tensor) -> InputsOf:
     groups = ClassGroups(labels)
     views = upload(groups.random_positives(groups.anchors), batch.device)  # (A,)
     anchors = upload(groups.anchors, batch.device)  # (A,)
-    return criterion.compute(batch.index_select(0, anchors), None, None, batch.index_select(0, views))
+    return lambda batch: (batch.index_select(0, anchors), None, None, batch.index_select(0, views))
 
 
-SPECIAL_CALLS = {"ManifoldLoss": _call_with_proxies, "VICRegLoss": _call_with_views}
+SPECIAL_INPUTS = {"ManifoldLoss": _with_proxies, "VICRegLoss": _with_views}
 
 
 class MemoryLoss(LibraryLoss):
@@ -1493,7 +1525,7 @@ class MemoryLoss(LibraryLoss):
         from pytorch_metric_learning.losses import CrossBatchMemory
 
         self.memory = CrossBatchMemory(loss, embed_dim, memory_size, sampler.mine if sampler else None)
-        loss.register_forward_pre_hook(lambda _, inputs: self.remember(*inputs))  # the memory calls the loss itself
+        loss.register_forward_pre_hook(lambda _, inputs: self.remember(*inputs[1:]))  # the memory calls the loss itself
         self.memory_start = memory_start
         self.iteration = 0
 
@@ -1504,12 +1536,12 @@ class MemoryLoss(LibraryLoss):
             return super().forward(batch, labels)
         return self.memory(batch, upload(labels, batch.device))
 
-    def own_statistics(self) -> dict[str, torch.Tensor]:
+    def own_statistics(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """Gives the library's statistics of the last call, and how many embeddings the memory holds."""
-        values = super().own_statistics()
+        values = super().own_statistics(batch)
         num = self.memory.memory_size if self.memory.has_been_filled else self.memory.queue_idx
-        if num and self.sampler:
-            batch, labels, _, *others = self._last_call
+        if num and self.sampler and self._inputs_of:
+            batch, labels, _, *others = self._inputs_of(batch)
             values |= self.sampler.miners_statistics(batch, labels, *others)
         return {**values, "Memory": self.memory.embedding_memory.new_full((), num)}
 
@@ -1524,7 +1556,7 @@ class MemoryLoss(LibraryLoss):
         self.memory.queue_idx, self.memory.has_been_filled = state["queue_idx"], state["has_been_filled"]
 
 
-class Needs(NamedTuple):
+class Requirements(NamedTuple):
     """What a loss needs of the network and the batch: the attributes of `Criterion` of the same names."""
 
     normalize: bool
@@ -1533,7 +1565,7 @@ class Needs(NamedTuple):
     tuple_kind: str
 
 
-def needs_of(loss: str | Sequence[str]) -> Needs:
+def requirements(loss: str | Sequence[str]) -> Requirements:
     """What a loss needs: the attributes of its row, and those of `Criterion` where the row has none.
 
     Several losses get embeddings of length 1 where one of them needs that, and the most images per class that one of
@@ -1541,10 +1573,10 @@ def needs_of(loss: str | Sequence[str]) -> Needs:
     """
     names = names_of(loss)
     if len(names) > 1:
-        all_needs = [needs_of(name) for name in names]
+        all_needs = [requirements(name) for name in names]
         most = max(needs.samples_per_class for needs in all_needs)
-        return Needs(any(needs.normalize for needs in all_needs), most, None, "none")
-    return Needs(*(getattr(_row(names[0]), name, getattr(Criterion, name)) for name in Needs._fields))
+        return Requirements(any(needs.normalize for needs in all_needs), most, None, "none")
+    return Requirements(*(getattr(_row(names[0]), name, getattr(Criterion, name)) for name in Requirements._fields))
 
 
 def _row(loss: str) -> Any:
@@ -1552,13 +1584,13 @@ def _row(loss: str) -> Any:
     return LOSSES[loss] if loss in LOSSES else LIBRARY_LOSSES[loss]
 
 
-def _takes_tuples(needs: Needs) -> bool:
+def _takes_tuples(needs: Requirements) -> bool:
     return needs.sampling is not None or needs.tuple_kind == "pairs"
 
 
 def needs_positives(loss: str | Sequence[str]) -> bool:
     """Whether a loss can't learn from batches without two images of one class."""
-    rows = [(needs_of(name), getattr(_row(name), "kind", None)) for name in names_of(loss)]
+    rows = [(requirements(name), getattr(_row(name), "kind", None)) for name in names_of(loss)]
     return any(needs.sampling is not None or kind in ("tuple", "rank") for needs, kind in rows)
 
 
@@ -1575,7 +1607,7 @@ def choose_sampling(loss: str | Sequence[str], sampling: str | Sequence[str] | N
         return _choose_for_one(names[0], sampling)
     if sampling is None:
         return None
-    given = [name for name in names if _takes_tuples(needs_of(name))]
+    given = [name for name in names if _takes_tuples(requirements(name))]
     if not given:
         raise UserError(f"--loss {' '.join(names)} use no tuples: drop --sampling {' '.join(names_of(sampling))}")
     chosen = [_choose_for_one(name, sampling) for name in given]
@@ -1583,7 +1615,7 @@ def choose_sampling(loss: str | Sequence[str], sampling: str | Sequence[str] | N
 
 
 def _choose_for_one(loss: str, sampling: str | Sequence[str] | None) -> str | list[str] | None:
-    needs = needs_of(loss)
+    needs = requirements(loss)
     if sampling is None or sampling == needs.sampling:
         return needs.sampling
     methods = names_of(sampling)
@@ -1625,13 +1657,13 @@ def split_params(flag: str, params: Mapping[str, str], names: Sequence[str]) -> 
     for key, value in params.items():
         name, dot, rest = key.rpartition(".")
         if dot and name not in split:
-            raise UserError(f"{flag}: {name} of {key} is not among {', '.join(names) or 'what was named'}")
+            what = f"{shown(name)} of {shown(key)}"
+            raise UserError(f"{flag}: {what} is not among {', '.join(names) or 'what was named'}")
         if not names:
-            raise UserError(
-                f"{flag} {key}={value} is for nothing: name what it is for with {flag.removesuffix('_params')}"
-            )
+            what = shown(f"{key}={value}")
+            raise UserError(f"{flag} {what} is for nothing: name what it is for with {flag.removesuffix('_params')}")
         if not dot and len(names) > 1:
-            raise UserError(f"{flag}: say which one {key} is for, such as {names[0]}.{key}={value}")
+            raise UserError(f"{flag}: say which one {shown(key)} is for, such as {shown(f'{names[0]}.{key}={value}')}")
         split[name if dot else names[0]][rest] = value
     return split
 
@@ -1680,13 +1712,15 @@ def _flag(opt: argparse.Namespace, name: str, default: Any) -> Any:
 
 def _select_sampler(loss: str, opt: argparse.Namespace, num_classes: int) -> Sampler | None:
     """Builds what gives a loss its tuples; None for a loss that takes none, or all."""
-    needs = needs_of(loss)
+    needs = requirements(loss)
     sampling = _choose_for_one(loss, opt.sampling) if _takes_tuples(needs) else None
     if sampling is None:
         return None
     names = names_of(sampling)
     params = split_params("--sampling_params", _flag(opt, "sampling_params", {}), names)
     distance = partial(_build_distance, opt)
+    for name in names:
+        _check_sizes("--sampling_params", name, params[name], opt, num_classes)
     miners = {name: build_miner(name, params[name], distance) for name in names if name in LIBRARY_MINERS}
     own = {name: method for name, method in Sampler().methods.items() if name in names}
     flags = {"margin": opt.margin, "lower_cutoff": opt.lower_cutoff, "upper_cutoff": opt.upper_cutoff}
@@ -1748,10 +1782,34 @@ def _build_parts(loss: str, params: Mapping[str, str], opt: argparse.Namespace, 
         given: dict[str, Any] = {}
         if opt.regularizer == "SparseCentersRegularizer":
             key, default = CENTERS[loss]
-            given = {"num_classes": num_classes, "centers_per_class": int(params.get(key, default))}
+            centers = parse_value(params[key]) if key in params else default
+            if type(centers) is not int:
+                raise UserError(f"--loss_params: {key} of {loss} takes an integer, not {shown(params[key])}")
+            given = {"num_classes": num_classes, "centers_per_class": centers}
         built = _build_part("--regularizer", "regularizers", opt.regularizer, opt.regularizer_params, **given)
         parts[f"{LIBRARY_REGULARIZERS[opt.regularizer]}_regularizer"] = built
     return parts
+
+
+# Parameters of the library that are sizes, and the bytes that so many take, in the largest tensors or while they learn.
+SIZES: dict[str, Callable[[int, int, int, int], float]] = {
+    "sub_centers": lambda count, num_classes, embed_dim, bs: 16.0 * count * num_classes * embed_dim,
+    "centers_per_class": lambda count, num_classes, embed_dim, bs: 16.0 * count * num_classes * embed_dim,
+    "K": lambda count, num_classes, embed_dim, bs: 16.0 * count * (embed_dim + count),
+    "n_bins": lambda count, num_classes, embed_dim, bs: 4.0 * count * bs**2,
+    "num_bins": lambda count, num_classes, embed_dim, bs: 4.0 * count * bs**2,
+    "pos_per_bin": lambda count, num_classes, embed_dim, bs: 8.0 * count,
+    "neg_per_bin": lambda count, num_classes, embed_dim, bs: 8.0 * count,
+}
+
+
+def _check_sizes(flag: str, name: str, params: Mapping[str, str], opt: argparse.Namespace, num_classes: int) -> None:
+    """Makes sure that this machine has the memory for parameters of the library that are sizes."""
+    for key in params.keys() & SIZES:
+        count = parse_value(params[key])
+        if isinstance(count, int):
+            needed = SIZES[key](count, num_classes, opt.embed_dim, _flag(opt, "bs", 1))
+            check_memory(needed, f"{flag} {shown(f'{key}={params[key]}')} of {name}")
 
 
 def _select_of_library(
@@ -1760,7 +1818,7 @@ def _select_of_library(
     """Builds a loss of pytorch-metric-learning, and adds its group."""
     lr = parse_value(params["lr"]) if "lr" in params else _flag(opt, "proxy_lr", default_proxy_lr(name, opt.lr))
     if isinstance(lr, bool) or not isinstance(lr, int | float) or not lr >= 0:
-        raise UserError(f"--loss_params: lr of {name} takes a number of at least 0, not {params['lr']}")
+        raise UserError(f"--loss_params: lr of {name} takes a number of at least 0, not {shown(params['lr'])}")
     own = {key: value for key, value in params.items() if key != "lr"}
     known = {"num_classes": num_classes, **dict.fromkeys(("embedding_size", "descriptors_dim", "l"), opt.embed_dim)}
     given = {key: known[key] for key in LIBRARY_LOSSES[name].fills}
@@ -1768,6 +1826,7 @@ def _select_of_library(
         given["K"] = num_classes
     if name == "MarginLoss" and own.get("learn_beta", "false").lower() != "true":
         del given["num_classes"]
+    _check_sizes("--loss_params", name, own, opt, num_classes)
     given |= _build_parts(name, own, opt, num_classes)
     loss = _build_part("--loss", "losses", name, own, **given)
     sampler = _select_sampler(name, opt, num_classes)
@@ -1817,7 +1876,7 @@ def check(opt: argparse.Namespace, get_default: Callable[[str], Any]) -> None:
 
 
 def _sampling_of(loss: str, opt: argparse.Namespace) -> str | list[str] | None:
-    return _choose_for_one(loss, opt.sampling) if _takes_tuples(needs_of(loss)) else None
+    return _choose_for_one(loss, opt.sampling) if _takes_tuples(requirements(loss)) else None
 
 
 def _check_parts(opt: argparse.Namespace, names: Sequence[str], methods: Sequence[str]) -> None:
@@ -1897,7 +1956,7 @@ TRIED_FLAGS = (
     "loss", "loss_params", "loss_weights", "sampling", "sampling_params", "distance", "distance_params", "reducer",
     "reducer_params", "regularizer", "regularizer_params", "memory_size", "memory_start", "embed_dim", "lr", "proxy_lr",
     "lower_cutoff", "upper_cutoff", "positives_per_anchor", "rho", "margin", "beta", "beta_lr", "beta_constant", "nu",
-    "l2npair"
+    "l2npair", "bs"
 )  # fmt: skip
 
 
@@ -1943,7 +2002,7 @@ def table() -> str:
     """A Markdown table of every loss: name, whose it is, kind, what it needs, paper, and what is wrong with it."""
     lines = ["| `--loss` | kind | images per class | tuples | paper | note |", "|---|---|---|---|---|---|"]
     for name in [*LOSSES, *LIBRARY_LOSSES]:
-        row, needs = _row(name), needs_of(name)
+        row, needs = _row(name), requirements(name)
         tuples = needs.tuple_kind if needs.sampling else "all pairs, or --sampling" if _takes_tuples(needs) else "–"
         tuples = f"{tuples}, by {needs.sampling}" if needs.sampling else tuples
         kind, paper = (getattr(row, field, getattr(Criterion, field)) for field in ("kind", "paper"))

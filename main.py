@@ -14,9 +14,12 @@ Evaluate a finished run:
 from __future__ import annotations
 
 import os
+import signal
 
 if __name__ == "__main__":  # before torch is loaded: threads that spin while they wait take cores from others
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load ends it at once, without a traceback
 
 import argparse
 import sys
@@ -110,9 +113,10 @@ def main(opt: argparse.Namespace, folder: Path | None = None, only_check: bool =
             method.end_evaluation(records.mean_over_sets(run.log.rows["val"][-1], opt.eval_metric_for_best_epoch))
             best_epoch = best_epoch_so_far(opt, run.log)
             console.print_epoch(epoch, run.log, best_epoch)
-            if best_epoch == epoch:
-                show_retrievals(run, space, (splits.val or splits.test)[0], epoch)
-            draw_curves(run, best_epoch, has_val=bool(splits.val))
+            if best_epoch == epoch and opt.pictures:
+                show_retrievals(run, space, epoch)
+            if opt.pictures:
+                draw_curves(run, best_epoch, has_val=bool(splits.val))
             if gradients is not None:
                 gradients.save()
             run.save(epoch, best_epoch)
@@ -175,9 +179,11 @@ def evaluate_before_training(
         evaluate_epoch(run, loaders, device, epoch=-1)
         console.print_epoch(-1, run.log, best_epoch=0)
     if opt.check_untrained_accuracy or not opt.n_epochs:
-        evaluate_epoch(run, loaders, device, epoch=0)
+        space = evaluate_epoch(run, loaders, device, epoch=0)
         console.print_epoch(0, run.log, best_epoch=0)
     if not opt.n_epochs:
+        if opt.pictures:
+            show_retrievals(run, space, epoch=0)
         run.save(epoch=0, best_epoch=0)
 
 
@@ -243,9 +249,9 @@ def is_stuck(opt: argparse.Namespace, log: records.Records, epoch: int) -> bool:
     return True
 
 
-def show_retrievals(run: runs.Run, space: evaluate.EmbeddingSpace, images: datasets.RetrievalSet, epoch: int) -> None:
+def show_retrievals(run: runs.Run, space: evaluate.EmbeddingSpace, epoch: int) -> None:
     """Draws a few queries with their nearest neighbors."""
-    path = run.folder / "sample_recoveries.png"
+    path, images = run.folder / "sample_recoveries.png", (run.splits.val or run.splits.test)[0]
     plots.draw_retrievals(path, space, images, run.opt.seed, run.opt.exif_orientation)
     run.log.add_picture("sample recoveries", path, epoch)
 

@@ -27,12 +27,12 @@ import netlib
 from auxiliaries import (
     FlagParser,
     UserError,
-    check_memory,
     check_params,
     nearest_name,
     number,
     parse_value,
     seed_everything,
+    shown,
     upload,
 )
 
@@ -90,6 +90,14 @@ def not_refused(flag: str, refused: Mapping[str, str]) -> Callable[[str], str]:
     return parse
 
 
+def _percent(text: str) -> float:
+    """An argparse type: a number above 0 and at most 100."""
+    value = float(text)
+    if not 0 < value <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 100")
+    return value
+
+
 def add_arguments(parser: FlagParser) -> None:
     """Declares the flags of training method, optimizer and schedule."""
     # fmt: off
@@ -107,6 +115,9 @@ def add_arguments(parser: FlagParser) -> None:
         help="S2SD: temperature of the similarities")
     add("--s2sd_feature_start", type=number(int, 0), default=1000, metavar="N",
         help="S2SD: iterations after which the network also learns from the features' similarities")
+    add("--cascade_shares", type=_percent, nargs="+", default=[100.0, 50.0, 20.0], metavar="PERCENT", fixed=True,
+        help="CascadedEmbeddings: share of the pairs kept by the depth before it on which each depth learns, the "
+        "hardest ones, %%")
     add("--metric_alone_epochs", type=number(int, 0), default=0, metavar="N",
         help="DeepAdversarialMetricLearning: number of first epochs without the generator")
     add("--generator_alone_epochs", type=number(int, 0), default=0, metavar="N",
@@ -173,13 +184,13 @@ def resolve_optimization(opt: argparse.Namespace) -> None:
     """
     flag, optim_params = "--optim_params", dict(opt.optim_params)
     if "class" in optim_params:
-        opt.optimizer = find_class(f"{flag} class={optim_params['class']}", optim_params.pop("class"))
+        opt.optimizer = find_class(f"{flag} class", optim_params.pop("class"))
     for key, name in (("lr", "lr"), ("weight_decay", "decay")):
         if key in optim_params:
             text = optim_params.pop(key)
             value = parse_value(text)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise UserError(f"{flag}: {key} takes a number of at least 0, not {text}")
+                raise UserError(f"{flag}: {key} takes a number of at least 0, not {shown(text)}")
             setattr(opt, name, float(value))
     opt.optim_params = optim_params
     if opt.classifier_loss_weight is None:
@@ -212,13 +223,13 @@ def _resolve_short_schedule(opt: argparse.Namespace) -> None:
         if key not in known:
             listed = f"; it takes {', '.join(known)}" if known else "; it takes none"
             raise UserError(
-                f"--scheduler_params: {opt.scheduler} has no parameter {key}{nearest_name(key, known)}{listed}"
+                f"--scheduler_params: {opt.scheduler} has no parameter {shown(key)}{nearest_name(key, known)}{listed}"
             )
         value = parse_value(text)
         if key == "gamma" and not (type(value) in (int, float) and 0 <= value < math.inf):
-            raise UserError(f"--scheduler_params: gamma takes a number of at least 0, not {text}")
+            raise UserError(f"--scheduler_params: gamma takes a number of at least 0, not {shown(text)}")
         if key == "tau" and not (isinstance(value, list) and all(type(epoch) is int and epoch > 0 for epoch in value)):
-            raise UserError(f"--scheduler_params: tau takes a list of epochs, such as [30,55], not {text}")
+            raise UserError(f"--scheduler_params: tau takes a list of epochs, such as [30,55], not {shown(text)}")
         setattr(opt, key, float(value) if key == "gamma" else value)
     opt.scheduler_params = {}
     opt.gamma = 0.3 if opt.gamma is None else opt.gamma
@@ -275,12 +286,11 @@ def optimizer_settings(opt: argparse.Namespace) -> dict[str, tuple[str, dict[str
             of_part[part][name] = text
         else:
             near = nearest_name(part, PARTS)
-            raise UserError(f"--optim_params: there is no part {part}{near}; the parts are {', '.join(PARTS)}")
+            raise UserError(f"--optim_params: there is no part {shown(part)}{near}; the parts are {', '.join(PARTS)}")
     common = check_params("--optim_params", shared, getattr(torch.optim, opt.optimizer), RESERVED_PARAMS)
     settings = {}
     for part, own in of_part.items():
-        flag = f"--optim_params {part}.class={own.get('class')}"
-        name = find_class(flag, own.pop("class")) if "class" in own else opt.optimizer
+        name = find_class(f"--optim_params {part}.class", own.pop("class")) if "class" in own else opt.optimizer
         reserved = (*RESERVED_PARAMS, "initial_accumulator_value")  # which Adagrad takes for all parts at once
         params = check_params(f"--optim_params {part}", own, getattr(torch.optim, name), reserved)
         settings[part] = (name, {**(common if name == opt.optimizer else {}), **params})
@@ -300,7 +310,7 @@ def schedule_params(opt: argparse.Namespace) -> dict[str, Any]:
     kind = getattr(lr_scheduler, opt.scheduler)
     is_plateau = kind is ReduceLROnPlateau
     if interval not in INTERVALS:
-        raise UserError(f"--scheduler_params: interval is epoch or iteration, not {interval}")
+        raise UserError(f"--scheduler_params: interval is epoch or iteration, not {shown(interval)}")
     if is_plateau and interval != "epoch":
         raise UserError("--scheduler ReduceLROnPlateau acts after every evaluation: drop interval")
     reserved = (*RESERVED_SCHEDULE_PARAMS, *(["mode"] if is_plateau else []))
@@ -309,6 +319,10 @@ def schedule_params(opt: argparse.Namespace) -> dict[str, Any]:
     for name, value in (("gamma", opt.gamma), ("milestones", opt.tau)):
         if value is not None and name in takes:
             typed.setdefault(name, value)
+    for name, value in typed.items():  # a rate below 0 would climb
+        numbers = [one for one in (value if isinstance(value, list) else [value]) if type(one) in (int, float)]
+        if name != "threshold" and not all(0 <= one < math.inf for one in numbers):
+            raise UserError(f"--scheduler_params: {name} takes a number of at least 0, not {shown(value)}")
     filled = {"optimizer", "T_max", "total_steps", "base_lr", *(["max_lr"] if opt.scheduler == "OneCycleLR" else [])}
     for name, parameter in takes.items():
         if parameter.default is parameter.empty and name not in typed and name not in filled:
@@ -479,8 +493,22 @@ class Optimization:
         for optimizer in self.optimizers:
             optimizer.step()
         if self.schedule.interval == "iteration":
-            for scheduler in self.schedulers:
-                scheduler.step()
+            self._advance()
+
+    def _advance(self, *arguments: float) -> None:
+        """Makes a step of the schedule.
+
+        Raises:
+            UserError: it gives a learning rate below 0.
+        """
+        for scheduler in self.schedulers:
+            scheduler.step(*arguments)
+        lowest = min(group["lr"] for group in self.groups())
+        if lowest < -1e-12:  # more than a rounding error
+            raise UserError(
+                f"--scheduler {self.schedule.name} gives a learning rate of {lowest:.3g}, which is below 0: change "
+                "--scheduler_params"
+            )
 
     def end_epoch(self) -> bool:
         """Makes the step that waits for more batches, and advances the schedule; returns whether it made one."""
@@ -488,15 +516,13 @@ class Optimization:
         if is_waiting:
             self._apply()
         if self.schedule.interval == "epoch":
-            for scheduler in self.schedulers:
-                scheduler.step()
+            self._advance()
         return is_waiting
 
     def end_evaluation(self, value: float) -> None:
         """Tells a schedule that follows it the selection metric of an evaluation."""
         if self.schedule.interval == "evaluation":
-            for scheduler in self.schedulers:
-                scheduler.step(value)
+            self._advance(value)
 
     def learning_rates(self) -> dict[str, float]:
         """The network's learning rate, and those of the other parameter groups by their names."""
@@ -539,8 +565,7 @@ class Optimization:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about steps of the schedule without steps of the optimizer
             for arguments in self._steps_so_far(state):
-                for scheduler in self.schedulers:
-                    scheduler.step(*arguments)
+                self._advance(*arguments)
 
     def _steps_so_far(self, state: Mapping[str, Any]) -> Iterator[tuple[float, ...]]:
         """The arguments of each step that the schedule would have made."""
@@ -609,6 +634,7 @@ class MetricLossOnly:
         networks: the bare networks by their name in checkpoints.
         default_classifier_loss_weight: the weight of the classifier's loss unless the user gives another one.
         knows_labels: whether it learns from the images' labels.
+        is_cascade: whether its network has a head at several depths, see `netlib.Cascade`.
         samples_per_class: images per class in a batch, unless the user gives another number; None: the loss's.
         flags: the flags that the constructor has keywords for.
         build_flags: the flags that only `build_networks` reads.
@@ -616,6 +642,7 @@ class MetricLossOnly:
 
     default_classifier_loss_weight = 0.0
     knows_labels = True
+    is_cascade = False
     samples_per_class: int | None = None
     flags: tuple[str, ...] = ("classifier_loss_weight", "freeze_trunk_epochs", "ema")
     build_flags: tuple[str, ...] = ("classifier_hidden",)
@@ -1017,6 +1044,85 @@ class DeepAdversarialMetricLearning(MetricLossOnly):
         return F.relu(to_positive - to_made + self.margin).mean()
 
 
+class CascadedEmbeddings(MetricLossOnly):
+    """Trains an embedding of each of several depths of the trunk, the deeper ones on harder and harder pairs.
+
+    Of the pairs that the depth before it kept, a depth keeps a share: the positive pairs that are farthest, and the
+    negative pairs that are nearest, by its own embedding. The loss is the sum over depths of the contrastive loss of
+    the pairs that they keep; the embedding is that of all depths together. Yuan et al., ICCV 2017.
+
+    Args:
+        cascade_shares: the share that each depth keeps, %.
+    """
+
+    is_cascade = True
+    flags = (*MetricLossOnly.flags, "cascade_shares")
+    build_flags = (*MetricLossOnly.build_flags, "cascade_layers")
+
+    def __init__(self, *args: Any, cascade_shares: Sequence[float] = (100, 50, 20), **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.shares = [share / 100 for share in cascade_shares]
+
+    @classmethod
+    def build_networks(
+        cls, opt: argparse.Namespace, net: netlib.EmbeddingNet, num_classes: int
+    ) -> tuple[dict[str, Any], list[Group]]:
+        """Checks the number of depths; see `MetricLossOnly.build_networks`."""
+        depths = len(net.backbone.layers)  # type: ignore[arg-type]
+        if depths != len(opt.cascade_shares):
+            raise UserError(
+                f"--cascade_shares gives {len(opt.cascade_shares)} share(s) for {depths} depth(s): give one for each"
+            )
+        return super().build_networks(opt, net, num_classes)
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor, epoch: int) -> dict[str, torch.Tensor]:
+        """Learns from one batch; see `MetricLossOnly.step`."""
+        features = self.net.features(images)  # (B, features)
+        stages = self.net.embedding.stages(features)  # type: ignore[operator]  # (B, d) each
+        positives, negatives = (upload(pairs, features.device) for pairs in all_pairs(labels))
+        terms = {}
+        for position, (stage, share) in enumerate(zip(stages, self.shares)):
+            # through a product of matrices, the distance of near duplicates would be wrong in its first digits
+            distances = torch.cdist(stage, stage, compute_mode="donot_use_mm_for_euclid_dist").flatten()  # (B²,)
+            positives = hardest(distances, positives, share, farthest=True)
+            negatives = hardest(distances, negatives, share, farthest=False)
+            kept = distances.index_select(0, positives), distances.index_select(0, negatives)
+            terms[f"stage {position}"] = self.criterion.of_distances(*kept)  # type: ignore[operator]
+        embeddings = torch.cat(stages, dim=1)  # (B, D)
+        embeddings = F.normalize(embeddings, dim=1) if self.net.normalize else embeddings
+        return self.learn(torch.stack([*terms.values()]).sum(), embeddings, labels, **terms)
+
+
+def all_pairs(labels: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """All pairs of batch positions (i, j), as i B + j: those of one class `(P,)`, and those of two classes `(N,)`.
+
+    Raises:
+        UserError: there are none.
+    """
+    values = losses.ClassGroups(labels).labels  # (B,)
+    one, other = np.triu_indices(len(values), k=1)
+    is_positive, pairs = values[one] == values[other], one * len(values) + other
+    return pairs[is_positive], pairs[~is_positive]
+
+
+def hardest(distances: torch.Tensor, pairs: torch.Tensor, share: float, farthest: bool) -> torch.Tensor:
+    """The farthest or the nearest of some pairs.
+
+    Args:
+        distances: `(B²,)`.
+        pairs: positions in them, `(P,)`.
+        share: of the pairs to keep, in (0, 1].
+        farthest: whether the farthest are wanted.
+
+    Returns:
+        `(⌈share P⌉,)` of the pairs.
+    """
+    # less than a millionth of a pair is an error of rounding
+    count = math.ceil(share * len(pairs) - 1e-6)
+    chosen = distances.detach().index_select(0, pairs).topk(count, largest=farthest).indices
+    return pairs.index_select(0, chosen)
+
+
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
     """Inside the block the network's parameters get no gradient; what is computed with them still hands one on."""
@@ -1036,6 +1142,7 @@ METHODS: dict[str, type[MetricLossOnly]] = {
     "UnsupervisedByAugmentation": UnsupervisedByAugmentation,
     "DeepAdversarialMetricLearning": DeepAdversarialMetricLearning,
     "S2SD": S2SD,
+    "CascadedEmbeddings": CascadedEmbeddings,
 }
 
 # Losses that are means over the images of a batch, so that the mean of two batches' gradients is that of both together.
@@ -1057,11 +1164,22 @@ def refuse_contradictions(opt: argparse.Namespace) -> None:
             f"--accumulate {opt.accumulate} splits a batch, which --loss {on_tuples[0]} needs as a whole, since it "
             "compares its images with each other: drop it"
         )
+    if opt.accumulate > 1 and opt.reducer not in (None, "MeanReducer"):
+        raise UserError(
+            f"--accumulate {opt.accumulate} steps with a mean over batches, and --reducer {opt.reducer} gives other "
+            "values than a mean over images: drop one of them"
+        )
     method = METHODS[opt.training_method]
     if opt.accumulate > 1 and method.step is not MetricLossOnly.step:
         raise UserError(f"--accumulate needs a loss of single images, which {opt.training_method} is not: drop it")
     if not method.knows_labels:
         _refuse_labels(opt)
+    if method.is_cascade and (opt.loss != "contrastive" or opt.sampling is not None):
+        given = f"--loss {' '.join(losses.names_of(opt.loss))}" if opt.loss != "contrastive" else "--sampling"
+        raise UserError(
+            f"--training_method {opt.training_method} chooses pairs itself, by their distances, which {given} can't "
+            "take: give --loss contrastive without --sampling"
+        )
     if opt.freeze_trunk and opt.freeze_trunk_epochs:
         raise UserError(
             f"--freeze_trunk and --freeze_trunk_epochs {opt.freeze_trunk_epochs} contradict each other: the first "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -18,7 +20,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import googlenet
-from auxiliaries import FlagParser, UserError, check_memory, load_checkpoint, nearest_name, number, user_path
+from auxiliaries import FlagParser, UserError, check_memory, load_checkpoint, nearest_name, number, shown, user_path
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -27,6 +29,15 @@ WRAPPERS = ("state_dict", "model", "model_state_dict")
 PREFIXES = ("module.", "_orig_mod.", "model.")
 
 EMBEDDER_NORMS = ("none", "layernorm")
+POOLINGS = ("avg", "max", "avg+max", "gem", "cls")
+SIZE_ERRORS = (AssertionError, RuntimeError, ValueError)  # of networks that get images of a size that they can't take
+TIMM = "timm:"  # before the names of timm's networks
+LORA_PARENTS = ("attn", "attention", "self_attention", "mlp", "ffn")  # what low-rank adapters are put into
+# torchvision's networks that pool in a function: where their last map is, and whether a ReLU follows it.
+FUNCTIONAL_POOLING = {
+    "DenseNet": ("features", True), "MobileNetV2": ("features", False), "MNASNet": ("layers", False),
+    "ShuffleNetV2": ("conv5", False),
+}  # fmt: skip
 
 
 def add_arguments(parser: FlagParser) -> None:
@@ -35,7 +46,8 @@ def add_arguments(parser: FlagParser) -> None:
     add = group.add_argument
     # fmt: off
     add("--arch", default="resnet50", metavar="NAME", fixed=True,
-        help="resnet50, googlenet, or another classification network of torchvision (resnet18, vit_b_16, …)")
+        help="resnet50, googlenet, another classification network of torchvision (resnet18, vit_b_16, …), or timm:NAME "
+        "for one of timm (timm:vit_small_patch14_dinov2.lvd142m, timm:convnext_tiny, …)")
     add("--embed_dim", type=number(int, 0), fixed=True,
         help="embedding dimension; 0: the backbone's features themselves are the embedding (default: 128; googlenet: "
         "512)")
@@ -47,13 +59,35 @@ def add_arguments(parser: FlagParser) -> None:
     add("--not_pretrained", action="switch", default=None,
         help="start from random weights instead of pretrained ones (default: if the architecture has no others)")
     add("--weights", type=user_path, metavar="FILE",
-        help="start from the state dict in FILE instead of downloading one")
+        help="start from the state dict in FILE, .pth or .safetensors, instead of downloading one")
     add("--freeze_batchnorm", action="switch", default=None,
         help="keep BatchNorm's running statistics fixed; its affine parameters still learn (default: if pretrained)")
     add("--freeze_trunk", action="switch", fixed=True,
         help="train only what stands behind the backbone, which stays as it is (a linear probe): quick, and often "
         "enough for a strong pretrained backbone")
+    add("--freeze_layers", type=pattern, nargs="+", metavar="PATTERN", fixed=True,
+        help="regular expressions: the backbone's parameters whose names begin so don't learn, such as conv1 bn1 "
+        "layer[12], and BatchNorm there keeps its statistics")
+    add("--lora", type=number(int, 1), metavar="R", fixed=True,
+        help="train low-rank adapters of rank R on the linear layers of the backbone's attention and MLP blocks, and "
+        "leave the rest of the backbone as it is; try 8 (Hu et al., ICLR 2022)")
+    add("--pooling", choices=POOLINGS, fixed=True,
+        help="how the backbone's last map or tokens become one vector: avg+max is their sum, as in Proxy-Anchor; gem "
+        "learns its exponent, from 3 on (Radenovic et al., TPAMI 2019); cls is a transformer's class token (default: "
+        "as the network was made)")
+    add("--cascade_layers", nargs="*", metavar="NAME", fixed=True,
+        help="CascadedEmbeddings: modules of the backbone whose pooled outputs each get a head (default: the ends of "
+        "three stages, for ResNets layer2 layer3 layer4)")
     # fmt: on
+
+
+def pattern(text: str) -> str:
+    """An argparse type: a regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text} is not a regular expression: {error}") from None
+    return text
 
 
 class Weights(Enum):
@@ -85,15 +119,19 @@ class Arch:
         resize: shorter side of a test image before its center crop, px.
         embed_dim: default embedding dimension.
         mean, std: of its input, per channel, for images in 0 … 1.
+        interpolation: how images are resized for it, bilinear or bicubic.
+        is_sized: whether `build` also takes the side of its input, px.
     """
 
-    build: Callable[[Weights], tuple[nn.Module, int]]
+    build: Callable[..., tuple[nn.Module, int]]
     crop_size: int = 224
     resize: int = 256
     embed_dim: int = 128
     mean: Sequence[float] = IMAGENET_MEAN
     std: Sequence[float] = IMAGENET_STD
     has_weights: bool = False
+    interpolation: str = "bilinear"
+    is_sized: bool = False
 
 
 def build_torchvision(name: str, weights: Weights, weights_name: str = "DEFAULT") -> tuple[nn.Module, int]:
@@ -145,6 +183,8 @@ def find_arch(name: str) -> Arch:
     """
     if name in ARCHS:
         return ARCHS[name]
+    if name.startswith(TIMM):
+        return find_timm(name.removeprefix(TIMM))
 
     import torchvision
 
@@ -152,7 +192,8 @@ def find_arch(name: str) -> Arch:
     if name not in names:
         near = nearest_name(name, [*ARCHS, *names])
         raise UserError(
-            f"--arch {name} is unknown{near}: give resnet50, googlenet or a classifier of torchvision.models"
+            f"--arch {shown(name)} is unknown{near}: give resnet50, googlenet, a classifier of torchvision.models, or "
+            f"{TIMM}NAME for a network of timm"
         )
     wanted = torchvision.models.get_model_weights(name)["DEFAULT"].transforms()
     return Arch(
@@ -162,7 +203,417 @@ def find_arch(name: str) -> Arch:
         mean=tuple(wanted.mean),
         std=tuple(wanted.std),
         has_weights=True,
+        interpolation="bicubic" if "bicubic" in str(wanted.interpolation) else "bilinear",
     )
+
+
+def find_timm(name: str) -> Arch:
+    """The row of a network of timm, with the input that its weights want.
+
+    Args:
+        name: timm's, with or without the tag of its weights, such as `vit_small_patch14_dinov2.lvd142m`.
+
+    Raises:
+        UserError: timm has no such network, or no such weights of it.
+    """
+    import timm
+    from timm.data import resolve_data_config
+
+    arch, _, tag = name.partition(".")
+    if not timm.is_model(arch):
+        near = nearest_name(name, [*timm.list_models(), *timm.list_models(pretrained=True)])
+        raise UserError(
+            f"--arch {TIMM}{name} is unknown{near.replace('mean ', f'mean {TIMM}')}: give a name of timm.list_models()"
+        )
+    tags = [known.partition(".")[2] for known in timm.list_models(f"{arch}.*", pretrained=True)]
+    if tag and tag not in tags:
+        listed = f": it has {', '.join(tags)}" if tags else ": it has none"
+        raise UserError(
+            f"--arch {TIMM}{name}: timm has no weights of that tag for {arch}{nearest_name(tag, tags)}{listed}"
+        )
+    published = timm.get_pretrained_cfg(name)
+    wanted = resolve_data_config(pretrained_cfg=published.to_dict() if published else {})
+    size = wanted["input_size"][-1]
+    return Arch(
+        partial(build_timm, name),
+        crop_size=size,
+        resize=max(size, int(size / wanted["crop_pct"])),
+        mean=wanted["mean"],
+        std=wanted["std"],
+        has_weights=bool(tags),
+        interpolation="bilinear" if wanted["interpolation"] == "bilinear" else "bicubic",
+        is_sized=True,
+    )
+
+
+def build_timm(name: str, weights: Weights, crop_size: int) -> tuple[nn.Module, int]:
+    """A network of timm without its classifier, and its number of features.
+
+    Args:
+        name: as in `find_timm`.
+        weights: which weights it gets.
+        crop_size: side of its input, px, which a network of a fixed size is built for.
+
+    Raises:
+        OSError: its weights can't be downloaded.
+        UserError: it can't be built for that size.
+    """
+    import timm
+
+    published = timm.get_pretrained_cfg(name)
+    size: dict[str, Any] = {}
+    if published and published.fixed_input_size and published.input_size[1:] != (crop_size, crop_size):
+        size = {"img_size": crop_size}
+    try:
+        network: Any = timm.create_model(name, pretrained=weights.are_downloaded, num_classes=0, **size)
+    except Exception as error:
+        origin = type(error).__module__.split(".")[0]
+        if weights.are_downloaded and origin in ("huggingface_hub", "httpx", "safetensors"):
+            raise OSError(str(error) or origin) from error
+        if size and not isinstance(error, OSError):
+            raise _refused_size(f"{TIMM}{name}", crop_size, error) from None
+        raise
+    return network, getattr(network, "head_hidden_size", None) or network.num_features
+
+
+# Pooling
+
+
+class GlobalPool(nn.Module):
+    """Pools the positions of maps or tokens to one vector.
+
+    Args:
+        kind: one of `POOLINGS` other than cls. avg+max is the sum of both; gem is the generalized mean, `(mean
+            x^p)^(1/p)` of x cut off at 1e-6, whose exponent p learns.
+        dims: the dimensions of positions.
+        keepdim: whether they stay, with size 1.
+    """
+
+    def __init__(self, kind: str, dims: Sequence[int] = (2, 3), keepdim: bool = False):
+        super().__init__()
+        self.kind, self.dims, self.keepdim = kind, tuple(dims), keepdim
+        if kind == "gem":
+            self.p = nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Maps such as `(B, C, H, W)` to `(B, C)`, or `(B, C, 1, 1)` with `keepdim`."""
+        if self.kind == "gem":
+            return features.clamp(min=1e-6).pow(self.p).mean(self.dims, self.keepdim).pow(1 / self.p)
+        if self.kind == "max":
+            return features.amax(self.dims, self.keepdim)
+        mean = features.mean(self.dims, self.keepdim)
+        return mean if self.kind == "avg" else mean + features.amax(self.dims, self.keepdim)
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, dims={self.dims}"
+
+
+class TokenPool(nn.Module):
+    """A transformer whose patch tokens are pooled, or of which the class token is taken.
+
+    Args:
+        network: torchvision's or timm's.
+        kind: one of `POOLINGS`.
+        num_prefix_tokens: how many tokens that are not patches stand before them, the class token first.
+    """
+
+    def __init__(self, network: nn.Module, kind: str, num_prefix_tokens: int):
+        super().__init__()
+        self.network, self.num_prefix_tokens = network, num_prefix_tokens
+        self.pool = None if kind == "cls" else GlobalPool(kind, dims=(1,))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalized images `(B, 3, H, W)` to features `(B, C)`."""
+        if hasattr(self.network, "forward_features"):
+            tokens = self.network.forward_features(images)  # type: ignore[operator]  # (B, N, C)
+        else:
+            tokens = tap(self.network, ["encoder"], images)[0]  # (B, N, C)
+        pooled = tokens[:, 0] if self.pool is None else self.pool(tokens[:, self.num_prefix_tokens :])
+        return getattr(self.network, "fc_norm", nn.Identity())(pooled)
+
+
+def tap(network: nn.Module, names: Sequence[str], images: torch.Tensor) -> list[torch.Tensor]:
+    """What modules of a network give for normalized images `(B, 3, H, W)`, by their names."""
+    outputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        outputs[name] = output
+
+    hooks = [network.get_submodule(name).register_forward_hook(partial(keep, name)) for name in names]
+    try:
+        network(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [outputs[name] for name in names]
+
+
+def set_pooling(network: nn.Module, kind: str, arch: str) -> nn.Module:
+    """Gives a network another global pooling; the names of its parameters stay, or begin with `network.`.
+
+    Args:
+        network: a backbone; it is changed.
+        kind: one of `POOLINGS`.
+        arch: its name, for messages.
+
+    Returns:
+        The network, or a `TokenPool` around it.
+
+    Raises:
+        UserError: it has nothing to pool so.
+    """
+    num_prefix_tokens = _num_prefix_tokens(network)
+    if num_prefix_tokens is not None:
+        if kind == "cls" and not _has_class_token(network):
+            raise UserError(f"--pooling cls: --arch {arch} has no class token; it offers avg, max, avg+max and gem")
+        return TokenPool(network, kind, num_prefix_tokens)
+    place = _find_pooling(network)
+    if place is None:
+        raise UserError(f"--pooling {kind}: --arch {arch} offers none, since it has no last map or tokens; drop it")
+    if kind == "cls":
+        raise UserError(f"--pooling cls: --arch {arch} has no class token; it offers avg, max, avg+max and gem")
+    name, dims, keepdim = place
+    parent, _, attribute = name.rpartition(".")
+    setattr(network.get_submodule(parent), attribute, GlobalPool(kind, dims, keepdim))
+    return network
+
+
+def _num_prefix_tokens(network: nn.Module) -> int | None:
+    """How many tokens of a vision transformer are not patches; None for another network."""
+    if type(network).__name__ == "VisionTransformer" and hasattr(network, "encoder"):
+        return 1  # torchvision's
+    return getattr(network, "num_prefix_tokens", None)
+
+
+def _has_class_token(network: nn.Module) -> bool:
+    return getattr(network, "class_token", getattr(network, "cls_token", None)) is not None
+
+
+def _find_pooling(network: nn.Module) -> tuple[str, tuple[int, ...], bool] | None:
+    """The name of the module that pools the last map, the dimensions of positions, and whether they stay."""
+    if type(network).__name__ in FUNCTIONAL_POOLING:
+        name, is_before_relu = FUNCTIONAL_POOLING[type(network).__name__]
+        layers = network.get_submodule(name)
+        assert isinstance(layers, nn.Sequential)
+        for more in [*([nn.ReLU()] if is_before_relu else []), nn.Identity()]:
+            layers.append(more)
+        return f"{name}.{len(layers) - 1}", (2, 3), True
+    found = None
+    for name, module in network.named_modules():
+        is_gate = type(network.get_submodule(name.rpartition(".")[0])).__name__ == "SqueezeExcitation"
+        if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)) and not is_gate:
+            found = name, (2, 3), True
+        elif type(module).__name__ == "SelectAdaptivePool2d":  # timm's
+            pooled = module(torch.zeros(1, 4, 5, 6))
+            if pooled.shape in ((1, 4), (1, 4, 1, 1)):
+                return name, (2, 3), pooled.ndim == 4
+            if pooled.shape in ((1, 6), (1, 1, 1, 6)):
+                return name, (1, 2), pooled.ndim == 4
+    return found
+
+
+# What doesn't learn, and adapters
+
+
+def freeze_layers(backbone: nn.Module, patterns: Sequence[str], arch: str) -> list[nn.Module]:
+    """Freezes the parameters whose names begin as one of the regular expressions says.
+
+    Returns:
+        The BatchNorm layers among them, whose statistics are to stay.
+
+    Raises:
+        UserError: an expression matches nothing.
+    """
+    names = [name for name, _ in backbone.named_parameters()]
+    for expression in patterns:
+        if not any(re.match(expression, name) for name in names):
+            listed = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in names[:: max(1, len(names) // 5)]))
+            raise UserError(
+                f"--freeze_layers {expression} matches no parameter of --arch {arch}, whose names begin with, for "
+                f"example, {listed}"
+            )
+    matched = [name for name in names if any(re.match(expression, name) for expression in patterns)]
+    for name in matched:
+        backbone.get_parameter(name).requires_grad_(False)
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in matched)
+    return [module for module in map(backbone.get_submodule, owners) if isinstance(module, _BatchNorm)]
+
+
+def add_lora(backbone: nn.Module, rank: int, arch: str, crop_size: int) -> list[nn.Module]:
+    """Puts low-rank adapters into a backbone's attention and MLP blocks, and freezes all its other parameters.
+
+    The scale of what they add, alpha / rank, is 1. Hu et al., ICLR 2022.
+
+    Returns:
+        The BatchNorm layers, whose statistics are to stay.
+
+    Raises:
+        UserError: it has no such blocks.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    targets = [
+        name
+        for name in _called_modules(backbone, arch, crop_size)
+        if isinstance(module := backbone.get_submodule(name), nn.Linear | nn.MultiheadAttention)
+        and (set(name.split(".")[:-1]) & {*LORA_PARENTS} or isinstance(module, nn.MultiheadAttention))
+    ]
+    if not targets:
+        raise UserError(
+            f"--lora: --arch {arch} has no Linear layers inside modules called {', '.join(LORA_PARENTS)}, which "
+            "adapters are for: choose a transformer, or drop it"
+        )
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), backbone)
+    return [module for module in backbone.modules() if isinstance(module, _BatchNorm)]
+
+
+def lora_state(net: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapters' parameters under the names that `peft.set_peft_model_state_dict(net.backbone, …)` takes."""
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(net.get_submodule("backbone"))
+
+
+def _called_modules(backbone: nn.Module, arch: str, crop_size: int) -> list[str]:
+    """The names of the modules that a forward pass calls: others' weights may be used by a function instead."""
+    called = []
+    names = {module: name for name, module in backbone.named_modules()}
+    hooks = [module.register_forward_pre_hook(lambda module, _: called.append(names[module])) for module in names]
+    _try_backbone(backbone, arch, crop_size)
+    for hook in hooks:
+        hook.remove()
+    return list(dict.fromkeys(called))
+
+
+def _try_backbone(backbone: nn.Module, arch: str, crop_size: int, names: Sequence[str] = ()) -> list[torch.Tensor]:
+    """What modules of a backbone, in evaluation mode, give for one gray image.
+
+    Raises:
+        UserError: it can't take images of that size.
+    """
+    device = next(iter(backbone.parameters()), torch.empty(0)).device
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        with torch.inference_mode():
+            return tap(backbone, names, torch.zeros(1, 3, crop_size, crop_size, device=device))
+    except SIZE_ERRORS as error:
+        raise _refused_size(arch, crop_size, error) from None
+    finally:
+        backbone.train(was_training)
+
+
+def _refused_size(arch: str, crop_size: int, error: Exception) -> UserError:
+    """What to say of a network that can't take images of a size."""
+    fitting = find_arch(arch).crop_size
+    return UserError(f"--arch {arch} can't take images of --crop_size {crop_size} ({error}): try {fitting}")
+
+
+# Several depths
+
+# Ends of three stages by the names of their modules; the first of which a network has all is its default.
+STAGES = (
+    ("layer2", "layer3", "layer4"),
+    ("inception3b", "inception4e", "inception5b"),
+    ("stage2", "stage3", "stage4"),
+    ("features.denseblock2", "features.denseblock3", "features.denseblock4"),
+    ("trunk_output.block2", "trunk_output.block3", "trunk_output.block4"),
+    ("stages.1", "stages.2", "stages.3"),
+    ("features.3", "features.5", "features.7"),
+)
+
+
+class CascadeBackbone(nn.Module):
+    """A backbone that gives the pooled outputs of several of its modules, one after the other.
+
+    Args:
+        network: normalized images `(B, 3, H, W)` to anything.
+        layers: names of its modules; their outputs are maps, tokens or vectors.
+        arch: the network's name, for messages.
+        crop_size: side of the images, px.
+        pooling: one of `POOLINGS` other than cls.
+
+    Attributes:
+        widths: number of features of each.
+
+    Raises:
+        UserError: the network has no such module, or its output can't be pooled.
+    """
+
+    def __init__(self, network: nn.Module, layers: Sequence[str], arch: str, crop_size: int, pooling: str = "avg"):
+        super().__init__()
+        self.network, self.layers = network, list(layers) or default_stages(network, arch)
+        names = [name for name, _ in network.named_modules()]
+        for name in self.layers:
+            if name not in names:
+                raise UserError(f"--cascade_layers {name}: --arch {arch} has no such module{nearest_name(name, names)}")
+        self.widths, pools = [], []
+        for name, output in zip(self.layers, _try_backbone(network, arch, crop_size, self.layers)):
+            width, dims = _positions(output, name)
+            self.widths.append(width)
+            pools.append(GlobalPool(pooling, dims) if dims else nn.Identity())
+        self.pools = nn.ModuleList(pools)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalized images `(B, 3, H, W)` to features `(B, sum of widths)`."""
+        outputs = tap(self.network, self.layers, images)
+        return torch.cat([pool(output) for pool, output in zip(self.pools, outputs)], dim=1)
+
+
+def _positions(output: Any, name: str) -> tuple[int, tuple[int, ...]]:
+    """The number of features in a module's output for one square image, and the dimensions of their positions."""
+    shape = tuple(output.shape) if isinstance(output, torch.Tensor) else ()
+    if len(shape) == 4:
+        is_channels_last = shape[1] == shape[2] != shape[3]
+        return (shape[3], (1, 2)) if is_channels_last else (shape[1], (2, 3))
+    if len(shape) in (2, 3):
+        return shape[-1], (1,) * (len(shape) == 3)
+    raise UserError(f"--cascade_layers {name}: its output is not a map, tokens or a vector, so name another module")
+
+
+def default_stages(network: nn.Module, arch: str) -> list[str]:
+    """The names of three modules of a network at different depths, the last one at its end.
+
+    Raises:
+        UserError: there is no default for it.
+    """
+    names = {name for name, module in network.named_modules() if [*module.children()]}
+    for stages in STAGES:
+        if names.issuperset(stages):
+            return list(stages)
+    blocks = [name for name in names if re.fullmatch(r"blocks\.\d+|encoder\.layers\.encoder_layer_\d+", name)]
+    if len(blocks) >= 3:  # of a transformer, or another sequence of blocks
+        blocks.sort(key=lambda name: int(re.findall(r"\d+", name)[-1]))
+        return [blocks[math.ceil(len(blocks) * third / 3) - 1] for third in (1, 2, 3)]
+    raise UserError(
+        f"--arch {arch} has no modules of which it is known that they end its stages: name some with --cascade_layers, "
+        f"for example of {', '.join(name for name, _ in network.named_children())}"
+    )
+
+
+class CascadeEmbedding(nn.Module):
+    """An embedding for each depth, of length 1, one after the other.
+
+    Args:
+        heads: features of one depth `(B, width)` to embeddings.
+        widths: their numbers of features.
+    """
+
+    def __init__(self, heads: Sequence[nn.Module], widths: Sequence[int]):
+        super().__init__()
+        self.heads, self.widths = nn.ModuleList(heads), list(widths)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Features `(B, sum of widths)` to embeddings `(B, D)`."""
+        return torch.cat(self.stages(features), dim=1)
+
+    def stages(self, features: torch.Tensor) -> list[torch.Tensor]:
+        """Features `(B, sum of widths)` to the embeddings of each depth."""
+        parts = features.split(self.widths, dim=1)
+        return [F.normalize(head(part), dim=1) for head, part in zip(self.heads, parts)]
+
+
+# The embedding network
 
 
 def mlp(features: int, *widths: int) -> nn.Sequential:
@@ -212,6 +663,7 @@ class EmbeddingNet(nn.Module):
         mean, std: of the backbone's input, per channel, for images in 0 … 1.
         freeze_trunk: whether the backbone stays as it is: in evaluation mode, without gradients.
         embedding: features `(B, features)` to embeddings `(B, D)`, see `build_embedding` (default: a linear layer).
+        still: modules of the backbone that stay in evaluation mode.
 
     Attributes:
         takes_features: whether it is given features that the backbone has computed before, in place of images.
@@ -231,13 +683,14 @@ class EmbeddingNet(nn.Module):
         std: Sequence[float] = IMAGENET_STD,
         freeze_trunk: bool = False,
         embedding: nn.Module | None = None,
+        still: Sequence[nn.Module] = (),
     ):
         super().__init__()
         self.backbone = backbone.requires_grad_(False) if freeze_trunk else backbone
         self.embedding = embedding or build_embedding(num_features, embed_dim)
         self.num_features, self.embed_dim = num_features, embed_dim or num_features
         self.normalize = normalize
-        self.freeze_batchnorm, self.freeze_trunk = freeze_batchnorm, freeze_trunk
+        self.freeze_batchnorm, self.freeze_trunk, self.still = freeze_batchnorm, freeze_trunk, list(still)
         self.takes_features = False
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
@@ -268,15 +721,15 @@ class EmbeddingNet(nn.Module):
         return F.normalize(embeddings, dim=1) if self.normalize else embeddings
 
     @property
-    def last_linear(self) -> nn.Linear | None:
-        """The last linear layer of the embedding; None where the features are the embedding."""
-        return next((layer for layer in [*self.embedding.modules()][::-1] if isinstance(layer, nn.Linear)), None)
+    def last_linear(self) -> nn.Linear:
+        """The last linear layer of the embedding, which must have one."""
+        return [layer for layer in self.embedding.modules() if isinstance(layer, nn.Linear)][-1]
 
     def train(self, mode: bool = True) -> EmbeddingNet:
         """Sets the mode; a frozen backbone and frozen BatchNorm layers stay in evaluation mode."""
         super().train(mode)
-        if self.freeze_trunk:
-            self.backbone.eval()
+        for module in [self.backbone] if self.freeze_trunk else self.still:
+            module.eval()
         if self.freeze_batchnorm:
             for module in self.modules():
                 if isinstance(module, _BatchNorm):
@@ -340,6 +793,58 @@ def networkselect(opt: argparse.Namespace | Mapping[str, Any], load_pretrained: 
         load_pretrained = not is_finished
     opt = with_defaults(opt)
     arch = find_arch(opt.arch)
+    backbone, features = build_backbone(opt, arch, load_pretrained)
+    still = freeze_layers(backbone, opt.freeze_layers, opt.arch) if opt.freeze_layers else []
+    if opt.pooling and opt.cascade_layers is None:
+        backbone = set_pooling(backbone, opt.pooling, opt.arch)
+    if opt.lora:
+        still = add_lora(backbone, opt.lora, opt.arch, opt.crop_size)
+    if opt.cascade_layers is not None:
+        backbone = CascadeBackbone(backbone, opt.cascade_layers, opt.arch, opt.crop_size, opt.pooling or "avg")
+        features = sum(backbone.widths)
+    check_memory(16.0 * features * opt.embed_dim, f"--embed_dim {opt.embed_dim}")  # weights, gradient, Adam's moments
+    embedding = select_embedding(opt, backbone, features)
+    net = EmbeddingNet(
+        backbone,
+        features,
+        opt.embed_dim,
+        opt.normalize,
+        opt.freeze_batchnorm,
+        arch.mean,
+        arch.std,
+        opt.freeze_trunk,
+        embedding,
+        still,
+    )
+    check_input(net, opt.arch, opt.crop_size)
+    return net.eval() if is_finished else net
+
+
+def select_embedding(opt: argparse.Namespace, backbone: nn.Module, num_features: int) -> nn.Module:
+    """The embedding of the resolved flags, with a head for each depth of a cascade.
+
+    Raises:
+        UserError: --embed_dim can't be divided among them.
+    """
+    if not isinstance(backbone, CascadeBackbone):
+        return build_embedding(num_features, opt.embed_dim, opt.embedder, opt.embedder_norm)
+    share, rest = divmod(opt.embed_dim, len(backbone.widths))
+    if rest or (opt.embed_dim and not share):
+        near = max(1, round(opt.embed_dim / len(backbone.widths))) * len(backbone.widths)
+        raise UserError(
+            f"--embed_dim {opt.embed_dim} can't be divided among the {len(backbone.widths)} heads of a cascade: give "
+            f"--embed_dim {near}"
+        )
+    heads = [build_embedding(width, share, opt.embedder, opt.embedder_norm) for width in backbone.widths]
+    return CascadeEmbedding(heads, backbone.widths)
+
+
+def build_backbone(opt: argparse.Namespace, arch: Arch, load_pretrained: bool) -> tuple[nn.Module, int]:
+    """The backbone of the resolved flags, with its weights, and its number of features.
+
+    Raises:
+        UserError: it can't be used, or its weights can't be downloaded, read, or don't fit.
+    """
     file = opt.weights if load_pretrained else None
     if opt.not_pretrained:
         weights = Weights.RANDOM
@@ -348,7 +853,7 @@ def networkselect(opt: argparse.Namespace | Mapping[str, Any], load_pretrained: 
     if weights.are_downloaded and not arch.has_weights:
         raise UserError(f"--arch {opt.arch} has no pretrained weights: drop --pretrained, or give --weights FILE")
     try:
-        backbone, features = arch.build(weights)
+        backbone, features = arch.build(weights, *([opt.crop_size] if arch.is_sized else []))
     except (OSError, RuntimeError, EOFError, HTTPException, UnpicklingError) as error:
         if not weights.are_downloaded:
             raise
@@ -359,14 +864,7 @@ def networkselect(opt: argparse.Namespace | Mapping[str, Any], load_pretrained: 
         ) from None
     if file is not None:
         load_weights(backbone, file)
-    check_memory(16.0 * features * opt.embed_dim, f"--embed_dim {opt.embed_dim}")  # weights, gradient, Adam's moments
-    embedding = build_embedding(features, opt.embed_dim, opt.embedder, opt.embedder_norm)
-    freezing = {"freeze_batchnorm": opt.freeze_batchnorm, "freeze_trunk": opt.freeze_trunk}
-    net = EmbeddingNet(
-        backbone, features, opt.embed_dim, opt.normalize, mean=arch.mean, std=arch.std, embedding=embedding, **freezing
-    )
-    check_input(net, opt.arch, opt.crop_size)
-    return net.eval() if is_finished else net
+    return backbone, features
 
 
 def with_defaults(opt: argparse.Namespace | Mapping[str, Any]) -> argparse.Namespace:
@@ -382,10 +880,20 @@ def refuse_contradictions(opt: argparse.Namespace) -> None:
     Raises:
         UserError: they contradict each other.
     """
+    frozen = [name for name in ("freeze_trunk", "freeze_layers", "lora") if getattr(opt, name)]
+    if len(frozen) > 1:
+        raise UserError(
+            f"--{frozen[0]} and --{frozen[1]} contradict each other, since either says which part of the backbone "
+            "learns: drop one"
+        )
+    if opt.cascade_layers is not None and opt.pooling == "cls":
+        raise UserError("--pooling cls takes one token, and a cascade pools maps and tokens of several depths: drop it")
     if opt.embedder and not opt.embed_dim:
         raise UserError(
             "--embedder puts hidden layers before the embedding layer, which --embed_dim 0 leaves out: drop one of them"
         )
+    if opt.grad_measure and not opt.embed_dim:
+        raise UserError("--grad_measure is of the embedding layer, which --embed_dim 0 leaves out: drop one of them")
 
 
 def check_images(images: Any) -> None:
@@ -403,17 +911,23 @@ def check_images(images: Any) -> None:
 
 
 def load_weights(backbone: nn.Module, file: str) -> None:
-    """Loads a backbone's state dict: torchvision's, whose classifier is ignored, or that of a run's checkpoint.
+    """Loads a backbone's state dict: torchvision's or timm's, without its classifier, or that of a run's checkpoint.
 
     Raises:
         UserError: the file can't be read, its entries don't match the backbone's, or they aren't finite numbers.
     """
     own = backbone.state_dict()
     state = read_state_dict(file, own)
+    if type(backbone).__module__.startswith("timm.") and any(
+        name not in state or state[name].shape != value.shape for name, value in own.items()
+    ):
+        state = _convert_for_timm(backbone, state, file)
     # torchvision renames the entries of its DenseNets' files when it loads them
     state = {re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2", name): state[name] for name in state}
     removed = {path for path, module in backbone.named_modules() if isinstance(module, nn.Identity)}
     removed |= {"aux1", "aux2", "AuxLogits"}  # auxiliary classifiers of GoogLeNet and Inception
+    classifiers = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()  # of timm's networks
+    removed |= {classifiers} if isinstance(classifiers, str) else set(classifiers)
     surplus = [name for name in state if name not in own and not any(name.startswith(f"{path}.") for path in removed)]
     for name in own:  # state dicts from before PyTorch 0.4.1 lack them
         if name.endswith(".num_batches_tracked"):
@@ -440,17 +954,29 @@ def load_weights(backbone: nn.Module, file: str) -> None:
     backbone.load_state_dict(state)
 
 
+def _convert_for_timm(backbone: nn.Module, state: dict[str, torch.Tensor], file: str) -> dict[str, torch.Tensor]:
+    """A state dict as timm converts it on loading: from its authors' names, and position embeddings to another size."""
+    convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+    if convert is None:
+        return state
+    try:
+        return dict(convert(dict(state), backbone))
+    except Exception as error:  # it raises anything at all on the state of something else
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--weights {file} can't be converted ({reason}): it belongs to another --arch") from None
+
+
 def read_state_dict(file: str, own: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Reads a state dict, without what training programs put around it or before its names.
 
     Args:
-        file: what `torch.save` wrote.
+        file: what `torch.save` wrote, or a .safetensors file.
         own: the entries that are looked for.
 
     Raises:
         UserError: it can't be read, or is not a state dict.
     """
-    state: Any = load_checkpoint(file)
+    state: Any = _load_safetensors(file) if file.endswith(".safetensors") else load_checkpoint(file)
     for _ in WRAPPERS:  # they may stand in one another
         inner = [state[key] for key in WRAPPERS if isinstance(state.get(key), dict)] if isinstance(state, dict) else []
         state = inner[0] if inner else state
@@ -463,8 +989,28 @@ def read_state_dict(file: str, own: Mapping[str, Any]) -> dict[str, torch.Tensor
     while state and (common := [prefix for prefix in prefixes if all(name.startswith(prefix) for name in state)]):
         state = {name.removeprefix(common[0]): value for name, value in state.items()}
     of_backbone = {name.removeprefix("backbone."): state[name] for name in state if name.startswith("backbone.")}
-    is_whole_network = of_backbone and not any(name.startswith("backbone.") for name in own)  # a run's, for example
-    return of_backbone if is_whole_network else state
+    if not of_backbone or any(name.startswith("backbone.") for name in own):
+        return state
+    # a run's, for example, perhaps with another pooling around the backbone
+    within = {name.removeprefix("network."): of_backbone[name] for name in of_backbone if name.startswith("network.")}
+    return within if within and not any(name.startswith("network.") for name in own) else of_backbone
+
+
+def _load_safetensors(file: str) -> dict[str, torch.Tensor]:
+    """Reads a .safetensors file.
+
+    Raises:
+        UserError: there is no such file, or it is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except OSError as error:
+        raise UserError(f"{file} can't be opened: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise UserError(f"{file} is not an intact .safetensors file ({error}): replace it") from None
 
 
 def _first_of(names: Sequence[str]) -> str:
@@ -495,9 +1041,6 @@ def check_input(net: EmbeddingNet, arch: str, crop_size: int) -> None:
     try:
         with torch.inference_mode():
             net(torch.zeros(1, 3, crop_size, crop_size, dtype=torch.uint8, device=device))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        fitting = find_arch(arch).crop_size
-        raise UserError(
-            f"--arch {arch} can't take images of --crop_size {crop_size} ({error}): try {fitting}"
-        ) from None
+    except SIZE_ERRORS as error:
+        raise _refused_size(arch, crop_size, error) from None
     net.train(was_training)

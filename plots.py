@@ -280,7 +280,7 @@ def save_bands(path: Path, curves: Mapping[str, Sequence[tuple[int, float, float
     # The interval of only two runs is so wide that curves would look flat: it may be cut off.
     room = 0.5 * np.ptp(means) if means else 0
     bounds = [bound for mean in means for bound in (mean - room, mean + room)]
-    axes.set_title("mean and 95 % confidence interval over seeds and folds")
+    axes.set_title("mean over seeds of means over folds, with its 95 % confidence interval")
     axes.set_ylabel(f"{name} of the classes that select the epoch")
     _format_axes(axes, [epoch for epoch, _, _ in points], bounds)
     legend = axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12))

@@ -1,7 +1,8 @@
 """What takes several training runs: folds and their meta results, resuming, reproducing.
 
-The training run itself is an argument, `train_run(opt, folder)`: resolved or unresolved flags and the run folder to
-create or to continue in; it returns the selected network's test metrics.
+The training run itself is an argument, `train_run(opt, folder, only_check)`: resolved or unresolved flags, the run
+folder to create or to continue in, and whether to stop before anything is written; it returns the selected network's
+test metrics.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import auxiliaries
 import config
 import datasets
 import evaluate
-import methods
 import records
 import runs
 from auxiliaries import UserError, notice
@@ -35,7 +35,7 @@ META_SCHEMA = {
     },
 }
 
-TrainRun = Callable[[argparse.Namespace, Path | None], dict[str, float]]
+TrainRun = Callable[..., dict[str, float]]
 
 
 def run(argv: Sequence[str], train_run: TrainRun) -> dict[str, float]:
@@ -161,8 +161,6 @@ def train_in_stages(
     for stage, following in itertools.pairwise(stages):
         stage_flags = {**stage["Configuration"], **same, "n_epochs": following["Epochs"]}
         train_run(with_flags(opt, **stage_flags), folder)
-        if folder is not None:
-            runs.write_flags(folder, config.resolve(opt))
     return train_run(opt, folder)
 
 
@@ -204,11 +202,16 @@ def write_meta_results(opt: argparse.Namespace, folder: Path) -> dict[str, float
             for name, value in evaluate_concatenation(opt, finished).items()
         ]
     records.save_meta_rows(folder / "meta", rows)
-    print(f"\nover {len(finished)} folds (mean ± half of the 95 % confidence interval), in {folder / 'meta'}:")
-    for row in rows:
-        interval = f" ± {row['CI 95 %']:.4f}" if "CI 95 %" in row else ""
-        print(f"{row['Network']:>12}, {row['Split']:>4} | {row['Metric']} {row['Mean']:.4f}{interval}")
+    print(f"\nmean over {len(finished)} folds ± half of its 95 % confidence interval, in {folder / 'meta'}:\n")
+    print(records.format_table([_in_words(row) for row in rows]))
     return {row["Metric"]: row["Mean"] for row in rows if (row["Network"], row["Split"]) == ("selected", "test")}
+
+
+def _in_words(row: records.Row) -> records.Row:
+    """A row of meta results as it is printed."""
+    half = row.get("CI 95 %", float("nan"))
+    mean = f"{row['Mean']:.4f}" + (f" ± {half:.4f}" if half == half else "")
+    return {name: row[name] for name in ("Network", "Split", "Metric")} | {"Mean": mean}
 
 
 def _with_same_test_data(folds: Sequence[Path]) -> list[Path]:
@@ -258,43 +261,22 @@ def resume(folder: Path, argv: Sequence[str], train_run: TrainRun) -> dict[str, 
     """Continues a run, or all folds of one, with its own flags and those of the command line on top."""
     opt = config.parse(argv, runs.config_file(folder))
     parent_opt = config.resolve(with_flags(opt, fold=None))
-    fold_flags = _resumed_flags(folder, opt)
+    flags_of = _resumed_flags(folder, opt)
     with contextlib.ExitStack() as locks:
-        for path in {folder, *fold_flags}:  # nothing is changed in a run that another process is using
+        for path in {folder, *flags_of}:  # nothing is changed in a run that another process is using
             locks.enter_context(auxiliaries.locked(path))
-        for path, flags in fold_flags.items():
+        for path, flags in flags_of.items():
             runs.check_flags(path, flags)
-            if runs.has_state(path):
-                check_resumable(path, flags)
-        if opt.resume_training == "best":
-            for path in fold_flags:
-                runs.go_back_to_best(path)
-        is_complete = len(fold_flags) == (parent_opt.num_training_sets or 1)
-        if is_complete and all(runs.is_trained(path, flags) for path, flags in fold_flags.items()):
+        is_complete = len(flags_of) == (parent_opt.num_training_sets or 1)
+        if is_complete and all(runs.is_trained(path, flags) for path, flags in flags_of.items()):
             notice(f"{folder} is finished: nothing is left to train, and its flags stay as they are")
             return report_finished(folder, parent_opt)
-        some_fold = None if opt.split_scheme == "predefined" else opt.fold or 0
-        check_data(config.resolve(with_flags(opt, fold=some_fold)))
-        _store_changes(folder, fold_flags, parent_opt)
+        if opt.split_scheme == "cross_validation":  # before anything changes in one fold, all must be able to continue
+            for fold in range(parent_opt.num_training_sets) if opt.fold is None else [opt.fold]:
+                train_run(with_flags(opt, fold=fold), folder / f"fold_{fold}", only_check=True)
+            runs.change_flags(folder, flags_of, parent_opt)
+            opt = with_flags(opt, resume_training="latest")  # they have gone back, if they were to
     return train(opt, train_run, folder)
-
-
-def check_resumable(folder: Path, opt: argparse.Namespace) -> None:
-    """Makes sure, before anything is changed, that a run's data, images and state go with these resolved flags.
-
-    Raises:
-        UserError: they don't.
-    """
-    splits = datasets.give_splits(opt)
-    runs.check_data(folder, opt, splits)
-    if opt.check_images:
-        datasets.check_images(splits, opt.exif_orientation)
-    seen = methods.relabel(opt, splits)
-    num_batches = len(datasets.give_dataloaders(opt, seen).train)
-    lower_is_better = evaluate.lower_is_better(opt.eval_metric_for_best_epoch)
-    device = torch.device("cpu")
-    method = methods.build_training(opt, seen.train.num_classes(), device, False, num_batches, lower_is_better)
-    method.load_state_dict(runs.read_state(folder / "last.pth.tar"))
 
 
 def _resumed_flags(folder: Path, opt: argparse.Namespace) -> dict[Path, argparse.Namespace]:
@@ -313,21 +295,6 @@ def _resumed_flags(folder: Path, opt: argparse.Namespace) -> dict[Path, argparse
     return {path: config.resolve(with_flags(opt, fold=fold)) for fold, path in fold_paths.items()}
 
 
-def _store_changes(folder: Path, fold_flags: Mapping[Path, argparse.Namespace], parent_opt: argparse.Namespace) -> None:
-    """Writes flags that a resumed run changes into its folders, and keeps the changes in a folder of their own."""
-    changes = config.changed_flags(runs.load_flags(folder), parent_opt)
-    for path, flags in fold_flags.items():  # a fold may have continued alone, with flags of its own
-        changes |= config.changed_flags(runs.load_flags(path), flags)
-    if not changes:
-        return
-    save_changes(folder, list(fold_flags), changes)
-    for path, flags in fold_flags.items():
-        runs.write_flags(path, flags)
-        auxiliaries.remove_file(path / "summary.json")  # it was of other flags
-    if folder not in fold_flags:
-        config.save_config(folder / "config.yaml", config.configuration(parent_opt))
-
-
 def report_finished(folder: Path, opt: argparse.Namespace) -> dict[str, float]:
     """Prints how a finished run ended, and returns its test metrics."""
     if opt.split_scheme == "cross_validation":
@@ -335,18 +302,6 @@ def report_finished(folder: Path, opt: argparse.Namespace) -> dict[str, float]:
     summary = runs.read_summary(folder)
     records.print_summary(summary)
     return runs.test_metrics(summary)
-
-
-def save_changes(folder: Path, fold_paths: Sequence[Path], changes: Mapping[str, Any]) -> None:
-    """Keeps flags that a resumed run changes, in a folder named after the epochs that its folds have reached."""
-    epochs = [str(runs.epoch_reached(path)) for path in fold_paths]
-    wanted = folder / f"resume_training_config_diffs_{'_'.join(epochs) or 0}"
-    kept = runs.create_folder(wanted, lambda into: config.save_config(into / "config.yaml", changes))
-    print(f"changed flags, kept in {kept}: {_as_flags(changes)}")
-
-
-def _as_flags(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"--{name} {value}" for name, value in values.items())
 
 
 # Reproducing a run
@@ -360,7 +315,7 @@ def reproduce(source: Path, argv: Sequence[str], train_run: TrainRun) -> dict[st
     before, after = runs.load_flags(source), config.resolve(opt)
     changes = config.changed_flags(before, after)
     if changes:
-        print(f"other flags than the original's: {_as_flags(changes)}")
+        print(f"other flags than the original's: {runs.as_flags(changes)}")
     warn_of_changes(source, after, auxiliaries.pick_device(opt.gpu))
     original = read_results(runs.fold_folders(source).get(opt.fold, source))
     if not original:

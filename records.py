@@ -70,6 +70,8 @@ def add_arguments(parser: FlagParser) -> None:
     add("--log_every", type=number(int, 0), default=1,
         help="record loss, learning rates and statistics every so many iterations; 0: never")
     add("--tensorboard", action="switch", default=True, help="write TensorBoard event files")
+    add("--pictures", action="switch", default=True,
+        help="draw curves at every evaluation, and retrievals of the best network; it takes about a second")
     add("--dist_measure", action="switch",
         help="record the ratio of intra- to inter-class distances at every evaluation; embeds all training images")
     add("--grad_measure", action="switch",

@@ -55,7 +55,8 @@ DATA_SCHEMA = {
         "properties": {"images": {"type": "integer"}, "classes": {"type": "integer"}, "sha256": {"type": "string"}},
     },
 }
-NUMBER_SCHEMA = {"type": ["number", "null"], "minimum": -1e300, "maximum": 1e300}  # null: not defined
+LARGEST = 1e100  # of figures: squares and sums of them are still finite
+NUMBER_SCHEMA = {"type": ["number", "null"], "minimum": -LARGEST, "maximum": LARGEST}  # null: not defined
 METRICS_SCHEMA = {"type": "object", "minProperties": 1, "additionalProperties": NUMBER_SCHEMA}
 MODEL_SCHEMA = {
     "type": "object",
@@ -112,6 +113,7 @@ STATE_SCHEMA = {
             },
         },
         "raw_state_dict": {"type": "object"},  # of the network that learns, where state_dict is an average
+        "lora": {"type": "object"},  # adapters that state_dict holds, too, as peft.set_peft_model_state_dict takes them
         "method": {"type": "object"},  # what the training method itself counts
     },
 }
@@ -155,6 +157,7 @@ class Run:
             "data": read_data(self.folder),
             "history": self.log.rows,
             **self.method.state_dict(),
+            **({"lora": netlib.lora_state(self.method.evaluated)} if self.opt.lora else {}),
         }
         self._write_state(state)
 
@@ -208,9 +211,8 @@ def open_run(
             stack.enter_context(auxiliaries.locked(folder))
         else:
             stack.enter_context(auxiliaries.locked(folder))
-            state = load_state(folder, opt)
-            if state is not None:
-                method.load_state_dict(state)
+            state = restore(opt, splits, method, folder)
+            change_flags(folder, {folder: opt}, opt)
             auxiliaries.save_json(folder / "data.json", describe_data(opt, splits))
         log = records.Records(folder, _history_to_keep(opt, state), opt.tensorboard)
         stack.callback(log.close)
@@ -218,6 +220,25 @@ def open_run(
         log.note_configuration(epoch, config.configuration(opt), environment)
         auxiliaries.remove_file(folder / "summary.json")  # until this process is done
         yield Run(folder, opt, splits, method, log, epoch)
+
+
+def restore(
+    opt: argparse.Namespace, splits: datasets.Splits, method: MetricLossOnly, folder: Path | None
+) -> dict[str, Any] | None:
+    """Puts what is trained into the state that a run continues from, and returns it; None before the first was saved.
+
+    Nothing in the folder changes.
+
+    Raises:
+        UserError: it can't be read, its data have changed, or the run can't continue with these flags.
+    """
+    if folder is None or not folder.exists():
+        return None
+    state = load_state(folder, opt)
+    if state is not None:
+        check_data(folder, opt, splits)
+        method.load_state_dict(state)
+    return state
 
 
 def _history_to_keep(opt: argparse.Namespace, state: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -391,8 +412,8 @@ def read_data(folder: Path) -> DataDescription | None:
 def differing_data(before: DataDescription, now: DataDescription) -> list[str]:
     """What differs between two descriptions of data, in words, by set of images."""
     differences = []
-    for name in dict.fromkeys([*before, *now]):
-        was, found = before.get(name), now.get(name)
+    for key in dict.fromkeys([*before, *now]):
+        was, found, name = before.get(key), now.get(key), _set_in_words(key)
         if was == found:
             continue
         counts = [f"{one['images']} images of {one['classes']} classes" if one else "no images" for one in (was, found)]
@@ -400,6 +421,13 @@ def differing_data(before: DataDescription, now: DataDescription) -> list[str]:
         words = f"{counts[0]}, but other ones" if is_same else f"{counts[1]} instead of {counts[0]}"
         differences.append(f"{name} has {words}")
     return differences
+
+
+def _set_in_words(key: str) -> str:
+    """A set of images, such as `test test query` or `test 800 gallery`, in words: test, test 800 gallery."""
+    kind, *name, role = [*key.split(" "), ""] if key == "train" else key.split(" ")
+    names = [] if name == [kind] else name
+    return " ".join(filter(None, [kind, *names, "" if role == "query" else role]))
 
 
 def test_data(folder: Path) -> DataDescription | None:
@@ -605,9 +633,10 @@ def epoch_reached(folder: Path) -> int:
 
 
 def load_state(folder: Path, opt: argparse.Namespace) -> dict[str, Any] | None:
-    """What `last.pth.tar` holds; None before the first was saved.
+    """The state that a run continues from: its last one, or with --resume_training best that of its best epoch.
 
-    The run may have been stopped before its best network was copied from it: that is made up for.
+    Returns:
+        What its file holds; None before the first was saved.
 
     Raises:
         UserError: it can't be read, or the run can't continue with these flags.
@@ -615,15 +644,15 @@ def load_state(folder: Path, opt: argparse.Namespace) -> dict[str, Any] | None:
     check_flags(folder, opt)
     if not has_state(folder):
         return None
-    state = read_state(folder / "last.pth.tar")
-    if state["best_epoch"] == state["epoch"]:
-        auxiliaries.copy_file(folder / "last.pth.tar", folder / "checkpoint.pth.tar")
-    return state
+    return best_state(folder) if opt.resume_training == "best" else read_state(folder / "last.pth.tar")
 
 
 def is_trained(folder: Path, opt: argparse.Namespace) -> bool:
     """Whether a run has finished, and with these resolved flags has no epoch left to train."""
-    return (folder / "summary.json").exists() and epoch_reached(folder) >= opt.n_epochs
+    if not (folder / "summary.json").exists():
+        return False
+    state = load_state(folder, opt)
+    return state is not None and state["epoch"] >= opt.n_epochs
 
 
 def best_state(folder: Path) -> dict[str, Any]:
@@ -663,7 +692,51 @@ def load_network(folder: Path, opt: argparse.Namespace, device: torch.device) ->
     return net.to(device)
 
 
-def go_back_to_best(folder: Path) -> None:
+# Continuing with other flags
+
+
+def change_flags(folder: Path, flags_of: Mapping[Path, argparse.Namespace], opt: argparse.Namespace) -> None:
+    """Makes a run that is about to continue one of these flags.
+
+    Args:
+        folder: the run folder; flags that change are kept there in a folder of their own.
+        flags_of: its training runs, the folder itself or those of folds, with their resolved flags.
+        opt: the resolved flags of the whole run.
+    """
+    for path, flags in flags_of.items():
+        _repair_best(path)
+        if flags.resume_training == "best":
+            _go_back_to_best(path)
+    changes = config.changed_flags(load_flags(folder), opt)
+    for path, flags in flags_of.items():  # a fold may have continued alone, with flags of its own
+        changes |= config.changed_flags(load_flags(path), flags)
+    if not changes:
+        return
+    epochs = [str(epoch_reached(path)) for path in flags_of]
+    wanted = folder / f"resume_training_config_diffs_{'_'.join(epochs) or 0}"
+    kept = create_folder(wanted, lambda into: config.save_config(into / "config.yaml", changes))
+    print(f"changed flags, kept in {kept}: {as_flags(changes)}")
+    for path, flags in flags_of.items():
+        write_flags(path, flags)
+        auxiliaries.remove_file(path / "summary.json")  # it was of other flags
+    if folder not in flags_of:
+        config.save_config(folder / "config.yaml", config.configuration(opt))
+
+
+def as_flags(values: Mapping[str, Any]) -> str:
+    """Flags in words."""
+    return ", ".join(f"--{name} {value}" for name, value in values.items())
+
+
+def _repair_best(folder: Path) -> None:
+    """Copies the best network from the last state, where the run was stopped before it was."""
+    if has_state(folder):
+        state = read_state(folder / "last.pth.tar")
+        if state["best_epoch"] == state["epoch"]:
+            auxiliaries.copy_file(folder / "last.pth.tar", folder / "checkpoint.pth.tar")
+
+
+def _go_back_to_best(folder: Path) -> None:
     """Makes the best epoch the last one; what came after it is kept in a folder of its own."""
     last = folder / "last.pth.tar"
     if not last.exists():

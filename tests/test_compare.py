@@ -72,6 +72,50 @@ def test_runs_are_grouped_by_configuration_without_the_seed(runs: list[str], tmp
     assert svg.count("loss triplet") == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("", "--svg '' is not the name of an SVG file: end it with .svg"),
+        ("table.docx", "--svg table.docx is not the name of an SVG file"),
+        ("a\0b.svg", "has a NUL character"),
+        ("none/a.svg", "can't be written: name a file in a folder that exists"),
+        ("x" * 5000, f"--svg {'x' * 60}… is not the name"),
+    ],
+    ids=["empty", "foreign", "NUL", "nowhere", "long"],
+)
+def test_a_plot_that_cannot_be_drawn_is_refused_before_runs_are_read(
+    name: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        compare.main([str(tmp_path / "nothing"), f"--svg={name}"])
+    assert words in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_home_folder_is_expanded(runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    compare.main(["~/a", "~/b", "--svg", "~/curves.svg"])
+    assert (tmp_path / "curves.svg").exists()
+
+
+@pytest.mark.parametrize(("name", "words"), [("x" * 5000, "x… is not a path"), ("a\0b", "has a NUL character")])
+def test_folders_that_cannot_be_are_refused(runs: list[str], name: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        compare.main([*runs, name])
+
+
+def test_figures_of_impossible_size_are_left_out(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (tmp_path / "a" / "log_val_Base.csv").read_text()
+    (tmp_path / "a" / "log_val_Base.csv").write_text(text.replace("0.4", "1e308"))
+    compare.main([*runs, "--svg", str(tmp_path / "curves.svg")])
+    assert (
+        "a is left out: log_val_Base.csv is damaged: it has impossible values of Recall @ 1" in capsys.readouterr().err
+    )
+
+
 def test_curves_are_means_where_all_runs_were_evaluated(runs: list[str]) -> None:
     bands = compare.compute_bands(compare.average_folds(compare.read_runs(map(Path, runs), "Recall @ 1")))
     assert [epoch for epoch, _, _ in bands["loss marginloss"]] == [1, 2]

@@ -86,7 +86,7 @@ def test_mappings_merge_key_by_key_and_can_be_replaced(tmp_path: Path, mapping_p
     ("text", "words"),
     [
         ("dataset: cub200\nbss: 12\n", "line 2: unknown flag --bss (did you mean --bs?)"),
-        ("lr: fast\n", "line 1: argument --lr: invalid float value: 'fast'"),
+        ("lr: fast\n", "line 1: --lr: fast is not a number"),
         ("\nloss: tripplet\n", "line 2: --loss tripplet is unknown (did you mean triplet?)"),
         ("lr: [1, 2]\n", "line 1: --lr takes a plain value"),
         ("loss: {margin: 1}\n", "line 1: --loss takes a plain value"),
@@ -116,11 +116,37 @@ def test_missing_files(tmp_path: Path) -> None:
         parse("--config", str(tmp_path))
 
 
-@pytest.mark.parametrize("preset", sorted(path.stem for path in (ROOT / "configs").glob("*.yaml")))
+@pytest.mark.parametrize("preset", ["baselines", "cars196", "online_products", "in-shop"])
 def test_presets_parse(preset: str) -> None:
     opt = config.resolve(parse("--config", "baselines", preset))
     assert opt.dataset == ("cub200" if preset == "baselines" else preset)
     assert (opt.loss, opt.sampling, opt.lr, opt.arch) == ("marginloss", "distance", 1e-5, "resnet50")
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in (ROOT / "configs").glob("reality_check_*.yaml")))
+def test_presets_of_the_reality_check(preset: str) -> None:
+    opt = config.resolve(parse("--config", "reality_check", preset))
+    assert (opt.bs, opt.embed_dim, opt.lr, opt.decay, opt.optimizer) == (32, 128, 1e-6, 1e-4, "RMSprop")
+    assert (opt.split_scheme, opt.num_training_sets, opt.eval_metric_for_best_epoch) == ("cross_validation", 4, "MAP@R")
+    by_class = preset.removeprefix("reality_check_") in ("arcface", "cosface", "proxynca", "soft_triple")
+    assert opt.samples_per_class == (1 if by_class else 4)
+
+
+def test_presets_of_other_papers() -> None:
+    opt = config.resolve(parse("--config", "proxy_anchor"))
+    assert (opt.loss, opt.pooling, opt.proxy_lr, opt.lr) == ("ProxyAnchorLoss", "avg+max", 1e-2, 1e-4)
+    opt = config.resolve(parse("--config", "proxynca++"))
+    assert (opt.loss, opt.pooling, opt.embedder_norm, opt.proxy_lr) == ("proxynca++", "max", "layernorm", 400)
+    opt = config.resolve(parse("--config", "dinov2", "zero_shot"))
+    assert (opt.n_epochs, opt.embed_dim, opt.arch) == (0, 0, "resnet50")
+    assert config.resolve(parse("--config", "dinov2")).crop_size == 224
+
+
+def test_every_preset_states_its_cost_and_figures() -> None:
+    for path in (ROOT / "configs").glob("*.yaml"):
+        head = "".join(line for line in path.read_text(encoding="utf-8").splitlines(True) if line.startswith("#"))
+        on_top = head.startswith("# On top of ") or path.stem == "baselines"
+        assert on_top or ("Costs" in head and "ublished" in head), path.stem
 
 
 @pytest.mark.parametrize(
@@ -327,7 +353,7 @@ def test_the_metric_that_selects_is_computed(metric: str, metrics: list[str], k_
 
 
 def test_presets_are_listed_where_one_is_unknown() -> None:
-    with pytest.raises(UserError, match="which has baselines, cars196, in-shop, online_products"):
+    with pytest.raises(UserError, match="which has baselines, cars196, dinov2, in-shop, "):
         parse("--config", "cub200")
 
 

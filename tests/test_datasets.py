@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import inspect
 import io
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
 import socket
 import stat
+import struct
 import tarfile
 import unicodedata
 import zipfile
@@ -26,12 +29,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, make_tree, save_image
+import torchvision
+from conftest import ROOT, SMALL, csv_rows, make_tree, save_image
 from PIL import Image
+from pytorch_metric_learning.samplers import HierarchicalSampler as LibrarysSampler
 from scipy.io import loadmat, savemat
 
 import config
 import datasets
+import main
 import transforms
 from auxiliaries import FlagParser, UserError, seed_everything
 from datasets import (
@@ -143,7 +149,22 @@ def write_vehicle_id(root: Path) -> None:
         touch(root / "image", *(f"{int(row.split()[0]):07d}.jpg" for row in rows.splitlines()))
 
 
+def write_caltech101(root: Path, images: str = "101_ObjectCategories") -> None:
+    names = ("Faces", "accordion", "ant", "bass", "BACKGROUND_Google")
+    touch(root / images, *(f"{name}/image_{i:04d}.jpg" for name in names for i in (1, 2)))
+
+
+def write_inaturalist2018(root: Path, lists: str = "Inat_dataset_splits") -> None:
+    """Two super categories with a class for training and one for testing each."""
+    for part, classes in (("train", ("Aves/4102", "Plantae/17")), ("test", ("Aves/9", "Plantae/6000"))):
+        paths = [f"train_val2018/{name}/{i}.jpg" for name in classes for i in range(2)]
+        touch(root, *paths)
+        write(root / lists / f"Inaturalist_{part}_set1.txt", "".join(f"{path}\n" for path in paths))
+
+
 WRITE: dict[str, Callable[..., None]] = {
+    "caltech101": write_caltech101,
+    "inaturalist2018": write_inaturalist2018,
     "birds": write_birds,
     "cub200": write_cub200,
     "cars196": write_cars196,
@@ -175,6 +196,18 @@ def content(splits: Splits) -> Content:
 
 
 EXPECTED: dict[str, Content] = {
+    "caltech101": {
+        "train": [(f"image_{i:04d}.jpg", name) for name in ("0 Faces", "1 accordion") for i in (1, 2)],
+        "test": [(f"image_{i:04d}.jpg", name) for name in ("2 ant", "3 bass") for i in (1, 2)],
+    },
+    "inaturalist2018": {
+        "train": [
+            (f"{i}.jpg", *row) for row in (("0 Aves/4102", "0 Aves"), ("2 Plantae/17", "1 Plantae")) for i in (0, 1)
+        ],
+        "test": [
+            (f"{i}.jpg", *row) for row in (("1 Aves/9", "0 Aves"), ("3 Plantae/6000", "1 Plantae")) for i in (0, 1)
+        ],
+    },
     "birds": {
         "train": [(f"{i}.jpg", name) for name in ("0 crow", "1 jay") for i in range(2)],
         "test": [(f"{i}.jpg", name) for name in ("2 owl", "3 tit", "4 wren") for i in range(2)],
@@ -246,6 +279,11 @@ LAYOUTS = [
     ("in-shop", {"images": "Img/img"}),
     ("in-shop", {"images": "Img/img", "info_file": "list_eval_partition.txt"}),
     ("vehicle_id", {}),
+    ("caltech101", {}),
+    ("caltech101", {"images": "caltech-101/101_ObjectCategories"}),
+    ("caltech101", {"images": ""}),
+    ("inaturalist2018", {}),
+    ("inaturalist2018", {"lists": ""}),
 ]
 
 # Classes and images of each set, and the k of Recall @ k, as published.
@@ -255,6 +293,8 @@ PUBLISHED: dict[str, tuple[dict[str, tuple[int, int | None]], tuple[int, ...]]] 
     "online_products": ({"train": (11318, 59551), "test": (11316, 60502)}, (1, 10, 100, 1000)),
     "in-shop": ({"train": (3997, 25882), "query": (3985, 14218), "gallery": (3985, 12612)}, (1, 10, 20, 30, 50)),
     "vehicle_id": ({"train": (13134, 110178), "800": (800, None), "1600": (1600, None), "2400": (2400, None)}, (1, 5)),
+    "caltech101": ({"train": (50, 5526), "test": (51, 3151)}, (1, 2, 4, 8)),
+    "inaturalist2018": ({"train": (5690, 325846), "test": (2452, 136093)}, (1, 4, 16, 32)),
 }
 
 
@@ -403,6 +443,30 @@ def test_folders_of_parts_split_as_they_say(
     assert capsys.readouterr().err.count("some of its classes are training classes, too") == len(parts) - 1
     with pytest.raises(UserError, match=r"--test_size 0\.3 contradicts the folders train"):
         given("birds", tmp_path, "--test_size", "0.3")
+
+
+def test_folders_of_parts_may_be_written_in_capitals(tmp_path: Path) -> None:
+    touch(tmp_path / "birds", *with_part("Train", "VAL", "Test"))
+    splits = given("birds", tmp_path)
+    assert [one.name for one in (*splits.val, *splits.test)] == ["val", "test"]
+    assert all(path.startswith(f"{tmp_path}/birds/Train/") for path in splits.train.paths)
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        (("training", "testing"), "testing is not read as a part of the images: rename it to test"),
+        (("train", "Validation"), "Validation is not read as a part of the images: rename it to val"),
+        (("training",), "training is not read as a part of the images: rename it to train"),
+        (("Train", "test", "train"), "has both Train and train: put their class folders into one"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
+)
+def test_folders_that_only_sound_like_parts_are_refused(parts: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    touch(tmp_path / "birds", *with_part(*parts))
+    with pytest.raises(UserError) as error:
+        given("birds", tmp_path)
+    assert words in str(error.value)
 
 
 def test_a_class_may_have_the_name_of_a_part(tmp_path: Path) -> None:
@@ -661,12 +725,19 @@ def pack(dataset: str, folder: Path) -> dict[str, bytes]:
     if dataset == "cub200":
         write_cub200(folder, "CUB_200_2011/images")
         touch(folder, "attributes.txt")
+    elif dataset == "caltech101":
+        write_caltech101(folder / "unpacked")
+        inner = shutil.make_archive(str(folder / "101_ObjectCategories"), "gztar", root_dir=folder / "unpacked")
+        (folder / "caltech-101").mkdir()
+        shutil.move(inner, folder / "caltech-101")
+        shutil.rmtree(folder / "unpacked")
     else:
         WRITE[dataset](folder, official=True)
     loose = {path.name: path.read_bytes() for path in folder.glob("*.mat")}
     for name in loose:
         (folder / name).unlink()
     archive, kind = {
+        "caltech101": ("caltech-101.zip", "zip"),
         "cub200": ("CUB_200_2011.tgz", "gztar"),
         "cars196": ("car_ims.tgz", "gztar"),
         "online_products": ("Stanford_Online_Products.zip", "zip"),
@@ -689,7 +760,7 @@ def publish(files: dict[str, bytes], dataset: str, server: ArchiveServer, monkey
 
 
 @pytest.mark.parametrize("failure", ["404", "wrong MD5", "cut off"])
-@pytest.mark.parametrize("dataset", ["cub200", "online_products", "cars196"])
+@pytest.mark.parametrize("dataset", ["cub200", "online_products", "cars196", "caltech101"])
 def test_a_failed_download_leaves_no_data_and_the_next_one_works(
     dataset: str, failure: str, server: ArchiveServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -842,6 +913,10 @@ def test_a_download_url_that_is_not_one_is_a_clear_error(url: str, tmp_path: Pat
         ("in-shop", False, ["--download can't", "DeepFashion", "Eval/list_eval_partition.txt"]),
         ("in-shop", True, ["--download can't", "DeepFashion", "Eval/list_eval_partition.txt"]),
         ("vehicle_id", True, ["--download can't", "Peking University", "train_test_split/"]),
+        ("caltech101", False, ["--download downloads it"]),
+        ("inaturalist2018", True, ["--download can't", "Smooth-AP", "Inat_dataset_splits/"]),
+        ("torchvision_DTD", False, ["--download downloads it"]),
+        ("torchvision_FER2013", True, ["--download can't", "Kaggle"]),
         ("cup200", False, ["did you mean cub200?"]),
         ("birds", True, ["images"]),
     ],
@@ -856,6 +931,303 @@ def test_missing_data_is_an_error_that_says_where_and_what_to_do(
     with pytest.raises(UserError) as error:
         datasets.read_splits(dataset, "Datasets", download=download)
     assert_one_sentence(str(error.value), tmp_path / "Datasets" / dataset, "`bash Sample_Runs.sh demo`", *parts)
+
+
+# Datasets of torchvision, made like the official ones with few images.
+
+Made = dict[str, list]  # the `Content` to be read
+
+
+def save_square(path: Path, color: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (color, color, color)).save(path)
+
+
+def make_eurosat(root: Path, _: pytest.MonkeyPatch) -> Made:
+    for number, name in enumerate(("River", "Forest", "Highway", "Pasture")):
+        save_square(root / "eurosat/2750" / name / f"{name}_1.jpg", number)
+    part = lambda *names: [(f"{name}_1.jpg", f"{label} {name}") for label, name in names]  # noqa: E731
+    return {"train": part((0, "Forest"), (1, "Highway")), "test": part((2, "Pasture"), (3, "River"))}
+
+
+def make_dtd(root: Path, _: pytest.MonkeyPatch) -> Made:
+    """Each part has one image of each class."""
+    for name in ("zigzagged", "banded", "dotted", "woven"):
+        for number, part in enumerate(("train", "val", "test")):
+            save_square(root / "dtd/dtd/images" / name / f"{name}_{number}.jpg", number)
+            write(root / "dtd/dtd/labels" / f"{part}1.txt", "")
+    for number, part in enumerate(("train", "val", "test")):
+        rows = "".join(f"{name}/{name}_{number}.jpg\n" for name in ("banded", "dotted", "woven", "zigzagged"))
+        write(root / "dtd/dtd/labels" / f"{part}1.txt", rows)
+    part_of = {"train": ("banded", "dotted"), "test": ("woven", "zigzagged")}
+    return {
+        part: [
+            (f"{name}_{i}.jpg", f"{label} {name}")
+            for label, name in enumerate(names, 2 * (part == "test"))
+            for i in range(3)
+        ]
+        for part, names in part_of.items()
+    }
+
+
+def make_aircraft(root: Path, _: pytest.MonkeyPatch) -> Made:
+    """Names with a slash and a space; the file of the names lists them in another order."""
+    data, names = root / "fgvc-aircraft-2013b/data", ("Saab 340", "F/A-18", "A320", "DC-3")
+    write(data / "variants.txt", "\n".join(names) + "\n")
+    for part, offset in (("trainval", 0), ("test", 4)):
+        write(
+            data / f"images_variant_{part}.txt", "".join(f"{i + offset:07d} {name}\n" for i, name in enumerate(names))
+        )
+        for i in range(4):
+            save_square(data / "images" / f"{i + offset:07d}.jpg", i)
+    rows = {"train": ((2, "0 A320"), (3, "1 DC-3")), "test": ((1, "2 F/A-18"), (0, "3 Saab 340"))}
+    return {part: [(f"{i + o:07d}.jpg", name) for i, name in few for o in (0, 4)] for part, few in rows.items()}
+
+
+def make_pets(root: Path, _: pytest.MonkeyPatch) -> Made:
+    for part, number in (("trainval", 1), ("test", 2)):
+        rows = [(f"{name}_{number}", i + 1) for i, name in enumerate(("Abyssinian", "beagle", "Birman", "boxer"))]
+        write(root / "oxford-iiit-pet/annotations" / f"{part}.txt", "".join(f"{n} {i} 1 1\n" for n, i in rows))
+        for name, i in rows:
+            save_square(root / "oxford-iiit-pet/images" / f"{name}.jpg", i)
+    names = {"train": ("Abyssinian", "Beagle"), "test": ("Birman", "Boxer")}
+    file = {"Beagle": "beagle", "Boxer": "boxer"}
+    return {
+        part: [
+            (f"{file.get(name, name)}_{i}.jpg", f"{label} {name}")
+            for label, name in enumerate(few, 2 * (part == "test"))
+            for i in (1, 2)
+        ]
+        for part, few in names.items()
+    }
+
+
+def make_traffic_signs(root: Path, _: pytest.MonkeyPatch) -> Made:
+    """Its classes have numbers alone: 2 comes before 10."""
+    for number in (0, 2, 9, 10):
+        save_square(root / f"gtsrb/GTSRB/Training/{number:05d}/00000.ppm", number)
+        save_square(root / f"gtsrb/GTSRB/Final_Test/Images/{number:05d}.ppm", number)
+    for number in set(range(11)) - {0, 2, 9, 10}:
+        save_square(root / f"gtsrb/GTSRB/Training/{number:05d}/00000.ppm", number)
+    rows = "".join(f"{number:05d}.ppm;{number}\n" for number in (0, 2, 9, 10))
+    write(root / "gtsrb/GT-final_test.csv", f"Filename;ClassId\n{rows}")
+    tested = {0, 2, 9, 10}
+    part = lambda few: [(f, f"{n} {n}") for n in few for f in ([f"{n:05d}.ppm"] if n in tested else []) + ["00000.ppm"]]  # noqa: E731
+    expected = {"train": part(range(5)), "test": part(range(5, 11))}
+    expected["train"][0:2] = [("00000.ppm", "0 0")] * 2
+    return expected
+
+
+def make_caltech(root: Path, _: pytest.MonkeyPatch) -> Made:
+    for name in ("ant", "bass", "chair", "lamp", "BACKGROUND_Google"):
+        save_square(root / "caltech101/101_ObjectCategories" / name / "image_0001.jpg", 5)
+    part = lambda *names: [("image_0001.jpg", name) for name in names]  # noqa: E731
+    return {"train": part("0 ant", "1 bass"), "test": part("2 chair", "3 lamp")}
+
+
+def make_omniglot(root: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
+    """Both parts number their characters from 0; the coarser labels are alphabets."""
+    zips = {}
+    for part, alphabet in (("images_background", "Greek"), ("images_evaluation", "Angelic")):
+        for number in (1, 2):
+            save_square(root / "omniglot-py" / part / alphabet / f"character{number:02d}" / "0001_01.png", 9)
+        write(root / "omniglot-py" / f"{part}.zip", "")
+        zips[part] = hashlib.md5(b"").hexdigest()
+    monkeypatch.setattr(torchvision.datasets.Omniglot, "zips_md5", zips)
+    rows_of = lambda *rows: [("0001_01.png", *row) for row in rows]  # noqa: E731
+    return {
+        "train": rows_of(("0 Angelic/character01", "0 Angelic"), ("1 Angelic/character02", "0 Angelic")),
+        "test": rows_of(("2 Greek/character01", "1 Greek"), ("3 Greek/character02", "1 Greek")),
+    }
+
+
+def make_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
+    """Batches of three images each, whose red channel is their label; the classes are not in order."""
+    names, md5 = ["truck", "cat", "ship", "bird"], {}
+
+    def dump(file: str, content: object) -> None:
+        path = root / "cifar-10-batches-py" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pickle.dumps(content))
+        md5[file] = hashlib.md5(path.read_bytes()).hexdigest()
+
+    for file, labels in (("data_batch_1", [0, 1, 2, 3]), ("test_batch", [3, 2, 1, 0])):
+        data = np.zeros((4, 3, 32, 32), np.uint8)
+        data[:, 0] = np.array(labels, np.uint8)[:, None, None]
+        dump(file, {"data": data.reshape(4, -1), "labels": labels})
+    dump("batches.meta", {"label_names": names})
+    kind = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(kind, "train_list", [["data_batch_1", md5["data_batch_1"]]])
+    monkeypatch.setattr(kind, "test_list", [["test_batch", md5["test_batch"]]])
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": md5["batches.meta"]})
+    return {
+        part: [(f"{file}.png", name) for name, files in rows for file in files]
+        for part, rows in {
+            "train": (("0 bird", ("0_000003", "1_000000")), ("1 cat", ("0_000001", "1_000002"))),
+            "test": (("2 ship", ("0_000002", "1_000001")), ("3 truck", ("0_000000", "1_000003"))),
+        }.items()
+    }
+
+
+def make_fashion(root: Path, _: pytest.MonkeyPatch) -> Made:
+    """Files of MNIST's format; one of the names of its classes has a slash."""
+    raw = root / "FashionMNIST/raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        images, labels = np.zeros((3, 28, 28), np.uint8), np.array([9, 0, 1], np.uint8)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, 3, 28, 28) + images.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, 3) + labels.tobytes())
+    return {
+        "train": [("0_000000.png", "0 Ankle boot"), ("1_000000.png", "0 Ankle boot")],
+        "test": [
+            (f"{part}_{i:06d}.png", f"{i} {name}")
+            for i, name in ((1, "T-shirt-top"), (2, "Trouser"))
+            for part in (0, 1)
+        ],
+    }
+
+
+MAKE: dict[str, Callable[[Path, pytest.MonkeyPatch], Made]] = {
+    "EuroSAT": make_eurosat,
+    "DTD": make_dtd,
+    "FGVCAircraft": make_aircraft,
+    "OxfordIIITPet": make_pets,
+    "GTSRB": make_traffic_signs,
+    "Caltech101": make_caltech,
+    "Omniglot": make_omniglot,
+    "CIFAR10": make_cifar10,
+    "FashionMNIST": make_fashion,
+}
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_datasets_of_torchvision_are_pooled_and_split_by_class(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / f"torchvision_{name}"
+    expected = MAKE[name](root, monkeypatch)
+    assert content(read(f"torchvision:{name}", tmp_path)) == expected
+    assert content(read(f"torchvision_{name}", tmp_path)) == expected  # as runs store it
+    assert not [path for path in root.iterdir() if path.name.startswith(".part")]
+
+
+def test_arrays_of_torchvision_are_written_once_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_cifar10(tmp_path / "torchvision_CIFAR10", monkeypatch)
+    splits = read("torchvision:CIFAR10", tmp_path)
+    for images in (splits.train, splits.test[0].query):
+        for path, (label,) in zip(images.paths, images.labels):
+            pixels = transforms.load_image(path)
+            red = ["truck", "cat", "ship", "bird"].index(images.class_names[0][label])
+            assert torch.equal(pixels, torch.tensor([red, 0, 0], dtype=torch.uint8)[:, None, None].expand(3, 32, 32))
+    monkeypatch.setattr(datasets, "open_torchvision", lambda *_: pytest.fail("read again"))
+    assert content(read("torchvision:CIFAR10", tmp_path)) == content(splits)
+
+
+def test_arrays_that_two_processes_write_at_once_are_written_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = make_cifar10(tmp_path / "torchvision_CIFAR10", monkeypatch)
+    fork = multiprocessing.get_context("fork")
+    barrier, notices = fork.Barrier(2), fork.Queue()
+    is_missing = datasets._is_missing
+
+    def begin_together(root: Path) -> bool:
+        barrier.wait(60)
+        return is_missing(root)
+
+    monkeypatch.setattr(datasets, "_is_missing", begin_together)
+    monkeypatch.setattr(datasets, "notice", notices.put)
+    processes = [fork.Process(target=read, args=("torchvision:CIFAR10", tmp_path)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert "wrote 8 images" in notices.get(timeout=10)
+    assert notices.empty()
+    monkeypatch.undo()
+    assert content(read("torchvision:CIFAR10", tmp_path)) == expected
+
+
+def test_a_dataset_of_torchvision_is_downloaded_whole_or_not_at_all(
+    server: ArchiveServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = make_dtd(tmp_path / "packed", monkeypatch)
+    archive = Path(shutil.make_archive(str(tmp_path / "dtd-r1.0.1"), "gztar", tmp_path / "packed/dtd")).read_bytes()
+    kind, source = torchvision.datasets.DTD, tmp_path / "source"
+    monkeypatch.setattr(kind, "_URL", f"{server.url}/dtd-r1.0.1.tar.gz")
+    monkeypatch.setattr(kind, "_MD5", hashlib.md5(archive).hexdigest())
+    with pytest.raises(UserError) as error:
+        datasets.read_splits("torchvision:DTD", str(source), download=True)
+    assert_one_sentence(str(error.value), "torchvision_DTD can't be downloaded (HTTP Error 404")
+    assert not (source / "torchvision_DTD").exists()
+    server.files = {"dtd-r1.0.1.tar.gz": archive}
+    assert content(datasets.read_splits("torchvision:DTD", str(source), download=True)) == expected
+    assert [path.name for path in source.iterdir()] == ["torchvision_DTD"]
+    with pytest.raises(UserError, match="--download_url contradicts --dataset torchvision_DTD"):
+        datasets.read_splits("torchvision:DTD", str(tmp_path / "new"), download=True, download_url=server.url)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [
+        ("torchvision:Flowers", "is unknown (did you mean Flowers102?); torchvision has Caltech101, "),
+        ("torchvision:cifar10", "did you mean CIFAR10?"),
+        ("torchvision:", "is unknown; torchvision has Caltech101, "),
+        ("torchvision:CocoDetection", "can't be split by class: it has boxes, not classes"),
+        ("torchvision:ImageFolder", "--dataset PATH"),
+        ("torchvision:PCAM", "two classes"),
+    ],
+)
+def test_names_that_torchvision_cannot_serve_are_refused_before_anything_is_read(dataset: str, words: str) -> None:
+    with pytest.raises(UserError) as error:
+        config.parse(["--dataset", dataset])
+    assert_one_sentence(str(error.value), f"--dataset {dataset} ", words)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("DTD", "--download downloads it again"), ("FER2013", "get it by hand from Kaggle, fer2013.csv")],
+)
+def test_files_that_torchvision_cannot_read_are_one_sentence(name: str, words: str, tmp_path: Path) -> None:
+    root = tmp_path / f"torchvision_{name}"
+    touch(root, "something else")
+    with pytest.raises(UserError) as error:
+        read(f"torchvision:{name}", tmp_path)
+    assert_one_sentence(str(error.value), f"{root} can't be read as torchvision's {name} (", words)
+
+
+def test_every_dataset_of_torchvision_is_taken_or_left_out_with_a_reason() -> None:
+    kinds = {name for name, kind in vars(torchvision.datasets).items() if is_dataset(kind)}
+    taken, left_out = set(datasets.TORCHVISION), set(datasets.NOT_FROM_TORCHVISION)
+    assert taken | left_out >= kinds
+    assert not taken & left_out
+    for name, row in datasets.TORCHVISION.items():
+        signature = inspect.signature(getattr(torchvision.datasets, name))
+        for part in row.parts:
+            signature.bind("root", **part)
+        parameters = signature.parameters
+        takes_anything = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+        assert row.by_hand or takes_anything or "download" in parameters
+        assert takes_anything or (row.paths == "loader") <= ("loader" in parameters)
+
+
+def is_dataset(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, torchvision.datasets.VisionDataset)
+
+
+@pytest.mark.slow
+def test_a_run_of_a_torchvision_dataset_has_a_folder_without_a_colon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_dtd(tmp_path / "torchvision_DTD", monkeypatch)
+    where = ["--source_path", str(tmp_path), "--save_path", str(tmp_path / "results"), "--n_epochs", "1"]
+    flags = ["--dataset", "torchvision:DTD", "--bs", "4", "--samples_per_class", "2", "--eval_metrics", "Recall"]
+    main.command([*SMALL, *where, *flags])
+    (folder,) = (tmp_path / "results").glob("*/*")
+    assert folder.parent.name == "torchvision_DTD"
+    assert ":" not in str(folder.relative_to(tmp_path))
+    main.command(["--evaluate", str(folder), *where[:2], "--eval_metrics", "Recall"])
 
 
 def edit(old: str, new: str) -> Callable[[Path], object]:
@@ -893,6 +1265,11 @@ def annotate_again(path: Path, path_of: str = "car_ims/000001.jpg", number: int 
     savemat(path, {"annotations": np.concatenate([mat["annotations"], row], 1), "class_names": mat["class_names"]})
 
 
+def forget_names(path: Path) -> None:
+    """Removes the names of the classes from Cars196's annotations."""
+    savemat(path, {"annotations": loadmat(path)["annotations"], "class_names": np.zeros((1, 0), object)})
+
+
 def fill(data: bytes) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(data)
 
@@ -920,6 +1297,12 @@ def make_a_file(path: Path) -> None:
     path.touch()
 
 
+def make_empty(path: Path) -> None:
+    shutil.rmtree(path)
+    path.mkdir()
+
+
+INAT_TRAIN = "Inat_dataset_splits/Inaturalist_train_set1.txt"
 ANNOTATIONS, PARTITION = "cars_annos.mat", "Eval/list_eval_partition.txt"
 SOP_TRAIN, SOP_TEST = "Info_Files/Ebay_train.txt", "Info_Files/Ebay_test.txt"
 VEHICLE_TRAIN, VEHICLE_TEST = "train_test_split/train_list.txt", "train_test_split/test_list_800.txt"
@@ -938,6 +1321,7 @@ VEHICLE_TRAIN, VEHICLE_TEST = "train_test_split/train_list.txt", "train_test_spl
         ("cars196", ANNOTATIONS, cut, "download it again"),
         ("cars196", ANNOTATIONS, damage, "download it again"),
         ("cars196", ANNOTATIONS, lambda path: savemat(path, {"annotations": 1}), "download it again"),
+        ("cars196", ANNOTATIONS, forget_names, "names no classes: download it again"),
         ("cars196", "car_ims/000003.jpg", Path.unlink, "does not exist"),
         ("online_products", SOP_TEST, Path.unlink, "does not exist"),
         ("online_products", SOP_TRAIN, keep_header, "no rows"),
@@ -950,6 +1334,9 @@ VEHICLE_TRAIN, VEHICLE_TEST = "train_test_split/train_list.txt", "train_test_spl
         ("in-shop", PARTITION, edit("8\nimage_name", "image_name"), "no column image_name"),
         ("in-shop", PARTITION, edit("query", "gallery"), "must assign train, query and gallery"),
         ("in-shop", f"{IN_SHOP_ROWS[6][0]}", lambda path: shutil.rmtree(path.parents[1]), "does not exist"),
+        ("caltech101", "101_ObjectCategories/ant", make_empty, "no images"),
+        ("inaturalist2018", INAT_TRAIN, edit("train_val2018/Aves/4102", "4102"), "row 1 of PATH, names no super"),
+        ("inaturalist2018", INAT_TRAIN, edit("Aves/4102", "Aves/4103"), "row 1 of PATH, does not exist"),
         ("vehicle_id", VEHICLE_TRAIN, Path.unlink, "does not exist"),
         ("vehicle_id", VEHICLE_TRAIN, fill(b"1\n12\n"), "image_number, class_id"),
         ("vehicle_id", VEHICLE_TEST, edit("21 7", "21"), "has no class_id in row 2"),
@@ -1484,6 +1871,124 @@ def test_new_runs_have_the_augmentation_of_their_dataset(
         assert (stored.crop_scale, stored.flip, stored.redraw_images) == (crop_scale, True, True)
 
 
+# Super class -> sizes of its classes, in the order of labels.
+SUPER_SIZES = ([5, 3, 9, 4], [6, 2, 7], [3, 3, 3, 3, 3], [8])
+
+
+def hierarchy() -> tuple[np.ndarray, np.ndarray]:
+    """Labels and super classes of images in mixed order."""
+    labels, parents, label = [], [], 0
+    for parent, sizes in enumerate(SUPER_SIZES):
+        for size in sizes:
+            labels += [label] * size
+            parents += [parent] * size
+            label += 1
+    order = np.random.default_rng(0).permutation(len(labels))
+    return np.array(labels)[order], np.array(parents)[order]
+
+
+def count_batches(batches: Sequence[Sequence[int]], labels: np.ndarray, parents: np.ndarray) -> dict[str, Any]:
+    """How often each combination of super classes, class and image occurs, and the sizes of batches."""
+    counts: dict[str, Any] = {name: defaultdict(int) for name in ("super classes", "classes", "images", "sizes")}
+    for batch in batches:
+        counts["super classes"][tuple(np.unique(parents[batch]))] += 1
+        counts["sizes"][len(batch)] += 1
+        for label in np.unique(labels[batch]):
+            counts["classes"][int(label)] += 1
+        for idx in batch:
+            counts["images"][int(idx)] += 1
+    return counts
+
+
+@pytest.mark.parametrize(("bs", "samples_per_class", "supers"), [(8, 2, 2), (12, 3, 2), (6, 1, 3), (4, 2, 1)])
+def test_hierarchical_batches_are_distributed_as_the_librarys(bs: int, samples_per_class: int, supers: int) -> None:
+    labels, parents = hierarchy()
+    rng, repeats = np.random.default_rng(0), 500
+    seed_everything(0)  # of the library's draws
+    ours = [*datasets.HierarchicalSampler(labels, bs, samples_per_class, rng, parents, supers, repeats)]
+    theirs = LibrarysSampler(np.stack([labels, parents], 1), bs, samples_per_class, repeats, supers).batches
+    for batch in ours:
+        drawn = np.unique(labels[batch], return_counts=True)[1]
+        assert (drawn == samples_per_class).all()
+    found, wanted = (count_batches(batches, labels, parents) for batches in (ours, theirs))
+    assert found["super classes"] == wanted["super classes"]
+    assert found["sizes"] == wanted["sizes"]
+    for name in ("classes", "images"):
+        assert set(found[name]) == set(wanted[name])
+        for key, count in wanted[name].items():
+            assert abs(found[name][key] - count) < 5 * np.sqrt(2 * count) + 1, (name, key)
+    positions = np.array([list(batch) for batch in ours if len(batch) == bs])
+    if len(SUPER_SIZES) > 1 and supers > 1:  # a super class stands anywhere in its batch
+        first = [int(parents[row[0]] == parents[row].min()) for row in positions]
+        assert 0.2 < np.mean(first) < 0.8
+
+
+def hierarchical_dataset(seed: int = 1, **keywords: Any) -> BaseTripletDataset:
+    labels, parents = hierarchy()
+    names = [[f"class {i}" for i in range(13)], [f"super class {i}" for i in range(4)]]
+    images = ImageSet([str(i) for i in range(len(labels))], np.stack([labels, parents], 1), names)
+    transform = transforms.RandomCropAndFlip(8)
+    return BaseTripletDataset(images, transform, 8, 2, "HierarchicalSampler", seed, **keywords)
+
+
+def test_hierarchical_batches_follow_from_seed_and_epoch(capsys: pytest.CaptureFixture[str]) -> None:
+    one, same, other = hierarchical_dataset(), hierarchical_dataset(), hierarchical_dataset(2)
+    notices = capsys.readouterr().err.splitlines()
+    assert len(one.batches) == 6 * 4  # combinations of two super classes
+    assert "12 of 24 batches have fewer than 8 images" in notices[0]
+    first = list(one.batches)
+    same.set_epoch(2)
+    assert same.batches != first
+    same.set_epoch(1)
+    assert same.batches == first
+    assert other.batches != first
+    assert len(hierarchical_dataset(iterations=30).batches) == 30
+    params = {"super_classes_per_batch": 4, "batches_per_super_tuple": 3}
+    assert len(hierarchical_dataset(batch_sampler_params=params).batches) == 3
+
+
+HIERARCHICAL = ("--batch_sampler", "HierarchicalSampler", "--bs", "8", "--samples_per_class", "2")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "flags", "words"),
+    [
+        ("birds", [], "needs labels coarser than --label_hierarchy_level 0, which birds doesn't have"),
+        ("online_products", ["--label_hierarchy_level", "1"], "coarser than --label_hierarchy_level 1, which"),
+        ("online_products", ["--bs", "10"], "--bs 10 is not a multiple of 2 super classes"),
+        ("online_products", ["--batch_sampler_params", "super_classes_per_batch=3"], "--bs 8 is not a multiple of 3"),
+        ("online_products", ["--batch_sampler_params", "super_classes=2"], "did you mean super_classes_per_batch?"),
+        ("online_products", ["--batch_sampler_params", "parents=2"], "has no parameter parents"),
+        ("online_products", ["--batch_sampler_params", "super_classes_per_batch=0"], "is not at least 1"),
+        ("online_products", ["--batch_sampler_params", "super_classes_per_batch=1.5"], "takes an integer, not 1.5"),
+        (
+            "online_products",
+            ["--batch_sampler_params", "batches_per_super_tuple=1000000"],
+            "would form 66,000,000 batches",
+        ),
+        (
+            "inaturalist2018",
+            ["--batch_sampler_params", "super_classes_per_batch=4"],
+            "super_classes_per_batch=4 is more than the 2 super classes of inaturalist2018's training images",
+        ),
+        ("birds", ["--batch_sampler", "shuffled", "--batch_sampler_params", "a=1"], "shuffled has no parameter a"),
+    ],
+)
+def test_hierarchical_batches_that_cannot_be_formed_are_refused(
+    dataset: str, flags: list[str], words: str, tmp_path: Path
+) -> None:
+    WRITE[dataset](tmp_path / dataset)
+    where = [*SMALL, "--dataset", dataset, "--source_path", str(tmp_path), *HIERARCHICAL]
+
+    def load() -> Loaders:
+        opt = config.resolve(config.parse([*where, *flags]))
+        return datasets.give_dataloaders(opt, datasets.give_splits(opt))
+
+    with pytest.raises(UserError) as error:
+        load()
+    assert_one_sentence(str(error.value), words)
+
+
 @pytest.mark.parametrize(("images", "bs"), [(50, 8), (48, 8), (8, 8), (5, 8), (1, 8)])
 def test_shuffled_batches_hold_each_image_at_most_once(images: int, bs: int) -> None:
     labels = np.arange(images) % 3
@@ -1716,7 +2221,7 @@ def test_splits_with_too_few_classes_are_refused_for_every_fold(
     for fold in range(partitions):
         with pytest.raises(UserError) as error:
             class_disjoint_splits(numbered_images([2] * classes), fold, size, 0.5, partitions)
-        assert_one_sentence(str(error.value), words, "--test_size or --num_training_partitions")
+        assert_one_sentence(str(error.value), words, "--test_size", "--num_training_partitions", "and two are needed:")
 
 
 @pytest.mark.parametrize("dataset", ["in-shop", "vehicle_id", "online_products", "birds"])
@@ -1994,3 +2499,66 @@ def test_what_is_known_of_flags_is_declared_with_them() -> None:
     assert parser.names_with(needs="cross_validation") == cross_validation
     fixed = ["dataset", "split_scheme", "test_size", "test_start_idx", "num_training_partitions", "fold"]
     assert parser.names_with(fixed=True) == [*fixed, "label_hierarchy_level"]
+
+
+RANDOM_TRANSFORMS = (
+    *("RandomResizedCrop:32,scale=0.2..1", "AugMix", "RandAugment", "GaussianNoise"),
+    *("ColorJitter:0.4,0.4,0.4,0.1", "RandomErasing:0.5", "GaussianBlur:3"),
+)
+
+
+def test_transforms_by_name_depend_on_seed_epoch_and_position_alone(tiny_source: Path) -> None:
+    flags = ("--train_transforms", *RANDOM_TRANSFORMS, "--eval_transforms", "Resize:40", "CenterCrop:32")
+    without_size = [flag for flag in SMALL if flag not in ("--crop_size", "32", "--kernels", "0")]
+    where = [*without_size, "--dataset", "tiny", "--source_path", str(tiny_source), "--bs", "8", *flags]
+    images: dict[tuple, list[torch.Tensor]] = {}
+    for seed, kernels in (("1", "0"), ("1", "2"), ("2", "0")):
+        opt = config.resolve(config.parse([*where, "--kernels", kernels, "--seed", seed]))
+        loaders = datasets.give_dataloaders(opt, datasets.give_splits(opt))
+        for epoch in (1, 2):
+            seed_everything(0)
+            loaders.train.dataset.set_epoch(epoch)
+            images[seed, kernels, epoch] = [batch for batch, _, _ in loaders.train]
+        images[seed, kernels, 0] = [batch for batch, _, _ in loaders.test[0].query]
+    for epoch in (0, 1, 2):
+        pairs = zip(images["1", "0", epoch], images["1", "2", epoch])
+        assert all(torch.equal(one, other) for one, other in pairs)
+    assert not torch.equal(images["1", "0", 1][0], images["1", "0", 2][0])
+    assert not torch.equal(images["1", "0", 1][0], images["2", "0", 1][0])
+    assert torch.equal(images["1", "0", 0][0], images["2", "0", 0][0])
+
+
+def write_species(root: Path) -> None:
+    """iNaturalist 2018 with real images: two super categories of two classes, for training and for testing."""
+    rng = np.random.default_rng(0)
+    for part, first in (("train", 0), ("test", 4)):
+        names = [
+            f"train_val2018/{'Aves' if i < 2 else 'Plantae'}/{first + i}/{j}.jpg" for i in range(4) for j in range(4)
+        ]
+        for name in names:
+            save_image(root / name, rng, tint=int(name.split("/")[2]))
+        write(root / "Inat_dataset_splits" / f"Inaturalist_{part}_set1.txt", "\n".join(names) + "\n")
+
+
+@pytest.mark.slow
+def test_runs_with_hierarchical_batches_and_transforms_resume_exactly_and_evaluate(
+    tmp_path: Path, without_pictures: None
+) -> None:
+    write_species(tmp_path / "inaturalist2018")
+    without_size = [flag for flag in SMALL if flag not in ("--crop_size", "32")]
+    where = ["--dataset", "inaturalist2018", "--source_path", str(tmp_path), "--save_path", str(tmp_path / "results")]
+    flags = [*without_size, *where, *HIERARCHICAL, "--embed_dim", "16", "--train_transforms", *RANDOM_TRANSFORMS]
+    flags += ["--eval_transforms", "Resize:40", "CenterCrop:32", "--batch_sampler_params", "batches_per_super_tuple=3"]
+    whole = main.command([*flags, "--n_epochs", "2", "--savename", "whole"])
+    main.command([*flags, "--n_epochs", "1", "--savename", "resumed"])
+    resumed = main.command([*where[-2:], "--savename", "resumed", "--resume_training", "--n_epochs", "2"])
+    assert resumed == whole
+    folders = [tmp_path / "results/inaturalist2018" / name for name in ("whole", "resumed")]
+    first, second = (torch.load(folder / "last.pth.tar", weights_only=True)["state_dict"] for folder in folders)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert csv_rows(folders[0] / "log_train_Base.csv") == csv_rows(folders[1] / "log_train_Base.csv")
+    assert int(csv_rows(folders[0] / "log_train_Base.csv")[0]["Iterations"]) == 3
+    evaluated = main.command(["--evaluate", str(folders[0])])
+    assert whole["Recall @ 1"] in evaluated.values()
+    with pytest.raises(UserError, match="train_transforms"):
+        main.command([*where[-2:], "--savename", "resumed", "--resume_training", "--train_transforms", "RandomCrop:32"])

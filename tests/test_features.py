@@ -111,7 +111,7 @@ def test_the_trunk_runs_once_per_image(cached: Callable[..., list[str]], tmp_pat
     with pytest.MonkeyPatch.context() as patch:
 
         def counted(*args: object) -> tuple[torch.nn.Module, int]:
-            backbone, num = build_arch(*args)  # type: ignore[arg-type]
+            backbone, num = build_arch(*args)
             backbone.register_forward_hook(count)
             return backbone, num
 
@@ -143,6 +143,37 @@ def test_a_run_folder_is_evaluated_on_images(cached: Callable[..., list[str]], t
     wanted = main.command(cached())
     found = inference.evaluate_run(["--evaluate", str(tmp_path / "tiny" / "run")])
     assert {name.removeprefix("test "): value for name, value in found.items()} == pytest.approx(wanted, abs=1e-6)
+
+
+FLAGS_OF_METHODS = {
+    "CascadedEmbeddings": ["--loss", "contrastive", "--embed_dim", "15"],
+    "UnsupervisedByAugmentation": ["--loss", "NTXentLoss"],
+    "S2SD": ["--s2sd_dims", "20", "24", "--s2sd_feature_start", "2"],
+    "DeepAdversarialMetricLearning": ["--metric_alone_epochs", "1", "--triplets_per_anchor", "2"],
+}
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+@pytest.mark.parametrize("name", list(methods.METHODS))
+def test_every_method_with_a_frozen_trunk_goes_on_bit_for_bit(
+    source: Path, tmp_path: Path, name: str, is_cached: bool
+) -> None:
+    frozen = [
+        "--freeze_trunk",
+        *(["--cache_features", "2", "--cache_path", str(tmp_path / "cache")] if is_cached else []),
+    ]
+    flags = ["--dataset", "tiny", "--training_method", name, *FLAGS_OF_METHODS.get(name, []), *frozen]
+    whole = main.command(training_flags(source, tmp_path, *flags, "--savename", "whole", "--n_epochs", "2"))
+    main.command(training_flags(source, tmp_path, *flags, "--savename", "parts", "--n_epochs", "1"))
+    again = ["--save_path", str(tmp_path), "--savename", "parts", "--resume_training", "--n_epochs", "2"]
+    assert main.command(again) == whole
+    one, other = (csv_rows(tmp_path / "tiny" / run / "log_iterations.csv") for run in ("whole", "parts"))
+    assert one == other
+    states = [torch.load(tmp_path / "tiny" / run / "last.pth.tar", weights_only=True) for run in ("whole", "parts")]
+    for key, value in states[0]["state_dict"].items():
+        assert torch.equal(value, states[1]["state_dict"][key]), key
+    found = inference.evaluate_run(["--evaluate", str(tmp_path / "tiny" / "whole")])
+    assert {key.removeprefix("test "): value for key, value in found.items()} == pytest.approx(whole, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def build(loss: str, sampler: Sampler | None = None, **keywords: Any) -> Criteri
 
 def default_sampler(loss: str) -> Sampler:
     """The loss's own sampler, or any for a loss without tuples."""
-    return Sampler(losses.needs_of(loss).sampling or "random")
+    return Sampler(losses.requirements(loss).sampling or "random")
 
 
 def each_anchor(labels: list[int]) -> Iterator[tuple[int, list[int], list[int]]]:
@@ -1251,11 +1251,11 @@ def test_what_a_pasted_loss_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LOSSES, "margin", margin_row)
     monkeypatch.setitem(LOSSES, "classifier", PastedClassifier)
     for loss in ("triplet", "margin"):
-        assert losses.needs_of(loss) == (True, 4, "distance", "triplets")
+        assert losses.requirements(loss) == (True, 4, "distance", "triplets")
         assert losses.choose_sampling(loss, "softhard") == "softhard"
         with pytest.raises(UserError, match="takes triplets, but --sampling npair gives n-pairs"):
             losses.choose_sampling(loss, "npair")
-    assert losses.needs_of("classifier") == (True, 1, None, "triplets")
+    assert losses.requirements("classifier") == (True, 1, None, "triplets")
     assert losses.choose_sampling("classifier", None) is None
 
 
@@ -1416,6 +1416,29 @@ def test_all_positives_per_anchor_each_have_a_negative_of_their_own(
             assert_frequencies(given[:, column], probabilities, DRAWS)
         else:
             assert set(map(tuple, given[:, column].tolist())) == set(probabilities)
+
+
+class RandomNumbers(TorchDispatchMode):
+    """Counts the random numbers that are drawn."""
+
+    drawn = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.drawn += result.numel()
+        return result
+
+
+@pytest.mark.parametrize("method", ["distance", "semihard", "softhard"])
+def test_all_positives_per_anchor_cost_one_random_number_a_tuple(method: str) -> None:
+    batch, labels = unit_batch(128, 112), torch.arange(28).repeat_interleave(4)
+    with RandomNumbers() as of_one:
+        Sampler(method).give(batch, labels)
+    with RandomNumbers() as of_all:
+        tuples = Sampler(method, positives_per_anchor="all").give(batch, labels)
+    assert of_one.drawn >= 112 * 112  # of every anchor and image
+    assert of_all.drawn == len(tuples) == 336
 
 
 def test_rho_makes_negatives_of_positives() -> None:

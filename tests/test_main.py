@@ -8,6 +8,7 @@ import inspect
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -569,6 +570,10 @@ def test_metrics_within_parents_need_coarser_labels(small_flags: Flags, tmp_path
         (["--patience", "0"], "--patience: 0 is not at least 1"),
         (["--save_interval", "0"], "--save_interval: 0 is not at least 1"),
         (["--log_every", "-1"], "--log_every: -1 is not at least 0"),
+        (["--dataset="], "--dataset '' is not a name"),
+        (["--dataset=" + "x" * 5000], f"--dataset {'x' * 60}… is not a name"),
+        (["--loss="], "--loss '' is unknown; --loss takes marginloss"),
+        (["--loss", "mat_based_loss"], "--loss mat_based_loss is unknown"),
     ],
 )
 def test_bad_flags_are_one_sentence(small_flags: Flags, tmp_path: Path, flags: list[str], words: str) -> None:
@@ -587,6 +592,22 @@ def test_command_prints_one_line_and_exits_with_2(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
     for words in (str(tmp_path / "cub200"), "--download", "bash Sample_Runs.sh demo"):
         assert words in done.stderr
+
+
+def test_a_memory_that_starts_but_is_not_there_is_refused(small_flags: Flags) -> None:
+    with pytest.raises(
+        UserError, match="--memory_start says how to use the memory of --memory_size: add --memory_size"
+    ):
+        main.command(small_flags("--memory_start", "5"))
+
+
+def test_ctrl_c_while_modules_load_leaves_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "main.py"), "--help"]
+    restore = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # where the tests themselves ignore it
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, preexec_fn=restore)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_blocked_download_of_weights_names_the_ways_out(small_flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:

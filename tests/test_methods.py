@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -340,7 +342,19 @@ def test_a_plateau_that_is_new_when_resuming_counts_from_the_first_epoch() -> No
         (["--scheduler", "LambdaLR"], "--scheduler LambdaLR can't be used here: it takes a function"),
         (["--scheduler", "MultiplicativeLR"], "can't be used here: it takes a function"),
         (["--scheduler", "SequentialLR"], "can't be used here: it takes other schedules"),
-        (["--scheduler", "cosine"], "--scheduler cosine is unknown"),
+        (["--scheduler", "cosine"], "--scheduler cosine is unknown; it takes one of step, exp, none, StepLR"),
+        (
+            ["--scheduler", "ExponentialLR", "--scheduler_params", "gamma=-1"],
+            "--scheduler_params: gamma takes a number of at least 0, not -1",
+        ),
+        (
+            ["--scheduler", "CosineAnnealingLR", "--scheduler_params", "eta_min=-5"],
+            "eta_min takes a number of at least",
+        ),
+        (["--scheduler", "OneCycleLR", "--scheduler_params", "max_lr=-1"], "max_lr takes a number of at least 0"),
+        (["--scheduler", "OneCycleLR", "--scheduler_params", "max_lr=[-1]"], "max_lr takes a number of at least 0"),
+        (["--scheduler", "ReduceLROnPlateau", "--scheduler_params", "min_lr=-1"], "min_lr takes a number of at least"),
+        (["--scheduler", "ExponentialLR", "--scheduler_params", "gamma=1e400"], "gamma takes a number of at least 0"),
         (["--scheduler", "StepLR"], "--scheduler StepLR needs --scheduler_params step_size=…"),
         (["--scheduler", "StepLR", "--scheduler_params", "step=1"], "StepLR has no parameter step"),
         (["--scheduler", "StepLR", "--scheduler_params", "step_size=1.5"], "step_size of StepLR takes an integer"),
@@ -372,6 +386,19 @@ def test_wrong_schedules_are_refused(argv: Sequence[str], message: str) -> None:
         flags(*argv)
 
 
+def test_a_rate_below_zero_stops_the_training() -> None:
+    params = {"base_lr": 0.1, "max_lr": 0.0, "step_size_up": 1, "mode": "exp_range", "gamma": 2.0}
+    method = build(schedule=methods.Schedule("CyclicLR", params))
+
+    def train() -> None:
+        for epoch in range(1, 4):
+            method.step(IMAGES, LABELS, epoch)
+            method.end_epoch()
+
+    with pytest.raises(UserError, match=r"--scheduler CyclicLR gives a learning rate of -.*, which is below 0"):
+        train()
+
+
 def test_a_cycle_that_ends_before_the_training_is_refused() -> None:
     with pytest.raises(UserError, match="OneCycleLR ends after total_steps=3, before the 4 steps of this training"):
         build(schedule=methods.Schedule("OneCycleLR", {"total_steps": 3}, 4))
@@ -394,6 +421,26 @@ def test_a_frozen_trunk_waits_while_the_rest_learns() -> None:
     changed = {name for name, value in method.net.named_parameters() if not torch.equal(value, before[name])}
     assert changed == set(before)
     assert_resumes(make)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--freeze_trunk_epochs", "1"], "--freeze_trunk and --freeze_trunk_epochs 1 contradict each other"),
+        (["--optim_params", "trunk.lr=1e-3"], "--optim_params trunk.lr: nothing of the trunk learns here"),
+    ],
+)
+def test_a_trunk_that_is_frozen_for_good_refuses_what_would_do_nothing(argv: Sequence[str], message: str) -> None:
+    small = ("--arch", "shufflenet_v2_x0_5", "--not_pretrained", "--crop_size", "32", "--freeze_trunk")
+    with pytest.raises(UserError, match=message):
+        methods.build_training(flags(*small, *argv), 3, torch.device("cpu"))
+
+
+def test_one_image_per_batch_needs_no_statistics_where_batchnorm_is_frozen() -> None:
+    small = ("--arch", "shufflenet_v2_x0_5", "--not_pretrained", "--crop_size", "32", "--bs", "1", "--loss")
+    with pytest.raises(UserError, match="--bs 1 leaves BatchNorm nothing"):
+        methods.build_training(flags(*small, "crossentropy"), 3, torch.device("cpu"))
+    methods.build_training(flags(*small, "crossentropy", "--freeze_trunk"), 3, torch.device("cpu"))
 
 
 def test_what_is_frozen_anyway_stays_frozen() -> None:
@@ -490,7 +537,16 @@ def test_losses_on_tuples_need_the_whole_batch(loss: str) -> None:
     assert flags("--loss", "crossentropy", "--accumulate", "2").accumulate == 2
 
 
+def test_a_reducer_that_is_no_mean_needs_the_whole_batch() -> None:
+    with pytest.raises(UserError, match="--accumulate 2 steps with a mean over batches, and --reducer SumReducer"):
+        flags("--loss", "ArcFaceLoss", "--accumulate", "2", "--reducer", "SumReducer")
+    assert flags("--loss", "ArcFaceLoss", "--accumulate", "2", "--reducer", "MeanReducer").accumulate == 2
+
+
 def test_losses_whose_batches_may_be_split_are_means_over_images() -> None:
+    for name in set(methods.MEANS_OVER_IMAGES) & {*losses.LIBRARY_LOSSES}:
+        criterion, _ = losses.loss_select(name, flags("--loss", name, "--embed_dim", "4"), [], 4)
+        assert type(criterion.get_submodule("loss.reducer")).__name__ == "MeanReducer"
     for name in set(methods.MEANS_OVER_IMAGES) & {"crossentropy", "proxynca"}:
         opt = flags("--loss", name, "--embed_dim", "4")
         seed_everything(0)
@@ -505,7 +561,7 @@ def test_losses_whose_batches_may_be_split_are_means_over_images() -> None:
 
 def with_classifier(weight: float = 0.5) -> Any:
     seed_everything(1)
-    classifier = methods.mlp(4, 6, 4)
+    classifier = netlib.mlp(4, 6, 4)
     seed_everything(0)
     net, criterion = tiny_net(), losses.TripletLoss(losses.Sampler("random"))
     groups = [{"name": "network", "part": "trunk", "lr": 0.1, "params": [*net.parameters()]}]
@@ -555,7 +611,7 @@ def test_classifiers_by_flags() -> None:
 
 def s2sd(feature_start: int = 1, weight: float = 3.0) -> Any:
     seed_everything(1)
-    heads = nn.ModuleDict({str(dim): methods.mlp(12, dim, dim) for dim in (6, 8)})
+    heads = nn.ModuleDict({str(dim): netlib.mlp(12, dim, dim) for dim in (6, 8)})
     criteria = nn.ModuleDict({name: losses.TripletLoss(losses.Sampler("random")) for name in heads})
     seed_everything(0)
     net, criterion = tiny_net(), losses.TripletLoss(losses.Sampler("random"))
@@ -634,7 +690,7 @@ def test_s2sd_adds_its_terms() -> None:
 
 def daml(metric_alone: int = 0, generator_alone: int = 0, ema: float | None = None) -> Any:
     seed_everything(1)
-    generator = methods.mlp(36, 12, 12)
+    generator = netlib.mlp(36, 12, 12)
     seed_everything(0)
     net, criterion = tiny_net(), losses.TripletLoss(losses.Sampler("random"))
     groups = [{"name": "network", "part": "trunk", "lr": 0.1, "params": [*net.parameters()]}]
@@ -745,7 +801,7 @@ def test_every_method_trains_on_a_frozen_trunk(make: Callable[[], Any]) -> None:
 
 
 @needs_fake_cuda
-@pytest.mark.parametrize("make", [with_classifier, s2sd, daml, lambda: daml(generator_alone=1)])
+@pytest.mark.parametrize("make", [with_classifier, s2sd, daml, lambda: daml(generator_alone=1), lambda: cascaded()])
 def test_steps_do_not_wait_for_the_device(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     labels = LABELS.clone()
     made = []
@@ -764,8 +820,84 @@ def test_steps_do_not_wait_for_the_device(make: Callable[[], Any], monkeypatch: 
         assert all(part.is_cuda for part in parts.values())
 
 
+# Several depths
+
+
+def cascaded(shares: Sequence[float] = (100, 50, 20), pos_margin: float = 0.1, neg_margin: float = 1.6) -> Any:
+    seed_everything(0)
+    layers = nn.Sequential(nn.Conv2d(3, 5, 1), nn.Conv2d(5, 6, 3), nn.Conv2d(6, 7, 3))
+    backbone = netlib.CascadeBackbone(layers, ["0", "1", "2"], "tiny", 6)
+    heads = [nn.Linear(width, 4) for width in backbone.widths]
+    embedding = netlib.CascadeEmbedding(heads, backbone.widths)
+    net = netlib.EmbeddingNet(backbone, sum(backbone.widths), 12, embedding=embedding)
+    criterion = losses.ContrastiveLoss(pos_margin=pos_margin, neg_margin=neg_margin)
+    groups = [{"part": "trunk", **group} for group in net.parameter_groups(0.01, 0.0)]
+    optimization = methods.Optimization(groups, None, methods.Schedule("step", STEP))
+    return methods.CascadedEmbeddings(net, criterion, optimization, cascade_shares=shares)
+
+
+def stages_by_hand(method: Any, shares: Sequence[float]) -> tuple[list[float], list[dict[bool, set[Any]]]]:
+    """Each depth's loss and the pairs that it keeps, positive and negative, in loops."""
+    net = method.net
+    with torch.no_grad():
+        stages = [stage.double() for stage in net.embedding.stages(net.features(IMAGES))]
+    everything = [(i, j) for i in range(len(LABELS)) for j in range(i + 1, len(LABELS))]
+    pairs = {kind: [(i, j) for i, j in everything if bool(LABELS[i] == LABELS[j]) is kind] for kind in (True, False)}
+    values, kept = [], []
+    for stage, share in zip(stages, shares):
+        terms: dict[bool, list[float]] = {True: [], False: []}
+        for kind, of_kind in pairs.items():
+            by_distance = sorted(of_kind, key=lambda pair: (stage[pair[0]] - stage[pair[1]]).norm(), reverse=kind)
+            pairs[kind] = by_distance[: -int(-share * len(of_kind) // 100)]
+            for i, j in pairs[kind]:
+                distance = (stage[i] - stage[j]).norm().item()
+                term = distance - 0.1 if kind else 1.6 - distance
+                terms[kind] += [term] if term > 0 else []
+        values.append(sum(sum(one) / max(1, len(one)) for one in terms.values()))
+        kept.append({kind: set(of_kind) for kind, of_kind in pairs.items()})
+    return values, kept
+
+
+@pytest.mark.parametrize("shares", [(100, 50, 20), (30, 100, 70)])
+def test_each_depth_learns_from_the_hardest_pairs_of_the_one_before_it(
+    shares: Sequence[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = cascaded(shares)
+    method.start_epoch(1)
+    values, wanted = stages_by_hand(method, shares)
+    kept: list[torch.Tensor] = []
+    hardest = methods.hardest
+
+    def watching(*args: Any, **kwargs: Any) -> torch.Tensor:
+        kept.append(hardest(*args, **kwargs))
+        return kept[-1]
+
+    monkeypatch.setattr(methods, "hardest", watching)
+    parts = method.step(IMAGES, LABELS, epoch=1)
+    assert set(parts) == {"loss", "stage 0", "stage 1", "stage 2"}
+    for position, value in enumerate(values):
+        assert parts[f"stage {position}"].item() == pytest.approx(value, rel=1e-5)
+    assert parts["loss"].item() == pytest.approx(sum(values), rel=1e-5)
+    pairs = [{divmod(pair, len(LABELS)) for pair in one.tolist()} for one in kept]
+    assert pairs == [of_stage[kind] for of_stage in wanted for kind in (True, False)]
+    assert len(set(map(frozenset, pairs[1::2]))) == (3 if shares[1] < 100 else 2)  # the heads see different pairs
+    for head in method.net.embedding.heads:
+        assert head.weight.grad.abs().sum() > 0
+
+
+def test_shares_of_pairs_are_rounded_up_exactly() -> None:
+    distances, pairs = torch.arange(100.0), torch.arange(10, 60)
+    assert methods.hardest(distances, pairs, 0.14, farthest=True).tolist() == [59, 58, 57, 56, 55, 54, 53]
+    assert methods.hardest(distances, pairs, 0.15, farthest=False).tolist() == [10, 11, 12, 13, 14, 15, 16, 17]
+
+
+def test_cascaded_embeddings_resume_exactly() -> None:
+    assert_resumes(cascaded)
+
+
 # Whole runs
 
+CASCADE = ("--training_method", "CascadedEmbeddings", "--loss", "contrastive", "--embed_dim", "18")
 WHOLE = {
     "optimizers": (
         *("--optimizer", "SGD", "--optim_params", "momentum=0.9", "trunk.class=RMSprop", "loss.lr=0.1"),
@@ -775,6 +907,11 @@ WHOLE = {
         *("--freeze_trunk_epochs", "1", "--clip_grad_value", "10", "--clip_grad_norm", "1", "--ema", "0.9"),
         *("--scheduler", "ReduceLROnPlateau", "--scheduler_params", "patience=0", "threshold=1"),
     ),
+    "frozen trunk": ("--freeze_trunk", "--fc_lr_mul", "2", "--ema", "0.9"),
+    "adapters": ("--arch", "timm:test_vit", "--lora", "2", "--pooling", "gem", "--embedder", "12", "--ema", "0.9"),
+    "features alone": ("--embed_dim", "0", "--freeze_layers", "conv1", "stage2", "--embedder_norm", "layernorm"),
+    "CascadedEmbeddings": (*CASCADE, "--loss_params", "neg_margin=1.5", "--classifier_loss_weight", "0.5"),
+    "frozen cascade": (*CASCADE, "--freeze_trunk", "--ema", "0.9", "--pooling", "max"),
     "accumulate": ("--loss", "crossentropy", "--accumulate", "2"),
     "TrainWithClassifier": ("--training_method", "TrainWithClassifier", "--classifier_hidden", "7"),
     "UnsupervisedByAugmentation": ("--training_method", "UnsupervisedByAugmentation"),
@@ -789,9 +926,12 @@ WHOLE = {
 }
 
 
+WHOLE |= {f"{name} with a frozen trunk": (*WHOLE[name], "--freeze_trunk") for name in WHOLE if name in methods.METHODS}
+
+
 @pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in methods.METHODS else []) for name in WHOLE]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith((*methods.METHODS,))) for name in WHOLE]
 )
 def test_whole_runs_resume_and_are_evaluated_bit_for_bit(name: str, run: Run, go_on: Run, tmp_path: Path) -> None:
     more = (*WHOLE[name], "--log_every", "1", "--eval_metrics", "Recall", "--iterations_per_epoch", "2")
@@ -839,12 +979,51 @@ def test_every_method_names_flags_that_there_are(name: str) -> None:
         (["UnsupervisedByAugmentation", "--batch_sampler", "shuffled"], "and --batch_sampler class_balanced"),
         (["UnsupervisedByAugmentation", "--dist_measure"], "--dist_measure needs labels of the training images"),
         (["S2SD", "--loss", "crossentropy", "--accumulate", "2"], "--accumulate needs a loss of single images, which"),
+        (["CascadedEmbeddings"], "chooses pairs itself, by their distances, which --loss .* give --loss contrastive"),
+        (["CascadedEmbeddings", "--loss", "contrastive", "--sampling", "distance"], "which --sampling can't take"),
+        (["CascadedEmbeddings", "--cascade_shares", "0"], "0 is not above 0 and at most 100"),
         (["S2SDD"], r"--training_method S2SDD is unknown \(did you mean S2SD\?\)"),
     ],
 )
 def test_methods_refuse_what_they_cant_use(argv: Sequence[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         flags("--training_method", *argv)
+
+
+def test_a_share_for_each_depth() -> None:
+    small = ("--arch", "resnet18", "--not_pretrained", "--crop_size", "32", "--embed_dim", "12")
+    method = ("--training_method", "CascadedEmbeddings", "--loss", "contrastive", "--cascade_shares", "100", "50")
+    with pytest.raises(UserError, match=r"--cascade_shares gives 2 share\(s\) for 3 depth\(s\): give one for each"):
+        methods.build_training(flags(*small, *method), 3, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("argv", [["--freeze_trunk"], ["--freeze_trunk_epochs", "1"]])
+def test_training_in_which_nothing_learns_is_refused(argv: Sequence[str]) -> None:
+    small = ("--arch", "resnet18", "--not_pretrained", "--crop_size", "32", "--embed_dim", "0", *argv, "--loss")
+    with pytest.raises(
+        UserError, match=f"with {argv[0]} and --embed_dim 0 nothing learns, since --loss triplet has no"
+    ):
+        methods.build_training(flags(*small, "triplet"), 3, torch.device("cpu"))
+    method = methods.build_training(flags(*small, "crossentropy"), 3, torch.device("cpu"))
+    assert method.criterion.get_parameter("classifier.weight").shape == (3, 512)
+    if argv == ["--freeze_trunk"]:
+        methods.build_training(flags(*small, "triplet", "--n_epochs", "0"), 3, torch.device("cpu"))
+
+
+def test_adapters_stand_in_the_checkpoint_under_a_key_of_their_own(run: Run, tmp_path: Path) -> None:
+    import peft
+
+    run("--arch", "timm:test_vit", "--lora", "2", "--n_epochs", "1")
+    folder = tmp_path / "tiny" / "run"
+    state = torch.load(folder / "checkpoint.pth.tar", weights_only=True)
+    whole = netlib.networkselect(pickle.loads((folder / "hypa.pkl").read_bytes()))
+    fresh = copy.deepcopy(whole)
+    whole.load_state_dict(state["state_dict"])
+    assert any(value.abs().sum() > 0 for name, value in state["lora"].items() if "lora_B" in name)
+    peft.set_peft_model_state_dict(fresh.backbone, state["lora"])
+    for name, parameter in whole.named_parameters():
+        if ".lora_" in name:
+            assert torch.equal(fresh.get_parameter(name), parameter), name
 
 
 def test_flags_of_another_method_are_refused(run: Run) -> None:
@@ -854,7 +1033,9 @@ def test_flags_of_another_method_are_refused(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("without_pictures")
-def test_without_labels_each_image_is_a_class(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_labels_each_image_is_a_class(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     seen = []
     step = methods.UnsupervisedByAugmentation.step
 
@@ -863,7 +1044,11 @@ def test_without_labels_each_image_is_a_class(run: Run, monkeypatch: pytest.Monk
         return step(self, images, labels, epoch)
 
     monkeypatch.setattr(methods.UnsupervisedByAugmentation, "step", watching)
+    capsys.readouterr()
     metrics = run("--training_method", "UnsupervisedByAugmentation", "--samples_per_class", "4")
+    notices = capsys.readouterr().err
+    assert "classes with fewer than" not in notices
+    assert "classes are drawn equally often" not in notices
     assert 0 <= metrics["Recall @ 1"] <= 1
     for images, labels in seen:
         assert torch.bincount(labels)[labels].eq(4).all()

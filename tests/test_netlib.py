@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import re
 import subprocess
 import sys
@@ -176,7 +177,10 @@ def test_resnet50_and_googlenet_are_known_without_torchvision() -> None:
 def test_flags() -> None:
     parser = FlagParser()
     netlib.add_arguments(parser)
-    assert parser.names_with(fixed=True) == ["arch", "embed_dim", "freeze_trunk"]
+    assert parser.names_with(fixed=True) == [
+        *("arch", "embed_dim", "embedder", "embedder_norm", "freeze_trunk", "freeze_layers", "lora", "pooling"),
+        "cascade_layers",
+    ]
     opt = parser.parse_args([])
     assert (opt.arch, opt.embed_dim, opt.not_pretrained, opt.freeze_batchnorm) == ("resnet50", None, None, None)
     assert parser.parse_args(["--not_pretrained"]).not_pretrained
@@ -632,3 +636,405 @@ def test_a_frozen_trunk_is_a_flag() -> None:
     assert net.training
     assert not net.backbone.training
     assert net.num_features == 512
+
+
+# Embedders
+
+
+def test_an_embedder_is_an_mlp_of_the_normalized_features() -> None:
+    torch.manual_seed(0)
+    net = EmbeddingNet(nn.Flatten(), 12, 4, embedding=netlib.build_embedding(12, 4, [7, 6], "layernorm"))
+    features = torch.randn(3, 12)
+    scaled = (features - features.mean(1, keepdim=True)) / (features.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    layers = [module for module in net.embedding.modules() if isinstance(module, nn.Linear)]
+    hidden = layers[1](layers[0](scaled).relu()).relu()
+    torch.testing.assert_close(net.embed_features(features), F.normalize(layers[2](hidden), dim=1))
+    assert [layer.out_features for layer in layers] == [7, 6, 4]
+    assert net.last_linear is layers[2]
+    assert len([*net.embedding.parameters()]) == 6  # the normalization has none
+
+
+def test_the_embedder_is_given_by_flags() -> None:
+    small = ("--arch", "resnet18", "--not_pretrained", "--crop_size", "32", "--embed_dim", "9")
+    net = networkselect(resolved(*small, "--embedder", "20", "10", "--embedder_norm", "layernorm"))
+    shapes = [tuple(p.shape) for name, p in net.named_parameters() if name.startswith("embedding") and "weight" in name]
+    assert shapes == [(20, 512), (10, 20), (9, 10)]
+    assert list(networkselect(resolved(*small)).embedding.state_dict()) == ["weight", "bias"]
+
+
+def test_without_embedding_layer_the_features_are_the_embedding() -> None:
+    opt = resolved("--arch", "resnet18", "--not_pretrained", "--crop_size", "32", "--embed_dim", "0")
+    net = networkselect(opt).eval()
+    assert (opt.embed_dim, net.embed_dim, net.num_features) == (0, 512, 512)
+    torch.testing.assert_close(net(images()), F.normalize(net.features(images()), dim=1))
+    assert list(net.embedding.parameters()) == []
+    assert [group["name"] for group in net.parameter_groups(0.1, 0.0)] == ["network"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--embed_dim", "0", "--embedder", "5"], "--embedder puts hidden layers before the embedding layer, which"),
+        (
+            ["--embed_dim", "0", "--grad_measure"],
+            "--grad_measure is of the embedding layer, which --embed_dim 0 leaves",
+        ),
+        (
+            ["--embed_dim", "0", "--fc_lr_mul", "2"],
+            "--fc_lr_mul is for the embedding layer, which --embed_dim 0 leaves",
+        ),
+        (["--embedder", "0"], "0 is not at least 1"),
+        (["--embedder_norm", "layer"], r"--embedder_norm layer is unknown \(did you mean layernorm\?\)"),
+        (["--freeze_trunk", "--lora", "2"], "--freeze_trunk and --lora contradict each other"),
+        (["--freeze_layers", "conv1", "--lora", "2"], "--freeze_layers and --lora contradict each other"),
+        (["--freeze_layers", "layer[1"], r"layer\[1 is not a regular expression"),
+        (["--pooling", "average"], "--pooling average is unknown"),
+        (["--interpolation", "cubic"], r"--interpolation cubic is unknown \(did you mean bicubic\?\)"),
+    ],
+)
+def test_flags_of_the_network_that_contradict_each_other_are_refused(argv: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        resolved(*argv)
+
+
+# timm's networks
+
+
+def timm_net(*more: str, name: str = "test_vit") -> EmbeddingNet:
+    return networkselect(resolved("--arch", f"timm:{name}", "--not_pretrained", "--embed_dim", "8", *more)).eval()
+
+
+def test_networks_of_timm_have_the_input_that_their_weights_want() -> None:
+    arch = find_arch("timm:vit_small_patch14_dinov2.lvd142m")
+    assert (arch.crop_size, arch.resize, arch.interpolation, arch.has_weights) == (518, 518, "bicubic", True)
+    arch = find_arch("timm:resnet18.tv_in1k")
+    assert (arch.crop_size, arch.resize, arch.interpolation) == (224, 256, "bilinear")
+    opt = resolved("--arch", "timm:tf_efficientnet_lite0", "--not_pretrained")
+    assert (opt.crop_size, opt.resize, opt.interpolation) == (224, 256, "bicubic")
+    assert find_arch("timm:tf_efficientnet_lite0").mean == (0.5, 0.5, 0.5)
+    assert resolved("--arch", "timm:test_vit", "--interpolation", "bilinear").interpolation == "bilinear"
+    assert resolved("--arch", "resnet18").interpolation == "bilinear"
+    assert ":" not in resolved("--arch", "timm:test_vit").savename
+
+
+@pytest.mark.parametrize(
+    "name", ["test_vit", "test_resnet", "test_efficientnet", "test_convnext", "mobilenetv3_small_050"]
+)
+def test_networks_of_timm_give_timms_features(name: str) -> None:
+    import timm
+
+    net = timm_net(name=name)
+    torch.manual_seed(0)
+    reference = timm.create_model(name, num_classes=0).eval()
+    reference.load_state_dict(net.backbone.state_dict())
+    size = find_arch(f"timm:{name}").crop_size
+    batch = images(size)
+    wanted = timm.data.resolve_model_data_config(reference)
+    mean, std = (torch.tensor(wanted[key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.inference_mode():
+        torch.testing.assert_close(net.features(batch), reference((batch / 255 - mean) / std))
+    assert net.features(batch).shape == (4, net.num_features)
+
+
+def test_a_transformer_is_built_for_the_size_of_the_images() -> None:
+    assert timm_net("--crop_size", "48")(images(48)).shape == (4, 8)
+    with pytest.raises(UserError, match=r"timm:test_vit can't take images of --crop_size 30 .*: try 160"):
+        timm_net("--crop_size", "30")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "test_vitt",
+            r"--arch timm:test_vitt is unknown \(did you mean timm:test_vit\d?\?\): give a name of timm.list_m",
+        ),
+        (
+            "resnet18.tv_in1",
+            r"timm has no weights of that tag for resnet18 \(did you mean tv_in1k\?\): it has a1_in1k, ",
+        ),
+    ],
+)
+def test_what_timm_lacks_names_the_nearest(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        resolved("--arch", f"timm:{name}")
+
+
+def test_a_download_from_timms_hub_that_fails_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(UserError, match=r"pretrained weights of timm:test_vit can't be downloaded \(no connection\)"):
+        networkselect(resolved("--arch", "timm:test_vit"))
+
+
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_efficientnet", "test_convnext"])
+def test_weights_of_timm_load_without_their_classifier(name: str, ending: str, tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(1)
+    published_net = timm.create_model(name, num_classes=10).eval()
+    file = tmp_path / f"weights.{ending}"
+    save: Callable[..., None] = save_file if ending == "safetensors" else torch.save
+    save(published_net.state_dict(), file)
+    net = networkselect(resolved("--arch", f"timm:{name}", "--weights", str(file))).eval()
+    published_net.reset_classifier(0)  # type: ignore[operator]
+    batch = images(find_arch(f"timm:{name}").crop_size)
+    with torch.inference_mode():
+        torch.testing.assert_close(net.features(batch), published_net((batch.float() - net.mean) / net.std))
+
+
+def test_position_embeddings_are_resized_to_the_images(tmp_path: Path) -> None:
+    import timm
+
+    torch.manual_seed(1)
+    torch.save(timm.create_model("test_vit", num_classes=10).state_dict(), tmp_path / "weights.pth")
+    flags = ("--arch", "timm:test_vit", "--weights", str(tmp_path / "weights.pth"))
+    whole, small = (networkselect(resolved(*flags, *more)) for more in ((), ("--crop_size", "80")))
+    assert small.get_parameter("backbone.pos_embed").shape != whole.get_parameter("backbone.pos_embed").shape
+    assert torch.equal(small.get_parameter("backbone.norm.weight"), whole.get_parameter("backbone.norm.weight"))
+
+
+@pytest.mark.parametrize("content", [None, b"no such thing"])
+def test_safetensors_that_cannot_be_read_name_the_file(content: bytes | None, tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=f"{file} (can't be opened|is not an intact .safetensors file)"):
+        networkselect(resolved("--arch", "resnet18", "--crop_size", "32", "--weights", str(file)))
+
+
+def test_weights_of_another_network_of_timm_are_refused(tmp_path: Path) -> None:
+    torch.save(models.resnet18().state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"--weights .*weights.pth .*it belongs to another --arch"):
+        networkselect(resolved("--arch", "timm:test_vit", "--weights", str(tmp_path / "weights.pth")))
+
+
+# Pooling
+
+
+def by_hand(positions: torch.Tensor, kind: str) -> torch.Tensor:
+    """Positions `(B, N, C)` pooled to `(B, C)`."""
+    mean, largest = positions.mean(1), positions.max(1).values
+    gem = (positions.clamp(min=1e-6) ** 3).mean(1) ** (1 / 3)
+    return {"avg": mean, "max": largest, "avg+max": mean + largest, "gem": gem}[kind]
+
+
+@pytest.mark.parametrize("kind", ["avg", "max", "avg+max", "gem"])
+@pytest.mark.parametrize(
+    ("arch", "layer"),
+    [
+        ("resnet18", "layer4"),
+        ("densenet121", "features.norm5"),
+        ("mobilenet_v2", "features.18"),
+        ("shufflenet_v2_x0_5", "conv5.2"),
+        ("mnasnet0_5", "layers.16"),
+        ("regnet_y_400mf", "trunk_output"),
+        ("timm:test_resnet", "layer4"),
+        ("timm:test_efficientnet", "bn2"),
+    ],
+)
+def test_the_last_map_is_pooled(kind: str, arch: str, layer: str) -> None:
+    torch.manual_seed(0)
+    opt = resolved("--arch", arch, "--not_pretrained", "--crop_size", "64", "--embed_dim", "0", "--pooling", kind)
+    net = networkselect(opt)
+    settle_batchnorm(net.backbone)
+    outputs = []
+    net.backbone.get_submodule(layer).register_forward_hook(lambda module, args, output: outputs.append(output))
+    with torch.inference_mode():
+        pooled = net.features(images(64))
+    last_map = outputs[0].relu() if arch == "densenet121" else outputs[0]
+    torch.testing.assert_close(pooled, by_hand(last_map.flatten(2).mT, kind))
+
+
+def test_pooling_keeps_the_names_of_a_convolutional_networks_parameters() -> None:
+    def names(*more: str) -> set[str]:
+        return set(
+            networkselect(resolved("--arch", "resnet18", "--not_pretrained", "--crop_size", "32", *more)).state_dict()
+        )
+
+    assert names("--pooling", "avg+max") == names()
+    assert names("--pooling", "gem") == {*names(), "backbone.avgpool.p"}
+
+
+@pytest.mark.parametrize("kind", ["avg", "max", "avg+max", "gem", "cls"])
+@pytest.mark.parametrize("arch", ["timm:test_vit", "vit_b_16"])
+def test_the_patch_tokens_or_the_class_token_are_pooled(arch: str, kind: str) -> None:
+    torch.manual_seed(0)
+    if arch == "vit_b_16":
+        network: Any = models.VisionTransformer(32, 8, 2, 2, 16, 32)
+        batch = torch.randn(2, 3, 32, 32)
+        before = network.encoder
+    else:
+        import timm
+
+        network = timm.create_model("test_vit", num_classes=0)
+        batch, before = torch.randn(2, 3, 160, 160), network.norm
+    tokens: list[torch.Tensor] = []
+    before.register_forward_hook(lambda module, args, output: tokens.append(output))
+    with torch.inference_mode():
+        pooled = netlib.set_pooling(network, kind, arch).eval()(batch)
+    patches = tokens[0][:, 1:]
+    torch.testing.assert_close(pooled, tokens[0][:, 0] if kind == "cls" else by_hand(patches, kind))
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        ("resnet18", "--pooling cls: --arch resnet18 has no class token; it offers avg, max, avg"),
+        ("alexnet", "--pooling cls: --arch alexnet offers none, since it has no last map or tokens; drop it"),
+        ("timm:test_convnext", "--pooling cls: --arch timm:test_convnext has no class token"),
+    ],
+)
+def test_a_network_without_that_pooling_is_refused(arch: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        networkselect(resolved("--arch", arch, "--not_pretrained", "--crop_size", "64", "--pooling", "cls"))
+
+
+def test_a_copy_of_a_network_with_pooled_tokens_is_independent() -> None:
+    net = timm_net("--pooling", "gem")
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        other.get_parameter("backbone.pool.p").fill_(1)
+    assert not torch.equal(net(images(160)), other(images(160)))
+    assert net.get_parameter("backbone.pool.p") == 3
+
+
+def test_weights_of_a_run_with_pooled_tokens_start_another_run(tmp_path: Path) -> None:
+    net = timm_net("--pooling", "gem")
+    torch.save({"state_dict": net.state_dict()}, tmp_path / "run.pth")
+    for more in ((), ("--pooling", "max")):
+        again = networkselect(resolved("--arch", "timm:test_vit", "--weights", str(tmp_path / "run.pth"), *more))
+        names = [name for name, _ in again.named_parameters() if name.endswith("blocks.0.mlp.fc1.weight")]
+        assert torch.equal(again.get_parameter(names[0]), net.get_parameter("backbone.network.blocks.0.mlp.fc1.weight"))
+
+
+# What doesn't learn, and adapters
+
+
+def test_frozen_layers_keep_their_parameters_and_statistics() -> None:
+    small = ("--arch", "resnet18", "--not_pretrained", "--crop_size", "32")
+    net = networkselect(resolved(*small, "--freeze_layers", "conv1", "bn1", "layer[12]")).train()
+    still = {name for name, parameter in net.backbone.named_parameters() if not parameter.requires_grad}
+    assert {name.split(".")[0] for name in still} == {"conv1", "bn1", "layer1", "layer2"}
+    assert "layer3.0.bn1.weight" not in still  # patterns begin where names begin
+    for name, module in net.backbone.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.training is not name.startswith(("bn1", "layer1", "layer2")), name
+    (group,) = net.parameter_groups(0.1, 0.0)
+    assert len(group["params"]) == len([p for p in net.parameters() if p.requires_grad])
+    with pytest.raises(UserError, match=r"--freeze_layers layer9 matches no parameter of --arch resnet18, .* conv1"):
+        networkselect(resolved(*small, "--freeze_layers", "layer1", "layer9"))
+
+
+@pytest.mark.parametrize(
+    ("arch", "adapted"),
+    [
+        ("timm:test_vit", ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")),
+        ("timm:test_convnext", ("mlp.fc1", "mlp.fc2")),
+    ],
+)
+def test_adapters_learn_and_the_rest_of_the_backbone_does_not(arch: str, adapted: tuple[str, ...]) -> None:
+    small = ("--arch", arch, "--not_pretrained", "--crop_size", "32", "--embed_dim", "8")
+    torch.manual_seed(0)
+    plain = networkselect(resolved(*small)).eval()
+    torch.manual_seed(0)
+    net = networkselect(resolved(*small, "--lora", "2")).eval()
+    torch.testing.assert_close(net.features(images()), plain.features(images()))  # they begin as nothing
+    net.train()(images())[:, 0].sum().backward()
+    learning = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
+    assert {name for name in learning if ".lora_" not in name} == {"embedding.weight", "embedding.bias"}
+    assert all(net.get_parameter(name).grad is not None for name in learning)
+    assert {one for one in adapted if any(f".{one}.lora_A" in name for name in learning)} == set(adapted)
+    shapes = {net.get_parameter(name).shape[0] for name in learning if "lora_A" in name}
+    assert shapes == {2}
+
+
+def test_only_layers_that_are_called_get_adapters() -> None:
+    net = networkselect(resolved("--arch", "swin_t", "--not_pretrained", "--crop_size", "32", "--lora", "1"))
+    net(images()).square().sum().backward()
+    net(images())[:, 0].sum().backward()
+    names = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
+    assert all(net.get_parameter(name).grad is not None for name in names)
+    assert not any(".attn.qkv." in name for name in names)  # torchvision hands its weights to a function
+
+
+def test_a_network_without_attention_or_mlp_refuses_adapters() -> None:
+    with pytest.raises(UserError, match=r"--lora: --arch resnet18 has no Linear layers inside modules called attn, "):
+        networkselect(resolved("--arch", "resnet18", "--not_pretrained", "--crop_size", "32", "--lora", "2"))
+    with pytest.raises(UserError, match=r"timm:test_vit can't take images of --crop_size 30"):
+        networkselect(resolved("--arch", "timm:test_vit", "--not_pretrained", "--crop_size", "30", "--lora", "2"))
+
+
+# Several depths
+
+
+def cascade(*more: str, arch: str = "resnet18") -> EmbeddingNet:
+    flags = ("--arch", arch, "--not_pretrained", "--crop_size", "64", "--embed_dim", "12", "--loss", "contrastive")
+    return networkselect(resolved(*flags, "--training_method", "CascadedEmbeddings", *more)).eval()
+
+
+def test_a_cascade_embeds_each_depth() -> None:
+    net = cascade()
+    backbone, normalized = net.backbone, (images(64) - net.mean) / net.std
+    assert (net.num_features, net.embed_dim) == (128 + 256 + 512, 12)
+    outputs = netlib.tap(backbone.network, ["layer2", "layer3", "layer4"], normalized)  # type: ignore[arg-type]
+    heads = net.embedding.heads
+    parts = [F.normalize(head(output.mean((2, 3))), dim=1) for head, output in zip(heads, outputs)]  # type: ignore[arg-type]
+    torch.testing.assert_close(net(images(64)), F.normalize(torch.cat(parts, dim=1), dim=1))
+    assert torch.equal(net.embed_features(net.features(images(64))), net(images(64)))
+    assert not backbone.network.layer2._forward_hooks  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("arch", "size", "layers", "widths"),
+    [
+        ("shufflenet_v2_x0_5", "64", ["stage2", "stage3", "stage4"], [48, 96, 192]),
+        (
+            "densenet121",
+            "64",
+            ["features.denseblock2", "features.denseblock3", "features.denseblock4"],
+            [512, 1024, 1024],
+        ),
+        ("googlenet", "64", ["inception3b", "inception4e", "inception5b"], [480, 832, 1024]),
+        ("timm:test_vit", "32", ["blocks.1", "blocks.3", "blocks.5"], [64, 64, 64]),
+        ("swin_t", "64", ["features.3", "features.5", "features.7"], [192, 384, 768]),
+    ],
+)
+def test_the_depths_are_the_ends_of_stages(arch: str, size: str, layers: list[str], widths: list[int]) -> None:
+    net = cascade("--crop_size", size, "--pooling", "gem", arch=arch)
+    assert (net.backbone.layers, net.backbone.widths) == (layers, widths)
+    assert net(images(int(size))).shape == (4, 12)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--embed_dim", "16"], "--embed_dim 16 can't be divided among the 3 heads of a cascade: give --embed_dim 15"),
+        (["--embed_dim", "1"], "give --embed_dim 3"),
+        (
+            ["--cascade_layers", "layer2", "leyer3"],
+            r"--cascade_layers leyer3: .* no such module \(did you mean layer3\?\)",
+        ),
+        (["--pooling", "cls"], "--pooling cls takes one token, and a cascade pools maps"),
+        (["--arch", "alexnet"], "--arch alexnet has no modules of which it is known that they end its stages"),
+    ],
+)
+def test_cascades_that_cannot_be_built_are_refused(more: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        cascade(*more)
+
+
+def test_depths_can_be_named_and_be_the_embedding_themselves() -> None:
+    net = cascade("--cascade_layers", "layer1", "layer4", "--embed_dim", "0")
+    assert net(images(64)).shape == (4, 64 + 512)
+    again = networkselect(
+        {**vars(resolved()), "arch": "resnet18", "cascade_layers": ["layer1", "layer4"], "embed_dim": 0}
+    )
+    assert set(again.state_dict()) == set(net.state_dict())

@@ -180,6 +180,7 @@ def test_bands_are_means_with_their_intervals(tmp_path: Path) -> None:
     save_bands(tmp_path / "bands.svg", curves, "MAP@R")
     texts = svg_texts(tmp_path / "bands.svg")
     assert {"MAP@R of the classes that select the epoch", "epoch", "lr $0.1$", "never in common"} <= set(texts)
+    assert "mean over seeds of means over folds, with its 95 % confidence interval" in texts
     save_bands(tmp_path / "bands.svg", {"never in common": []}, "MAP@R")
     assert "never in common" in svg_texts(tmp_path / "bands.svg")
 

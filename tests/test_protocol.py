@@ -152,6 +152,19 @@ def test_meta_results_by_hand(crossed: CrossValidated) -> None:
     )
 
 
+def test_meta_results_are_printed_as_one_table(
+    crossed: CrossValidated, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(crossed.folder, tmp_path / "cv" / "run")
+    capsys.readouterr()
+    metrics = protocol.write_meta_results(runs.load_flags(folder), folder)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert lines[:2] == ["| Network | Split | Metric | Mean |", "|---|---|---|---|"]
+    (found,) = [line for line in lines if line.startswith("| selected | test | Recall @ 1 |")]
+    assert re.fullmatch(rf".* {metrics['Recall @ 1']:.4f} ± 0\.\d{{4}} \|", found)
+    assert len(lines) == 2 + len(auxiliaries.load_json(folder / "meta" / "results.json"))
+
+
 def test_concatenated_embeddings_by_hand(crossed: CrossValidated) -> None:
     images = crossed.splits[0].test[0].query
     together = torch.cat([embed_by_hand(fold, images) for fold in crossed.folds], dim=1)
@@ -730,7 +743,7 @@ def test_changed_data_are_refused_on_resuming_and_evaluating(
         with pytest.raises(UserError, match=r"the data have changed since .*--accept_changed_data") as error:
             main.command(flags)
         assert "train has 24 images of 4 classes, but other ones" in str(error.value)
-        assert "test test query has 30 images of 5 classes instead of 24 images of 4 classes" in str(error.value)
+        assert "test has 30 images of 5 classes instead of 24 images of 4 classes" in str(error.value)
     assert {path: path.read_bytes() for path in before} == before
     main.command([*resume, "--accept_changed_data"])
     assert "the data have changed" in capsys.readouterr().err
@@ -740,7 +753,7 @@ def test_changed_data_are_refused_on_resuming_and_evaluating(
     assert "in the original" not in capsys.readouterr().err
     shutil.rmtree(images / "class_00")
     main.command(["--reproduce_results", str(folder), "--n_epochs", "1"])
-    assert "test test query has 24 images of 4 classes instead of 30 images of 5 classes" in capsys.readouterr().err
+    assert "test has 24 images of 4 classes instead of 30 images of 5 classes" in capsys.readouterr().err
 
 
 def test_folds_of_other_test_images_are_left_out_by_name(
@@ -839,6 +852,63 @@ def test_a_resumption_that_fails_changes_nothing(own_source: Path, tmp_path: Pat
     with pytest.raises(UserError, match=r"class_0.*0\.jpg"):
         main.command(resume)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["latest", "best"])
+def test_a_run_whose_state_does_not_fit_stays_as_it_is(
+    run: Run, go_on: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    folder = tmp_path / "tiny" / "run"
+    scores(monkeypatch, 0.9, 0.1)
+    run()
+    for name in ("last.pth.tar", "checkpoint.pth.tar"):
+        state = torch.load(folder / name, weights_only=True)
+        state["state_dict"]["embedding.bias"] = torch.zeros(3)
+        torch.save(state, folder / name)
+    before = contents(folder)
+    with pytest.raises(UserError, match="embedding"):
+        go_on("--resume_training", kind, "--n_epochs", "3", "--lr", "0.5")
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("spoiled", ["data", "state"])
+def test_folds_stay_as_they_are_where_one_cannot_continue(
+    own_source: Path, crossed: CrossValidated, tmp_path: Path, go_on: Run, spoiled: str
+) -> None:
+    folder = shutil.copytree(crossed.folder, tmp_path / "cv" / "run")
+    if spoiled == "data":
+        data = auxiliaries.load_json(folder / "fold_2" / "data.json")
+        data["train"]["sha256"] = "of other images"
+        auxiliaries.save_json(folder / "fold_2" / "data.json", data)
+    else:
+        for name in ("last.pth.tar", "checkpoint.pth.tar"):
+            state = torch.load(folder / "fold_2" / name, weights_only=True)
+            state["criterion"] = {"beta": torch.zeros(3)}
+            torch.save(state, folder / "fold_2" / name)
+    before = contents(folder)
+    with pytest.raises(UserError):
+        go_on("--resume_training", "best", "--n_epochs", "3", "--lr", "0.5")
+    assert contents(folder) == before
+
+
+def test_all_folds_go_back_before_one_goes_on(
+    crossed: CrossValidated, tmp_path: Path, go_on: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the first fold, the others continue from their best epochs without being told once more."""
+    folder = shutil.copytree(crossed.folder, tmp_path / "cv" / "run")
+    best = [auxiliaries.load_checkpoint(fold / "checkpoint.pth.tar")["epoch"] for fold in crossed.folds]
+
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "train_one_epoch", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        go_on("--resume_training", "best", "--n_epochs", "3")
+    assert [runs.epoch_reached(folder / fold.name) for fold in crossed.folds] == best
 
 
 def test_training_and_validation_folders_are_enough(tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
 import auxiliaries
+import benchmark_losses
 import compare
 import config
 import datasets
+import losses
 import main
 import netlib
 
@@ -32,6 +34,8 @@ LISTED = subprocess.run(
     ["bash", "Sample_Runs.sh", "--list"], cwd=ROOT, capture_output=True, text=True, check=True
 ).stdout
 RUNS = {name: flags.split() for name, _, flags in (line.partition(" ") for line in LISTED.splitlines())}
+PRESETS = {name: flags for name, flags in RUNS.items() if flags[0] == "--config"}
+PUBLISHED = [name for name in RUNS if name not in ("demo", "benchmark-losses", *PRESETS)]
 TRAINING_CLASSES = {"cub200": 100, "cars196": 98, "online_products": 11318, "in-shop": 3997}
 TEST_CLASSES = 8
 
@@ -103,7 +107,7 @@ def test_published_settings_are_all_there() -> None:
         ("in-shop", "googlenet"): {"margin": "40 25", "triplet": "40 25", "npair": "40 25"},
     }
     names = {f"{data}-{arch}-{loss}" for (data, arch), of_loss in published.items() for loss in of_loss}
-    assert set(RUNS) == {"demo", *names}
+    assert set(PUBLISHED) == names
     for (data, arch), of_loss in published.items():
         for loss, numbers in of_loss.items():
             opt = config.resolve(config.parse(RUNS[f"{data}-{arch}-{loss}"]))
@@ -145,7 +149,7 @@ def stand_in(weights: netlib.Weights) -> tuple[torch.nn.Module, int]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_pictures")
-@pytest.mark.parametrize("name", [name for name in RUNS if name != "demo"])
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_published_settings_train_for_a_step(
     name: str, full_size_trees: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +167,21 @@ def test_published_settings_train_for_a_step(
     monkeypatch.setattr(datasets.BaseTripletDataset, "set_epoch", one_batch)
     metrics = main.main(opt)
     assert metrics["Recall @ 1"] == 0  # all images are the same, and ties count against the network
+
+
+def test_presets_have_names() -> None:
+    used = {preset for flags in PRESETS.values() for preset in config.parse(flags).config}
+    with_names_of_their_own = {"baselines", "cars196", "online_products", "in-shop"}
+    assert used == {path.stem for path in (ROOT / "configs").glob("*.yaml")} - with_names_of_their_own
+    for flags in PRESETS.values():
+        config.resolve(config.parse(flags))
+
+
+def test_the_table_of_losses_has_a_command() -> None:
+    script, *flags = RUNS["benchmark-losses"]
+    assert script == "benchmark_losses.py"
+    own, _ = benchmark_losses.parse(flags)
+    assert own.losses == [*losses.LOSSES, *losses.LIBRARY_LOSSES]
 
 
 def test_sample_runs_refuses_an_unknown_name() -> None:

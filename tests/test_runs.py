@@ -174,13 +174,13 @@ def test_data_are_described_by_counts_and_a_digest_wherever_they_are(tmp_path: P
     assert runs.differing_data(first, first) == []
     assert runs.differing_data(first, describe("here", name="other")) == [
         "train has 6 images of 2 classes, but other ones",
-        "test test query has 6 images of 2 classes, but other ones",
+        "test has 6 images of 2 classes, but other ones",
     ]
     assert runs.differing_data(first, describe("here", images=4))[0] == (
         "train has 8 images of 2 classes instead of 6 images of 2 classes"
     )
     assert runs.differing_data(first, {"train": first["train"]}) == [
-        "test test query has no images instead of 6 images of 2 classes"
+        "test has no images instead of 6 images of 2 classes"
     ]
     renamed = describe("here", classes="abce")
     assert [words.split()[0] for words in runs.differing_data(first, renamed)] == ["test"]

@@ -10,22 +10,29 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import EpsImagePlugin, Image, ImageOps
 from torchvision import transforms as v1
+from torchvision.transforms import v2
 
+import config
 from auxiliaries import FlagParser, UserError
 from transforms import (
     EXIF_ORIENTATION,
     LONGEST,
     MAX_SIDE,
+    NOT_TRANSFORMS,
+    TRANSFORMS,
+    Pipeline,
     RandomCropAndFlip,
     add_arguments,
     build_eval_transform,
     build_train_transform,
+    build_transform,
     check_image,
     cut_long_sides,
     eval_transform,
@@ -182,7 +189,7 @@ def test_formats_that_other_programs_would_have_to_read_are_refused(
     started = []
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: started.append(args))
     for read in (load_image, check_image):
-        with pytest.raises(UserError, match="doesn't begin as JPEG, PNG, BMP, GIF, WEBP, TIFF or PPM files do"):
+        with pytest.raises(UserError, match=r"\(not JPEG, PNG, BMP, GIF, WEBP, TIFF or PPM\)"):
             read(str(path))
     assert not started
 
@@ -289,6 +296,49 @@ def test_checking_an_image_finds_what_loading_finds_and_decodes_nothing(
             assert check_image(str(path)) is False
 
 
+@pytest.mark.parametrize("suffix", ["bmp", "ppm", "tiff"])
+def test_checking_finds_missing_pixels_of_formats_without_an_end_mark(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"a.{suffix}"
+    bits, deep = Image.new("1", (48, 36)), Image.fromarray(np.zeros((36, 48), np.uint16))
+    kinds = [picture((48, 36)), picture((47, 36)).convert("L"), picture((48, 36)).quantize(8), bits, deep]
+    for image in kinds[:2] if suffix == "ppm" else kinds[:4] if suffix == "bmp" else kinds:
+        image.save(path)
+        data = path.read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(Image.Image, "load", None)
+            assert check_image(str(path)) is False
+        path.write_bytes(data[: len(data) // 2])
+        with pytest.raises(UserError, match="incomplete or corrupt"):
+            check_image(str(path))
+    if suffix == "tiff":
+        picture((48, 36)).save(path, compression="tiff_lzw")
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) - 40])
+        with pytest.raises(UserError, match="incomplete or corrupt"):
+            check_image(str(path))
+
+
+@pytest.mark.parametrize("name", ["float.tiff", "integer.tiff", "float.pfm"])
+def test_checking_refuses_32_bits_per_pixel_as_loading_does(name: str, tmp_path: Path) -> None:
+    kind = np.int32 if name.startswith("integer") else np.float32
+    Image.fromarray(np.zeros((36, 48), kind)).save(tmp_path / name, "PPM" if name.endswith("pfm") else "TIFF")
+    for read in (load_image, check_image):
+        with pytest.raises(UserError, match="32 bits per pixel"):
+            read(str(tmp_path / name))
+
+
+def test_what_follows_a_whole_gif_does_not_matter(tmp_path: Path) -> None:
+    frames = [picture((48, 36)), picture((48, 36)).rotate(180)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], comment=b"a; b")
+    whole = load_image(str(tmp_path / "a.gif"))
+    with open(tmp_path / "a.gif", "ab") as file:
+        file.write(b"<!-- uploaded by a camera -->")
+    assert check_image(str(tmp_path / "a.gif")) is False
+    assert torch.equal(load_image(str(tmp_path / "a.gif")), whole)
+
+
 @pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1), (3, 1_000)], ids=str)
 def test_a_very_long_image_is_cut_before_it_is_resized(size: tuple[int, int]) -> None:
     """Shorter side to 256 px: otherwise 1 × 30,000 px would take 5.9 GB."""
@@ -358,9 +408,13 @@ def test_a_single_photo_gets_the_transform_that_flags_or_a_runs_dict_say(kind: s
 
 def test_transforms_of_the_flags_can_be_sent_to_workers() -> None:
     """Where workers are not forked, they get the transforms pickled."""
-    opt = argparse.Namespace(crop_size=16, resize=20, crop_scale=0.3, flip=True)
+    opt = resolved("--crop_size", "16", "--resize", "20", "--crop_scale", "0.3")
+    named = resolved(
+        "--train_transforms", "Resize:20", "RandomCrop:16", "ColorJitter:0.5", "--eval_transforms", "Resize:[16,16]"
+    )
     image = torch.from_numpy(np.array(picture((40, 30)))).permute(2, 0, 1)
-    for transform in (build_train_transform(opt), build_eval_transform(opt)):
+    builders = (build_train_transform, build_eval_transform)
+    for transform in (build(flags) for build in builders for flags in (opt, named)):
         torch.manual_seed(0)
         here = transform(image)
         torch.manual_seed(0)
@@ -371,10 +425,11 @@ def test_flags_of_images_may_be_left_to_architecture_and_dataset() -> None:
     parser = FlagParser()
     add_arguments(parser)
     left = {"crop_size": None, "resize": None, "crop_scale": None, "flip": None, "exif_orientation": False}
+    left |= {"interpolation": None, "train_transforms": None, "eval_transforms": None}
     assert vars(parser.parse_args([])) == left
     flags = ["--crop_size", "48", "--resize", "60", "--crop_scale", "1", "--no-flip", "--exif_orientation"]
     given = {"crop_size": 48, "resize": 60, "crop_scale": 1.0, "flip": False, "exif_orientation": True}
-    assert vars(parser.parse_args(flags)) == given
+    assert vars(parser.parse_args(flags)) == {**left, **given}
     for flag, value in (("crop_size", "0"), ("crop_scale", "0"), ("crop_scale", "1.01"), ("crop_scale", "nan")):
         with pytest.raises(UserError, match=flag):
             parser.parse_args([f"--{flag}", value])
@@ -382,8 +437,7 @@ def test_flags_of_images_may_be_left_to_architecture_and_dataset() -> None:
 
 def test_the_crops_of_the_flags_are_the_transforms() -> None:
     image = torch.arange(40 * 40).div(7).to(torch.uint8).reshape(1, 40, 40).expand(3, -1, -1)
-    opt = argparse.Namespace(crop_size=16, crop_scale=1.0, flip=False)
-    transform = build_train_transform(opt)
+    transform = build_train_transform(resolved("--crop_size", "16", "--crop_scale", "1", "--no-flip"))
     torch.manual_seed(0)
     one = transform(image)
     torch.manual_seed(0)
@@ -399,3 +453,214 @@ def test_images_of_gigabytes_are_refused(crop_size: int, resize: int, words: str
     with pytest.raises(UserError, match=rf"{words}.* GB: give at most {MAX_SIDE}"):
         build_eval_transform({"crop_size": crop_size, "resize": resize})
     assert build_eval_transform({"crop_size": MAX_SIDE, "resize": MAX_SIDE}) is not None
+
+
+# Transforms by name
+
+
+def resolved(*flags: str) -> argparse.Namespace:
+    """The resolved flags of a run."""
+    return config.resolve(config.parse([*SMALL_NETWORK, *flags]))
+
+
+SMALL_NETWORK = ("--arch", "resnet18", "--not_pretrained", "--dataset", "birds", "--savename", "run")
+PHOTO = torch.from_numpy(np.array(picture((60, 45), grain=40))).permute(2, 0, 1)
+
+# Name -> its parameters; then what gives square images.
+EXAMPLES = {
+    "AugMix": "severity=2,interpolation=nearest",
+    "AutoAugment": "policy=cifar10",
+    "CenterCrop": "24",
+    "ColorJitter": "brightness=0.2,contrast=0.9..1.1,saturation=[0.5,1.5],hue=0.1",
+    "ElasticTransform": "alpha=20,sigma=[4,5]",
+    "GaussianBlur": "3,sigma=0.1..2",
+    "GaussianNoise": "sigma=0.05",
+    "Grayscale": "num_output_channels=3",
+    "Identity": "",
+    "JPEG": "quality=[50,90]",
+    "Pad": "4,fill=128,padding_mode=constant",
+    "RGB": "",
+    "RandAugment": "2,magnitude=5",
+    "RandomAdjustSharpness": "2,p=1",
+    "RandomAffine": "degrees=-10..10,translate=0.1..0.1,fill=[1,2,3]",
+    "RandomAutocontrast": "p=1",
+    "RandomChannelPermutation": "",
+    "RandomCrop": "24,padding=4",
+    "RandomEqualize": "p=1",
+    "RandomErasing": "p=1,scale=0.02..0.1",
+    "RandomGrayscale": "p=1",
+    "RandomHorizontalFlip": "p=1",
+    "RandomInvert": "1",
+    "RandomPerspective": "distortion_scale=0.3,p=1",
+    "RandomPhotometricDistort": "brightness=0.9..1.1,p=1",
+    "RandomPosterize": "bits=4,p=1",
+    "RandomResize": "20,30",
+    "RandomResizedCrop": "24,scale=0.16..1,ratio=[0.9,1.1]",
+    "RandomRotation": "15,expand=true",
+    "RandomShortestSize": "min_size=[24,32]",
+    "RandomSolarize": "threshold=128,p=1",
+    "RandomVerticalFlip": "p=1",
+    "RandomZoomOut": "side_range=1..2,p=1",
+    "Resize": "24",
+    "ScaleJitter": "target_size=[24,32]",
+    "TrivialAugmentWide": "num_magnitude_bins=10",
+}
+
+
+def test_every_transform_of_torchvision_is_taken_or_left_out_with_a_reason() -> None:
+    kinds = {name for name, kind in vars(v2).items() if isinstance(kind, type) and issubclass(kind, v2.Transform)}
+    assert {*TRANSFORMS, *NOT_TRANSFORMS} >= kinds
+    assert not {*TRANSFORMS} & {*NOT_TRANSFORMS}
+    assert list(EXAMPLES) == list(TRANSFORMS)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_by_name_are_torchvisions(name: str) -> None:
+    entry = f"{name}:{EXAMPLES[name]}" if EXAMPLES[name] else name
+    pipeline = Pipeline("--train_transforms", [entry, "Resize:[16,16]"])
+    assert pipeline.side == 16
+    keywords: dict[str, Any] = {
+        "AugMix": {"severity": 2, "interpolation": v2.InterpolationMode.NEAREST},
+        "ColorJitter": {"brightness": 0.2, "contrast": (0.9, 1.1), "saturation": (0.5, 1.5), "hue": 0.1},
+        "GaussianBlur": {"kernel_size": 3, "sigma": (0.1, 2.0)},
+        "RandomAffine": {"degrees": (-10, 10), "translate": (0.1, 0.1), "fill": [1, 2, 3]},
+        "RandomResizedCrop": {"size": 24, "scale": (0.16, 1), "ratio": (0.9, 1.1)},
+        "RandomRotation": {"degrees": 15, "expand": True},
+        "ScaleJitter": {"target_size": (24, 32)},
+        "Resize": {"size": 24},
+    }
+    torch.manual_seed(0)
+    image = pipeline(PHOTO)
+    assert (image.dtype, image.shape) == (torch.uint8, (3, 16, 16))
+    if name in keywords:
+        torch.manual_seed(0)
+        transformed = getattr(v2, name)(**keywords[name])(PHOTO)
+        assert torch.equal(image, v2.Resize([16, 16], antialias=True)(transformed))
+
+
+def test_transforms_that_resize_do_it_as_the_architecture_wants_unless_they_say_how() -> None:
+    bicubic = v2.InterpolationMode.BICUBIC
+    for entries, interpolation in (
+        (["Resize:[16,16]"], "bicubic"),
+        (["Resize:[16,16],interpolation=bicubic"], "bilinear"),
+    ):
+        assert torch.equal(Pipeline("--x", entries, interpolation)(PHOTO), v2.Resize([16, 16], bicubic)(PHOTO))
+    rotation = build_transform("--x", "RandomRotation:10", "bicubic")
+    assert v2.InterpolationMode(rotation.interpolation) == v2.InterpolationMode.NEAREST  # type: ignore[attr-defined]
+    opt = resolved("--eval_transforms", "Resize:[16,16]", "--interpolation", "bicubic")
+    assert torch.equal(build_eval_transform(opt)(PHOTO), v2.Resize([16, 16], bicubic)(PHOTO))
+    assert torch.equal(build_eval_transform(vars(opt))(PHOTO), v2.Resize([16, 16], bicubic)(PHOTO))  # as in hypa.pkl
+
+
+def test_the_networks_input_follows_from_transforms() -> None:
+    opt = resolved("--train_transforms", "Resize:40", "RandomResizedCrop:28,scale=0.16..1")
+    assert (opt.crop_size, opt.resize, opt.crop_scale, opt.flip) == (28, 32, None, None)
+    opt = resolved("--eval_transforms", "Resize:40", "CenterCrop:35")
+    assert (opt.crop_size, opt.resize, opt.crop_scale, opt.flip) == (35, None, 0.08, True)
+    assert build_train_transform(opt)(PHOTO).shape == (3, 35, 35)
+    opt = resolved("--train_transforms", "RandomCrop:24", "--eval_transforms", "CenterCrop:24", "--crop_size", "24")
+    assert (opt.crop_size, opt.resize, opt.crop_scale, opt.flip) == (24, None, None, None)
+
+
+def test_a_runs_configuration_with_transforms_is_read_back(tmp_path: Path) -> None:
+    entries = ["Resize:40", "RandomResizedCrop:28,scale=0.16..1", "ColorJitter:brightness=[0.9,1.1]"]
+    opt = resolved("--train_transforms", *entries, "--eval_transforms", "Resize:32", "CenterCrop:28")
+    config.save_config(tmp_path / "config.yaml", config.configuration(opt))
+    for argv, stored in ((["--config", str(tmp_path / "config.yaml")], None), ([], tmp_path / "config.yaml")):
+        again = config.resolve(config.parse(argv, stored))
+        assert config.configuration(again) == config.configuration(opt)
+        config.refuse_unused(again, config.given_flags(argv))
+    (tmp_path / "own.yaml").write_text(
+        "train_transforms:\n  - Resize:40\n  - CenterCrop:28\neval_transforms: CenterCrop:28\n"
+    )
+    opt = resolved("--config", str(tmp_path / "own.yaml"))
+    assert (opt.train_transforms, opt.eval_transforms) == (["Resize:40", "CenterCrop:28"], ["CenterCrop:28"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["Resise:32"], "--train_transforms: Resise is unknown (did you mean Resize?)"),
+        (["resize:32"], "did you mean Resize?"),
+        (["Resize:sise=32"], "Resize has no parameter sise (did you mean size?); it takes size, interpolation,"),
+        (["Resize"], "Resize needs size: Resize:size=…"),
+        (["Resize:"], "Resize needs size"),
+        (["CenterCrop:28,29"], "CenterCrop takes 1 parameter(s), and 29 is one more"),
+        (["CenterCrop:size="], "CenterCrop: the parameter size is empty"),
+        (["CenterCrop:28,"], "the parameter 2 is empty"),
+        (["CenterCrop:28,size=28"], "CenterCrop: size is given twice"),
+        (["RandomCrop:padding=4,28"], "28 stands behind key=value: give it as key=value, too"),
+        (["RandomResizedCrop:28,scale=0.5"], "scale of RandomResizedCrop takes a list, not 0.5"),
+        (["RandomHorizontalFlip:p=often", "CenterCrop:28"], "p of RandomHorizontalFlip takes a number, not often"),
+        (["RandomHorizontalFlip:p=2", "CenterCrop:28"], "RandomHorizontalFlip:p=2 can't be used ("),
+        (["Resize:28,interpolation=cubic"], "Resize:28,interpolation=cubic can't be used ('cubic' is not a valid"),
+        (["AutoAugment:policy=own"], "'own' is not a valid AutoAugmentPolicy"),
+        (
+            ["Normalize:0.5,0.5"],
+            "Normalize can't be used: images are uint8 tensors, which the network normalizes itself",
+        ),
+        (["RandomApply"], "RandomApply can't be used: it takes other transforms"),
+        (["FiveCrop:28"], "it gives several images"),
+        (["MixUp"], "it mixes the images and labels of a batch"),
+        (["Resize:256"], "gives images of different sizes (341 × 256 and 256 × 341 px): end with"),
+        (["RandomResize:20,400"], "gives images of different sizes"),
+        (
+            ["CenterCrop:[24,48]"],
+            "gives images of 48 × 24 px, and the network takes square ones: end with CenterCrop:24",
+        ),
+        (["CenterCrop:28", "Grayscale"], "gives images of 1 channels of uint8, and the network takes 3"),
+        (["RandomCrop:400"], "RandomCrop:400 can't be applied to an image of 500 × 375 px (Required crop size"),
+        (["Resize:20000", "CenterCrop:28"], "Resize size=20000 would make images too large: give at most 8192"),
+        (["Resize:[28,20000]"], "would make images too large"),
+        (["RandomZoomOut:side_range=1..1000"], "side_range=[1, 1000] would make images too large: give at most 16"),
+        (
+            ["CenterCrop:28", "--crop_scale", "0.5"],
+            "--crop_scale does nothing beside --train_transforms: drop one of them",
+        ),
+        (["CenterCrop:28", "--no-flip"], "--flip does nothing beside --train_transforms"),
+        (
+            ["CenterCrop:28", "--eval_transforms", "CenterCrop:28", "--resize", "32"],
+            "--resize does nothing beside --eval",
+        ),
+        (
+            ["CenterCrop:28", "--crop_size", "32"],
+            "--crop_size 32 contradicts --train_transforms, which gives images of 28",
+        ),
+        (
+            ["CenterCrop:28", "--eval_transforms", "CenterCrop:32"],
+            "--train_transforms gives images of 28 px, and --eval_transforms of 32 px: make them equal",
+        ),
+    ],
+)
+def test_transforms_that_cannot_be_used_are_one_sentence(flags: list[str], words: str) -> None:
+    with pytest.raises(UserError) as error:
+        resolved("--train_transforms", *flags)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_image_that_transforms_cannot_take_is_one_sentence() -> None:
+    pipeline = Pipeline("--eval_transforms", ["CenterCrop:[64,64]", "RandomCrop:50"])
+    assert pipeline(PHOTO).shape == (3, 50, 50)
+    pipeline = Pipeline("--eval_transforms", ["RandomCrop:50"])
+    with pytest.raises(
+        UserError, match=r"--eval_transforms: RandomCrop:50 can't be applied to an image of 60 × 45 px \("
+    ):
+        pipeline(PHOTO)
+    long = torch.full((3, 20, 30_000), 255, dtype=torch.uint8)
+    long[..., 14_800:15_200] = 0
+    assert (Pipeline("--eval_transforms", ["Resize:[16,16]"])(long) == 0).all()  # only the middle is resized
+
+
+def test_images_are_resized_by_the_interpolation_of_the_architecture() -> None:
+    image = torch.randint(0, 256, (3, 60, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    given = ["--arch", "timm:test_vit", "--crop_size", "32", "--crop_scale", "1", "--no-flip"]
+    opt = config.resolve(config.parse(given))
+    wanted = v2.functional.resize(image, [opt.resize], v2.InterpolationMode.BICUBIC, antialias=True)
+    assert torch.equal(build_eval_transform(opt)(image), v2.functional.center_crop(wanted, [32, 32]))
+    random = v2.RandomResizedCrop(32, scale=(1.0, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
+    torch.manual_seed(0)
+    expected = random(image)
+    torch.manual_seed(0)
+    assert (build_train_transform(opt)(image).int() - expected.int()).abs().max() <= 1
+    assert not torch.equal(build_eval_transform({**vars(opt), "interpolation": "bilinear"})(image), wanted)
