@@ -104,6 +104,7 @@ class _SturdyStream:
 
 MAX_NAME = 255  # bytes of a file's name
 MAX_SHOWN = 60  # characters of what the user typed
+MAX_REASON = 200  # characters of what a library says
 MAX_LISTED = 16  # names in a message
 
 
@@ -116,6 +117,12 @@ def shown(value: Any) -> str:
     """A value as messages show it: not too long, and in quotes where it could be overlooked or isn't printable."""
     text = shorten(str(value))
     return text if text.isprintable() and text.strip() == text != "" else repr(text)
+
+
+def reason(error: Exception) -> str:
+    """What a library says of an error, in one line."""
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return f"{text[:MAX_REASON]}…" if len(text) > MAX_REASON else text
 
 
 def nearest_name(name: str, names: Iterable[str], cutoff: float = 0.7) -> str:

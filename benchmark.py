@@ -1,7 +1,7 @@
 """Times sampling and losses, evaluation, data loading and records against naive loops and well-known libraries.
 
-Every ratio is measured in one run: the contestants take turns, and medians are compared; in the evaluation, whose parts
-take seconds, each runs once.
+Every ratio is measured in one run: the contestants take turns, and medians are compared; of what differs by a few
+percent, the quickest runs are; in the evaluation, whose parts take seconds, each runs once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import platform
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,9 @@ from evaluate import EmbeddingSpace, f1, nmi, recall_at_k
 Row = dict[str, Any]
 
 
-def medians(contestants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def medians(
+    contestants: Mapping[str, Callable[[], object]], rounds: int, average: Callable[..., Any] = np.median
+) -> dict[str, float]:
     """Seconds of each contestant: the median over rounds in which each runs twice, the first time to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
@@ -49,7 +52,7 @@ def medians(contestants: Mapping[str, Callable[[], object]], rounds: int) -> dic
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
-    return {name: float(np.median(values)) for name, values in seconds.items()}
+    return {name: float(average(values)) for name, values in seconds.items()}
 
 
 def naive_distance_sampling(batch: torch.Tensor, labels: np.ndarray) -> list[tuple[int, int, int]]:
@@ -123,6 +126,43 @@ def naive_proxynca(batch: torch.Tensor, labels: np.ndarray, proxies: torch.Tenso
     return torch.stack(terms).mean()
 
 
+def naive_contrastive_loss(batch: torch.Tensor, labels: np.ndarray) -> torch.Tensor:
+    """The contrastive loss of all pairs, one image at a time."""
+    too_far, too_near = [], []
+    for anchor, label in enumerate(labels):
+        distances = (batch - batch[anchor]).norm(dim=1)
+        is_positive = torch.from_numpy(labels == label)
+        too_near.append(F.relu(0.5 - distances[~is_positive]))
+        is_positive[anchor] = False
+        too_far.append(distances[is_positive])
+    return sum(terms.sum() / (terms > 0).sum().clamp(min=1) for terms in (torch.cat(too_far), torch.cat(too_near)))
+
+
+def naive_smoothap(batch: torch.Tensor, labels: np.ndarray) -> torch.Tensor:
+    """The Smooth-AP loss, one pair of a query and a positive at a time."""
+    similarities = batch @ batch.T
+    precisions = []
+    for query, label in enumerate(labels):
+        positives = [other for other in np.flatnonzero(labels == label) if other != query]
+        terms = []
+        for positive in positives:
+            ahead = torch.sigmoid((similarities[query] - similarities[query, positive]) / 0.01)
+            among = sum(ahead[other] for other in positives if other != positive)
+            terms.append((1 + among) / (1 + ahead.sum() - ahead[query] - ahead[positive]))
+        precisions.append(torch.stack(terms).mean())
+    return 1 - torch.stack(precisions).mean()
+
+
+def naive_proxynca_plus_plus(batch: torch.Tensor, labels: np.ndarray, proxies: torch.Tensor) -> torch.Tensor:
+    """The ProxyNCA++ loss, one image at a time."""
+    batch, proxies = F.normalize(batch, dim=1), F.normalize(proxies, dim=1)
+    terms = []
+    for embedding, label in zip(batch, labels):
+        scaled = 9 * (embedding - proxies).square().sum(dim=1)
+        terms.append(scaled[label] + (-scaled).logsumexp(dim=0))
+    return torch.stack(terms).mean()
+
+
 Contestants = dict[str, Callable[[], object]]
 PML = "pytorch-metric-learning"
 
@@ -166,6 +206,16 @@ def loss_contests(points: torch.Tensor, labels: torch.Tensor) -> dict[str, Conte
             "naive loop": naive(naive_npair_loss),
         },
     }
+    contests["contrastive, all pairs"] = {
+        "ours": ours(losses.ContrastiveLoss()),
+        PML: theirs(pml_losses.ContrastiveLoss(neg_margin=0.5)),
+        "naive loop": naive(naive_contrastive_loss),
+    }
+    contests["smoothap"] = {
+        "ours": ours(losses.SmoothAP()),
+        f"{PML}, wrong": theirs(pml_losses.SmoothAPLoss()),
+        "naive loop": naive(naive_smoothap),
+    }
     for classes in (100, 11318):
         proxies = torch.randn(classes, 128, requires_grad=True)
         contests[f"proxynca, {classes} classes"] = {
@@ -173,9 +223,76 @@ def loss_contests(points: torch.Tensor, labels: torch.Tensor) -> dict[str, Conte
             PML: theirs(pml_losses.ProxyNCALoss(classes, 128)),
             "naive loop": naive(partial(naive_proxynca, proxies=proxies)),
         }
-    for method in losses.Sampler().methods:
-        contests[f"{method} sampling alone"] = {"ours": partial(losses.Sampler(method).give, points, labels)}
+        contests[f"proxynca++, {classes} classes"] = {
+            "ours": ours(losses.ProxyNCAPlusPlus(classes, 128)),
+            PML: theirs(pml_losses.ProxyNCALoss(classes, 128, softmax_scale=9)),
+            "naive loop": naive(partial(naive_proxynca_plus_plus, proxies=proxies)),
+        }
     return contests
+
+
+def sampling_contests(points: torch.Tensor, labels: torch.Tensor) -> dict[str, Contestants]:
+    """For each sampling method, who takes part."""
+    contests: dict[str, Contestants] = {
+        f"{method} sampling alone": {"ours": partial(losses.Sampler(method).give, points, labels)}
+        for method in losses.Sampler().methods
+    }
+    for method in ("distance", "semihard", "softhard"):
+        sampler = losses.Sampler(method, positives_per_anchor="all")
+        contests[f"{method} sampling, all positives"] = {
+            "ours": partial(sampler.give, points, labels),
+            "one positive per anchor": contests[f"{method} sampling alone"]["ours"],
+        }
+    return contests
+
+
+def _call_with_cut_histogram(loss: Any, batch: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    loss.hist_ = loss.hist_.detach()  # else the second step fails
+    return loss(batch, labels)
+
+
+# How losses of the library are called by hand that don't take embeddings and labels.
+CALLED_BY_HAND: dict[str, Callable[..., torch.Tensor]] = {
+    "DynamicSoftMarginLoss": _call_with_cut_histogram,
+    "ManifoldLoss": lambda loss, batch, labels: loss(batch, indices_tuple=labels),
+    "VICRegLoss": lambda loss, batch, labels: loss(batch[:], ref_emb=batch.roll(1, 0)),
+}
+
+
+def library_contests(points: torch.Tensor, labels: torch.Tensor) -> dict[str, Contestants]:
+    """For each loss of pytorch-metric-learning: through `--loss`, and called by hand."""
+    contests: dict[str, Contestants] = {}
+    for name in losses.LIBRARY_LOSSES:
+        params = ["--loss_params", "margin=0.4", "Tn=10"] if name == "RankedListLoss" else []
+        opt = config.resolve(config.parse(["--loss", name, "--embed_dim", "128", "--not_pretrained", *params]))
+        criterion, _ = losses.loss_select(name, opt, [], num_classes=100)
+        loss: Any = criterion.loss
+        by_hand = partial(CALLED_BY_HAND[name], loss) if name in CALLED_BY_HAND else loss
+        contests[name] = {
+            "ours": learning_step(criterion, points, labels),
+            "by hand": learning_step(by_hand, points, labels),
+        }
+    return contests
+
+
+def benchmark_library(points: torch.Tensor, labels: torch.Tensor) -> list[Row]:
+    """The loss of the library, and the median one, that `--loss` slows down most, by the quickest of many steps."""
+    seconds: dict[str, dict[str, float]] = {}
+    for name, contestants in library_contests(points, labels).items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            once = sum(medians(contestants, rounds=1).values())
+            seconds[name] = medians(contestants, rounds=int(np.clip(1.5 / once, 4, 300)), average=np.min)
+    by_ratio = sorted(seconds, key=lambda name: seconds[name]["by hand"] / seconds[name]["ours"])
+    rows = []
+    for which, name in (("slowed down most", by_ratio[0]), ("the median one", by_ratio[len(by_ratio) // 2])):
+        of_one = seconds[name]
+        what = f"{name}, {which} of {len(by_ratio)}"
+        rows += [_row(what, who, of_one[key] * 1e3, "ms", of_one["ours"] * 1e3) for key, who in HOW_CALLED.items()]
+    return rows
+
+
+HOW_CALLED = {"ours": "through --loss", "by hand": "by hand"}
 
 
 def benchmark_losses() -> list[Row]:
@@ -184,15 +301,18 @@ def benchmark_losses() -> list[Row]:
     labels = torch.arange(28).repeat_interleave(4)
     points = F.normalize(torch.randn(112, 128), dim=1)
     rows = []
-    for what, contestants in loss_contests(points, labels).items():
-        seconds = medians(contestants, rounds=15 if "11318" in what else 50)
+    for what, contestants in {**loss_contests(points, labels), **sampling_contests(points, labels)}.items():
+        seconds = medians(contestants, rounds=15 if "11318" in what or "smoothap" in what else 50)
         rows += [_row(what, name, value * 1e3, "ms", seconds["ours"] * 1e3) for name, value in seconds.items()]
     distance = pml_miners.DistanceWeightedMiner()(points, labels)
     print(
         f"triplets for 112 anchors: ours {len(losses.Sampler('distance').give(points, labels))}, "
+        f"with all positives {len(losses.Sampler('distance', positives_per_anchor='all').give(points, labels))}, "
         f"pytorch-metric-learning's distance miner {len(distance[0])}"
     )
-    return rows
+    for name in ("SmoothAPLoss", "ProxyNCALoss"):
+        print(f"{PML}'s {name}: {losses.LIBRARY_LOSSES[name].note}")
+    return rows + benchmark_library(points, labels)
 
 
 def _row(what: str, who: str, value: float, unit: str, ours: float) -> Row:

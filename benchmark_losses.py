@@ -31,7 +31,7 @@ import runs
 from auxiliaries import UserError
 
 METRICS = ("Recall @ 1", "MAP@R")
-BASE = "backbone alone"
+BASE = "backbone_alone"
 # What a loss needs beside its name: parameters that its paper gives and the library doesn't, or a loss to be added to.
 NATURAL = {
     "RankedListLoss": ["--loss", "RankedListLoss", "--loss_params", "margin=0.4", "Tn=10"],
@@ -117,9 +117,7 @@ def _train_loss(loss: str, lrs: Sequence[float], savename: str, flags: Sequence[
     rates = [0.0] if loss == BASE else lrs
     for lr in rates:
         try:
-            folder = continue_or_start(
-                [*flags, "--lr", f"{lr:g}"], f"{savename}_{loss}_lr{lr:g}".replace(" ", "_"), fold=0
-            )
+            folder = continue_or_start([*flags, "--lr", f"{lr:g}"], f"{savename}_{loss}_lr{lr:g}", fold=0)
         except UserError as error:  # it diverged
             failure = str(error)
             continue
@@ -129,7 +127,7 @@ def _train_loss(loss: str, lrs: Sequence[float], savename: str, flags: Sequence[
         return Result(loss, 0, {}, failure)
     lr = by_score[max(by_score)]
     try:
-        folder = continue_or_start([*flags, "--lr", f"{lr:g}"], f"{savename}_{loss}_lr{lr:g}".replace(" ", "_"))
+        folder = continue_or_start([*flags, "--lr", f"{lr:g}"], f"{savename}_{loss}_lr{lr:g}")
     except UserError as error:
         return Result(loss, lr, {}, str(error))
     rows = auxiliaries.load_json(folder / "meta" / "results.json")
@@ -146,7 +144,7 @@ def table(results: Sequence[Result]) -> str:
         scores = {name: f"{mean:.4f} ± {half:.4f}" for name, (mean, half) in result.scores.items()}
         rows.append(
             {
-                "loss": result.loss if result.loss == BASE else " ".join(natural).removeprefix("--loss "),
+                "loss": BASE.replace("_", " ") if result.loss == BASE else " ".join(natural).removeprefix("--loss "),
                 "--lr": f"{result.lr:g}" if result.lr else "",
                 **{name: scores.get(name, result.failure) for name in METRICS},
             }

@@ -29,6 +29,7 @@ from auxiliaries import (
     nearest_name,
     number,
     parse_value,
+    reason,
     seeded,
     shown,
     upload,
@@ -1408,14 +1409,9 @@ def _build_part(flag: str, module: str, name: str, params: Mapping[str, str], **
         try:
             built: nn.Module = build(**given, **typed)
         except Exception as error:  # the library raises anything at all
-            raise UserError(f"{flag} {name} can't be built so: {_reason(error)}") from None
+            raise UserError(f"{flag} {name} can't be built so: {reason(error)}") from None
     _collect(built, False)
     return built
-
-
-def _reason(error: Exception) -> str:
-    """An error's message in one line."""
-    return (" ".join(str(error).split()) or type(error).__name__).removesuffix(".")
 
 
 def build_miner(
@@ -1749,7 +1745,7 @@ def _select_own(
     except (TypeError, ValueError) as error:
         if not params:
             raise
-        raise UserError(f"--loss {name} can't be built so: {_reason(error)}") from None
+        raise UserError(f"--loss {name} can't be built so: {reason(error)}") from None
     criterion, all_groups = built if isinstance(built, tuple) else (built, own["to_optim"])
     return criterion, [*groups, *_name_groups(name, criterion, opt.lr, all_groups[len(groups) :])]
 
@@ -1987,7 +1983,7 @@ def _try_out(flags: str) -> None:
             raise
         except Exception as error:  # the library raises anything at all
             words = [f"--{name} {' '.join(names_of(value))}" for name, value in _named_parts(opt)]
-            raise UserError(f"{' with '.join(words)} can't work: {_reason(error)}") from None
+            raise UserError(f"{' with '.join(words)} can't work: {reason(error)}") from None
 
 
 def _named_parts(opt: argparse.Namespace) -> Iterable[tuple[str, Any]]:

@@ -95,7 +95,7 @@ def main(opt: argparse.Namespace, folder: Path | None = None, only_check: bool =
             gradients = records.GradientRecord(run.folder / "grad_measure.npz", run.log.iterations())
         if run.epoch == 0:
             evaluate_before_training(run, loaders, device, console)
-        if run.epoch >= opt.n_epochs:
+        if 0 < opt.n_epochs <= run.epoch:
             auxiliaries.notice(f"{run.folder} is at epoch {run.epoch} of {opt.n_epochs}: nothing is left to train")
 
         # ============================================= Training =======================================================

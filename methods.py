@@ -6,7 +6,6 @@ import argparse
 import copy
 import inspect
 import math
-import textwrap
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,10 +26,12 @@ import netlib
 from auxiliaries import (
     FlagParser,
     UserError,
+    check_memory,
     check_params,
     nearest_name,
     number,
     parse_value,
+    reason,
     seed_everything,
     shown,
     upload,
@@ -210,9 +211,10 @@ def find_class(flag: str, name: str) -> str:
     Raises:
         UserError: it is unknown, or can't be used.
     """
-    name = not_refused(flag.removesuffix(f"={name}"), REFUSED_OPTIMIZERS)(name)
+    name = not_refused(flag, REFUSED_OPTIMIZERS)(name)
     if name not in OPTIMIZERS:
-        raise UserError(f"{flag} is unknown{nearest_name(name, OPTIMIZERS)}; it takes one of {', '.join(OPTIMIZERS)}")
+        near = nearest_name(name, OPTIMIZERS)
+        raise UserError(f"{flag}={shown(name)} is unknown{near}; it takes one of {', '.join(OPTIMIZERS)}")
     return name
 
 
@@ -353,8 +355,7 @@ def _try_out(opt: argparse.Namespace, name: str, params: Mapping[str, Any]) -> N
     except UserError:
         raise
     except Exception as error:  # torch raises anything at all on odd values
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{what}: {kind} can't take these values ({reason})") from None
+        raise UserError(f"{what}: {kind} can't take these values ({reason(error)})") from None
 
 
 # Optimizers and schedules
@@ -789,10 +790,9 @@ class MetricLossOnly:
                 self.averaged.load_state_dict(state["state_dict"])
             self.optimization.load_state_dict(state)
         except Exception as error:  # torch raises anything at all on the state of something else
-            reason = textwrap.shorten(str(error) or type(error).__name__, 200)
             raise UserError(
                 f"the run's network, loss or optimizer differs from what these flags give: drop those that changed "
-                f"({reason})"
+                f"({reason(error)})"
             ) from None
 
 
@@ -959,6 +959,8 @@ class DeepAdversarialMetricLearning(MetricLossOnly):
         """Builds the generator; see `MetricLossOnly.build_networks`."""
         networks, groups = super().build_networks(opt, net, num_classes)
         features = net.num_features
+        needed = 32.0 * opt.bs * opt.triplets_per_anchor * features  # of triplets and what is made of them
+        check_memory(needed, f"--triplets_per_anchor {opt.triplets_per_anchor} at --bs {opt.bs}")
         generator = netlib.mlp(3 * features, features, features)
         return {**networks, "generator": generator}, [*groups, _further_group("generator", generator, opt)]
 

@@ -222,14 +222,13 @@ def find_timm(name: str) -> Arch:
     arch, _, tag = name.partition(".")
     if not timm.is_model(arch):
         near = nearest_name(name, [*timm.list_models(), *timm.list_models(pretrained=True)])
-        raise UserError(
-            f"--arch {TIMM}{name} is unknown{near.replace('mean ', f'mean {TIMM}')}: give a name of timm.list_models()"
-        )
+        near = near.replace("mean ", f"mean {TIMM}")
+        raise UserError(f"--arch {TIMM}{shown(name)} is unknown{near}: give a name of timm.list_models()")
     tags = [known.partition(".")[2] for known in timm.list_models(f"{arch}.*", pretrained=True)]
     if tag and tag not in tags:
         listed = f": it has {', '.join(tags)}" if tags else ": it has none"
         raise UserError(
-            f"--arch {TIMM}{name}: timm has no weights of that tag for {arch}{nearest_name(tag, tags)}{listed}"
+            f"--arch {TIMM}{shown(name)}: timm has no weights of that tag for {arch}{nearest_name(tag, tags)}{listed}"
         )
     published = timm.get_pretrained_cfg(name)
     wanted = resolve_data_config(pretrained_cfg=published.to_dict() if published else {})

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from auxiliaries import FlagParser, UserError, check_params, nearest_name, number, seeded, shown
+from auxiliaries import FlagParser, UserError, check_params, nearest_name, number, reason, seeded, shown
 
 Transform = Callable[[torch.Tensor], torch.Tensor]  # image (3, H, W) uint8 -> (3, crop_size, crop_size) uint8
 
@@ -86,6 +86,8 @@ NOT_TRANSFORMS: dict[str, str] = {
     "Transform": "it is the base of the others",
     "UniformTemporalSubsample": "it is for videos",
 }
+# Largest numbers in parameters whose names contain these words.
+LIMITS = {"size": MAX_SIDE, "padding": MAX_SIDE, "range": LONGEST, "num_": 100, "depth": 100, "width": 100}
 PROBES = ((375, 500), (500, 375))  # height and width of images on which transforms are tried
 
 
@@ -123,11 +125,11 @@ def _unreadable(path: str, error: Exception) -> UserError:
     if isinstance(error, OSError) and error.errno is not None:
         return UserError(f"{path} can't be read ({error.strerror}): see to its permissions, or remove it")
     if isinstance(error, UnidentifiedImageError):
-        reason = f"not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        why = f"not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
     else:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        why = reason(error)
     return UserError(
-        f"{path} is incomplete or corrupt, or not an image ({reason}): replace it, or remove it from its folder and "
+        f"{path} is incomplete or corrupt, or not an image ({why}): replace it, or remove it from its folder and "
         "from lists, and start again"
     )
 
@@ -359,7 +361,7 @@ class Pipeline:
                 height, width = result.shape[-2:]
                 raise UserError(
                     f"{self.flag}: {entry} can't be applied to an image of {width} × {height} px "
-                    f"({_as_sentence(error)}): change its parameters, or what comes before it"
+                    f"({reason(error)}): change its parameters, or what comes before it"
                 ) from None
         if result.dtype != torch.uint8 or len(result) != 3:
             raise UserError(
@@ -412,22 +414,18 @@ def build_transform(flag: str, entry: str, interpolation: str = "bilinear") -> C
                 params[key] = kinds(params[key])
         return kind(**params)
     except Exception as error:  # torchvision raises anything at all
-        raise UserError(
-            f"{flag}: {shown(entry)} can't be used ({_as_sentence(error)}): change its parameters"
-        ) from None
+        raise UserError(f"{flag}: {shown(entry)} can't be used ({reason(error)}): change its parameters") from None
 
 
 def _refuse_large(flag: str, name: str, params: Mapping[str, Any]) -> None:
-    """Refuses parameters by which images would take gigabytes."""
+    """Refuses parameters by which images would take gigabytes, or minutes."""
     for key, value in params.items():
         numbers = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int | float)]
-        for part, limit in (("size", MAX_SIDE), ("padding", MAX_SIDE), ("range", LONGEST)):
+        for part, limit in LIMITS.items():
             if part in key and any(abs(one) > limit for one in numbers):
-                raise UserError(f"{flag}: {name} {key}={value} would make images too large: give at most {limit}")
-
-
-def _as_sentence(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+                raise UserError(
+                    f"{flag}: {name} {key}={value} would take too much memory or time: give at most {limit}"
+                )
 
 
 def _read_arguments(flag: str, name: str, text: str, known: Sequence[str]) -> dict[str, str]:

@@ -617,7 +617,7 @@ def test_home_folders_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert user_path("a~/b") == "a~/b"
     with pytest.raises(argparse.ArgumentTypeError, match=r"'a\\x00b' is not a path: it has a NUL character"):
         user_path("a\0b")
-    with pytest.raises(argparse.ArgumentTypeError, match="^a/x{58}… is not a path: a name in it is longer than 255"):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"^a/x{58}… is not a path: a name in it is longer than 255"):
         user_path(f"a/{'x' * 256}/b")
 
 

@@ -443,6 +443,13 @@ def test_one_image_per_batch_needs_no_statistics_where_batchnorm_is_frozen() -> 
     methods.build_training(flags(*small, "crossentropy", "--freeze_trunk"), 3, torch.device("cpu"))
 
 
+def test_triplets_that_memory_cannot_hold_are_refused() -> None:
+    method = ("--training_method", "DeepAdversarialMetricLearning", "--triplets_per_anchor", "100000000000")
+    opt = flags("--arch", "resnet18", "--not_pretrained", "--crop_size", "32", "--embed_dim", "8", *method)
+    with pytest.raises(UserError, match=r"--triplets_per_anchor 100000000000 at --bs \d+ would take"):
+        methods.build_training(opt, 3, torch.device("cpu"))
+
+
 def test_what_is_frozen_anyway_stays_frozen() -> None:
     method = build()
     method.net.backbone[2].weight.requires_grad_(False)

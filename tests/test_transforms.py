@@ -610,9 +610,14 @@ def test_a_runs_configuration_with_transforms_is_read_back(tmp_path: Path) -> No
         ),
         (["CenterCrop:28", "Grayscale"], "gives images of 1 channels of uint8, and the network takes 3"),
         (["RandomCrop:400"], "RandomCrop:400 can't be applied to an image of 500 × 375 px (Required crop size"),
-        (["Resize:20000", "CenterCrop:28"], "Resize size=20000 would make images too large: give at most 8192"),
-        (["Resize:[28,20000]"], "would make images too large"),
-        (["RandomZoomOut:side_range=1..1000"], "side_range=[1, 1000] would make images too large: give at most 16"),
+        (["Resize:20000", "CenterCrop:28"], "Resize size=20000 would take too much memory or time: give at most 8192"),
+        (["Resize:[28,20000]"], "would take too much memory or time"),
+        (["RandAugment:99999999999", "CenterCrop:28"], "num_ops=99999999999 would take too much memory or time"),
+        (["CenterCrop:0"], "gives images without pixels, 0 × 0 px"),
+        (
+            ["RandomZoomOut:side_range=1..1000"],
+            "side_range=[1, 1000] would take too much memory or time: give at most 16",
+        ),
         (
             ["CenterCrop:28", "--crop_scale", "0.5"],
             "--crop_scale does nothing beside --train_transforms: drop one of them",
