@@ -554,6 +554,7 @@ class Optimization:
                 shapes = [value.shape for name, value in values.items() if name not in ("row_var", "col_var")]
                 if any(shape and shape != parameter.shape for shape in shapes):  # Adafactor's are shorter
                     raise ValueError("the optimizer's state is of other parameters")
+            _check_state_names(optimizer)
         self._restore_schedule(state, [group for one in saved for group in one["param_groups"]])
 
     def _restore_schedule(self, state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
@@ -575,6 +576,27 @@ class Optimization:
             return ((row[self.schedule.metric],) for row in rows if row["Epochs"] and self.schedule.metric in row)
         per_epoch = self.steps_per_epoch if self.schedule.interval == "iteration" else 1
         return (() for _ in range(state["epoch"] * per_epoch))
+
+
+def _check_state_names(optimizer: torch.optim.Optimizer) -> None:
+    """Makes sure that the state of each parameter has what a step makes of it.
+
+    Raises:
+        ValueError: one lacks something.
+    """
+    for group in optimizer.param_groups:
+        wanted: dict[int, set[str]] = {}  # by number of dimensions
+        for parameter in group["params"]:
+            found = set(optimizer.state.get(parameter, {}))
+            if found and parameter.ndim not in wanted:
+                example = nn.Parameter(torch.zeros([1] * parameter.ndim))
+                example.grad = torch.zeros_like(example)
+                fresh = type(optimizer)([{**group, "params": [example]}])
+                fresh.step()
+                wanted[parameter.ndim] = set(fresh.state[example])
+            missing = found and wanted[parameter.ndim] - found
+            if missing:
+                raise ValueError(f"the optimizer's state lacks {sorted(missing)[0]}")
 
 
 def _continue_schedule(scheduler: Any, state: Mapping[str, Any], saved_groups: Sequence[Mapping[str, Any]]) -> None:

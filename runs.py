@@ -623,7 +623,7 @@ def _is_row(kind: str, row: Mapping[Any, Any]) -> bool:
     """Whether a row has numbers in named columns, with those that every row of its kind has."""
     numbers_only = all(isinstance(name, str) and isinstance(value, int | float) for name, value in row.items())
     counts = [row.get(name) for name in ("Epochs", *(["Iteration"] if kind == "iterations" else []))]
-    is_counted = all(isinstance(count, int) and 0 <= count < 2**63 for count in counts)
+    is_counted = all(isinstance(count, int) and -1 <= count < 2**63 for count in counts)  # -1: the backbone
     return numbers_only and is_counted and all(name in row for name in NEEDED_COLUMNS[kind])
 
 

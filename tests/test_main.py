@@ -26,6 +26,7 @@ import auxiliaries
 import config
 import datasets
 import evaluate
+import features
 import inference
 import losses
 import main
@@ -102,16 +103,16 @@ def test_run_folder_holds_what_its_readme_lists(small_flags: Flags, results: Pat
 
     train_rows, val_rows = rows_of(folder / "log_train_Base.csv"), rows_of(folder / "log_val_Base.csv")
     assert [row["Epochs"] for row in train_rows] == ["1", "2", "3"]
-    assert [row["Epochs"] for row in val_rows] == ["0", "1", "2", "3"]
+    assert [row["Epochs"] for row in val_rows] == ["-1", "0", "1", "2", "3"]
     assert list(val_rows[0]) == ["Epochs", "Time", *metrics]
     assert len(rows_of(folder / "distance_measures_Train.csv")) == 4
 
     best, last = (auxiliaries.load_checkpoint(folder / f"{name}.pth.tar") for name in ("checkpoint", "last"))
-    recalls = [float(row["Recall @ 1"]) for row in val_rows[1:]]
+    recalls = [float(row["Recall @ 1"]) for row in val_rows[2:]]
     assert best["epoch"] == last["best_epoch"] == 1 + int(np.argmax(recalls))
-    assert best["metrics"] == metrics == {k: float(v) for k, v in val_rows[best["epoch"]].items() if k in metrics}
+    assert best["metrics"] == metrics == {k: float(v) for k, v in val_rows[best["epoch"] + 1].items() if k in metrics}
     assert last["epoch"] == 3
-    assert [row["Epochs"] for row in last["history"]["val"]] == [0, 1, 2, 3]
+    assert [row["Epochs"] for row in last["history"]["val"]] == [-1, 0, 1, 2, 3]
     assert last["optimizer"]["state"]
     assert "beta" in last["criterion"]
 
@@ -289,7 +290,8 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[Scripts], dict[str, lis
 
         def scripted(net: Any, sets: Any, *args: Any) -> tuple[dict[str, float], list[evaluate.EmbeddingSpace]]:
             _, spaces = evaluate_sets(net, sets, *args)
-            networks[sets[0].name].append(net.embedding.weight.detach().clone())
+            if isinstance(net, netlib.EmbeddingNet):
+                networks[sets[0].name].append(net.embedding.weight.detach().clone())
             return dict(next(remaining[sets[0].name])), spaces
 
         monkeypatch.setattr(evaluate, "evaluate", scripted)
@@ -436,20 +438,43 @@ def test_summary_of_a_run_with_validation_classes_has_one_models_rows(
     told = {
         name: [{"Recall @ 1": a, "NMI": b} for a, b in pairs]
         for name, pairs in {
-            "val": [(0.9, 0.9), (0.2, 0.3), (0.6, 0.1), (0.5, 0.2)],
-            "test": [(0.95, 0.0), (0.1, 0.8), (0.3, 0.2), (0.4, 0.1)],
+            "val": [(0.8, 0.7), (0.9, 0.9), (0.2, 0.3), (0.6, 0.1), (0.5, 0.2)],
+            "test": [(0.7, 0.4), (0.95, 0.0), (0.1, 0.8), (0.3, 0.2), (0.4, 0.1)],
         }.items()
     }
     script(told)
     flags = ["--dataset", "watched", "--n_epochs", "3", "--check_untrained_accuracy", "--iterations_per_epoch", "1"]
-    assert run(small_flags(*flags)) == told["test"][2]
+    assert run(small_flags(*flags)) == told["test"][3]
     folder = tmp_path / "results" / "watched" / "run"
     summary = auxiliaries.load_json(folder / "summary.json")
-    expected = {"selected": 2, "last": 3, "best on test": 3, "untrained": 0}
+    expected = {"selected": 2, "last": 3, "best on test": 3, "untrained": 0, "trunk": -1}
     for name, epoch in expected.items():
-        assert summary[name] == {"epoch": epoch, "val": told["val"][epoch], "test": told["test"][epoch]}
+        assert summary[name] == {"epoch": epoch, "val": told["val"][epoch + 1], "test": told["test"][epoch + 1]}
     assert summary["selection"] == "selected by Recall @ 1 on the validation classes"
-    assert epochs_of(folder / "log_test_Base.csv") == [0, 1, 2, 3]
+    assert epochs_of(folder / "log_test_Base.csv") == [-1, 0, 1, 2, 3]
+
+
+def test_a_run_without_epochs_is_a_baseline(small_flags: Flags, results: Path) -> None:
+    """The features of the backbone, by a run folder like any other, are epoch -1 of a run with an embedding layer."""
+    zero_shot = run(small_flags("--n_epochs", "0", "--embed_dim", "0", "--pooling", "avg+max"))
+    folder = results / "run"
+    assert names_in(folder) >= {"checkpoint.pth.tar", "last.pth.tar", "summary.json", "sample_recoveries.png"}
+    summary = auxiliaries.load_json(folder / "summary.json")
+    assert summary["selected"] == summary["last"] == summary["untrained"] == {"epoch": 0, "test": zero_shot}
+    found = inference.evaluate_run(["--evaluate", str(folder)])
+    assert {name.removeprefix("test "): value for name, value in found.items()} == pytest.approx(zero_shot)
+    again = ["--savename", "other", "--check_untrained_accuracy", "--iterations_per_epoch", "1"]
+    run(small_flags("--pooling", "avg+max", *again))
+    summary = auxiliaries.load_json(results / "other" / "summary.json")
+    assert summary["trunk"] == {"epoch": -1, "test": pytest.approx(zero_shot)}
+    assert summary["selected"]["epoch"] == 1
+
+
+def test_a_baseline_can_be_trained_further(small_flags: Flags, results: Path) -> None:
+    run(small_flags("--n_epochs", "0", "--iterations_per_epoch", "1"))
+    whole = run(small_flags("--check_untrained_accuracy", "--iterations_per_epoch", "1", "--savename", "whole"))
+    again = ["--save_path", str(results.parent), "--savename", "run", "--resume_training", "--n_epochs", "1"]
+    assert main.command(again) == whole
 
 
 def test_a_fold_looks_at_its_test_classes_once_it_has_been_trained(
@@ -488,7 +513,7 @@ def test_a_run_folder_says_with_what_it_was_made(small_flags: Flags, results: Pa
     state = auxiliaries.load_checkpoint(folder / "last.pth.tar")
     opt = config.resolve(config.parse(flags))
     (folder / "checkpoint.pth.tar").unlink()  # as after a crash between the two
-    assert runs.load_state(folder, opt) is not None
+    runs.change_flags(folder, {folder: opt}, opt)
     assert auxiliaries.load_checkpoint(folder / "checkpoint.pth.tar")["epoch"] == 1
     auxiliaries.save_checkpoint(folder / "last.pth.tar", {**state, "version": runs.RUN_VERSION + 1})
     with pytest.raises(UserError, match="is of a later version of this repository"):
@@ -497,7 +522,7 @@ def test_a_run_folder_says_with_what_it_was_made(small_flags: Flags, results: Pa
 
 def test_every_flag_is_consumed() -> None:
     """No flag is declared that nothing reads (mistake 3): a loss reads its own through its constructor."""
-    modules = (main, config, runs, protocol, inference, datasets, transforms, netlib, losses, methods)
+    modules = (main, config, runs, protocol, inference, datasets, transforms, netlib, features, losses, methods)
     read = "".join(inspect.getsource(module) for module in modules)
     keywords = {name for loss in losses.LOSSES.values() for name in inspect.signature(loss).parameters}
     keywords |= {name for method in methods.METHODS.values() for name in method.flags}

@@ -160,6 +160,17 @@ def classes_of(module: Any, base: type) -> set[str]:
     return {name for name in found if not name.startswith("_")} - {base.__name__}
 
 
+@pytest.mark.parametrize("name", ["Adam", "Adafactor", "RMSprop"])
+def test_a_state_that_lacks_a_part_is_refused(name: str) -> None:
+    method = build(settings=dict.fromkeys(methods.PARTS, (name, {})))
+    train(method, 1)
+    state = saved(method, 1)
+    part = sorted(set(state["optimizer"]["state"][1]) - {"step"})[0]
+    del state["optimizer"]["state"][1][part]
+    with pytest.raises(UserError, match=f"the optimizer's state lacks {part}"):
+        build(settings=dict.fromkeys(methods.PARTS, (name, {}))).load_state_dict(state)
+
+
 def test_the_tables_hold_every_class_of_torch() -> None:
     names = classes_of(torch.optim, torch.optim.Optimizer)
     assert names == {*methods.OPTIMIZERS, *methods.REFUSED_OPTIMIZERS}
@@ -389,14 +400,8 @@ def test_wrong_schedules_are_refused(argv: Sequence[str], message: str) -> None:
 def test_a_rate_below_zero_stops_the_training() -> None:
     params = {"base_lr": 0.1, "max_lr": 0.0, "step_size_up": 1, "mode": "exp_range", "gamma": 2.0}
     method = build(schedule=methods.Schedule("CyclicLR", params))
-
-    def train() -> None:
-        for epoch in range(1, 4):
-            method.step(IMAGES, LABELS, epoch)
-            method.end_epoch()
-
     with pytest.raises(UserError, match=r"--scheduler CyclicLR gives a learning rate of -.*, which is below 0"):
-        train()
+        train(method, 1, 2, 3)
 
 
 def test_a_cycle_that_ends_before_the_training_is_refused() -> None:

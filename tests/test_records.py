@@ -707,7 +707,7 @@ def test_a_missing_gradient_counts_as_zero(tmp_path: Path) -> None:
 def test_flags_are_not_compared() -> None:
     parser = FlagParser()
     records.add_arguments(parser)
-    assert parser.names_with(compared=False) == ["log_every", "tensorboard", "dist_measure", "grad_measure"]
+    assert parser.names_with(compared=False) == ["log_every", "tensorboard", "pictures", "dist_measure", "grad_measure"]
     opt = parser.parse_args([])
     assert (opt.log_every, opt.tensorboard, opt.dist_measure, opt.grad_measure) == (1, True, False, False)
     opt = parser.parse_args(["--log_every", "0", "--no-tensorboard", "--dist_measure"])
@@ -1124,7 +1124,7 @@ def test_the_printed_command_continues_a_run(
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
     assert lines[:3] == ["data        tiny", "training    24 images of 4 classes", "test        24 images of 4 classes"]
-    assert [line.split()[0] for line in lines[-3:]] == ["epoch", "0/3", "1/3"]
+    assert [line.split()[0] for line in lines[-3:]] == ["-1/3", "0/3", "1/3"]
     command = re.search("to continue: python main.py (.*)", printed.err)
     assert command
     main.command(shlex.split(command[1]))

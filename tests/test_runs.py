@@ -240,7 +240,7 @@ STATE: dict[str, Any] = {
         {"history": {"train": [{"Loss": 1}]}},
         {"history": {"train": [{"Epochs": 1, "Time": 2.0, "Train Loss": 0.5}]}},
         {"history": {"val": [{"Epochs": 1.5, "Time": 2.0}]}},
-        {"history": {"val": [{"Epochs": -1, "Time": 2.0}]}},
+        {"history": {"val": [{"Epochs": -2, "Time": 2.0}]}},
         {"history": {"val": [{"Epochs": 10**30, "Time": 2.0}]}},
         {"history": {"iterations": [{"Epochs": 1}]}},
         {"data": -1},
