@@ -243,3 +243,29 @@ def test_readme_experiments_run_as_they_stand(
         auxiliaries.load_json(results / "layered_reproduced/summary.json"),
     )
     assert rows[0]["selected"] == rows[1]["selected"]
+
+
+SMALLER = {
+    "timm:vit_small_patch14_dinov2.lvd142m": "timm:test_vit",
+    "timm:convnext_tiny.fb_in22k": "timm:test_convnext",
+    "timm:tf_efficientnet_lite0": "timm:test_efficientnet",
+    "resnet50": "resnet18",
+}
+TRAINING = README[README.index("### Networks") : README.index("### What a run writes")]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_pictures")
+@pytest.mark.parametrize("command", re.findall(r"^python main\.py (.*)$", TRAINING, re.MULTILINE))
+def test_readme_examples_of_training_run(tiny_source: Path, tmp_path: Path, command: str) -> None:
+    """With a small relative of the network that they name, random weights, and two iterations."""
+    given = [SMALLER.get(word, word) for word in shlex.split(command)]
+    arch = given[given.index("--arch") + 1] if "--arch" in given else "shufflenet_v2_x0_5"
+    size = [] if "--train_transforms" in given else ["--crop_size", "160" if arch.startswith("timm:") else "32"]
+    where = ["--dataset", "tiny", "--source_path", str(tiny_source), "--save_path", str(tmp_path), "--savename", "run"]
+    small = ["--not_pretrained", "--gpu", "-1", "--kernels", "0", "--bs", "8", "--samples_per_class", "2", *size]
+    epochs = [] if "--n_epochs" in given else ["--n_epochs", "1", "--iterations_per_epoch", "2"]
+    cache = ["--cache_path", str(tmp_path / "cache")]
+    metrics = main.command(["--arch", arch, *given, *where, *small, *epochs, *cache])
+    assert 0 <= metrics["Recall @ 1"] <= 1
+    assert (tmp_path / "tiny" / "run" / "checkpoint.pth.tar").is_file()
