@@ -479,9 +479,11 @@ def refuse_unused(opt: argparse.Namespace, given: Mapping[str, Any]) -> None:
     changed = [name for name in parser.names_with(needs="cross_validation") if getattr(opt, name) != get_default(name)]
     if changed and opt.split_scheme == "predefined" and not modes:
         raise UserError(f"--{changed[0]} needs --split_scheme cross_validation: predefined splits have no folds")
-    for name in parser.names_with(needs="memory_size"):
-        if not modes and not opt.memory_size and getattr(opt, name) != get_default(name):
-            raise UserError(f"--{name} says how to use the memory of --memory_size: add --memory_size, or drop it")
+    for needed in ("memory_size", "cache_features"):
+        for name in parser.names_with(needs=needed):
+            is_changed = getattr(opt, name) != get_default(name)
+            if is_changed and getattr(opt, needed) == get_default(needed) and not modes:
+                raise UserError(f"--{name} does nothing without --{needed}: add that, or drop --{name}")
     if not modes:
         # a complete config.yaml gives every flag
         changed = [name for name in given if getattr(opt, name) != get_default(name)]

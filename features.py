@@ -47,7 +47,7 @@ def add_arguments(parser: FlagParser) -> None:
     add("--cache_features", nargs="?", const=0, type=number(int, 0), metavar="VIEWS", fixed=True,
         help="with --freeze_trunk: run the trunk once per image and train on its stored features; of VIEWS random "
         "transforms of each training image, or, without VIEWS or with 0, of its test transform")
-    add("--cache_dtype", choices=DTYPES, default="float32", fixed=True,
+    add("--cache_dtype", choices=DTYPES, default="float32", fixed=True, needs="cache_features",
         help="type of stored features; float16 halves the file")
     add("--cache_path", type=user_path, default="Training_Results/feature_cache", metavar="FOLDER", machine=True,
         compared=False, help="folder of stored features, which all runs share")

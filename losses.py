@@ -1486,6 +1486,8 @@ def _with_proxies(criterion: LibraryLoss, batch: torch.Tensor, labels: torch.Ten
 def _with_views(criterion: LibraryLoss, batch: torch.Tensor, labels: torch.Tensor) -> InputsOf:
     groups = ClassGroups(labels)
     views = upload(groups.random_positives(groups.anchors), batch.device)  # (A,)
+    if len(groups.anchors) == len(batch):
+        return lambda batch: (batch, None, None, batch.index_select(0, views))
     anchors = upload(groups.anchors, batch.device)  # (A,)
     return lambda batch: (batch.index_select(0, anchors), None, None, batch.index_select(0, views))
 

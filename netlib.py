@@ -219,13 +219,13 @@ def find_timm(name: str) -> Arch:
     import timm
     from timm.data import resolve_data_config
 
-    arch, _, tag = name.partition(".")
+    arch, dot, tag = name.partition(".")
     if not timm.is_model(arch):
         near = nearest_name(name, [*timm.list_models(), *timm.list_models(pretrained=True)])
         near = near.replace("mean ", f"mean {TIMM}")
         raise UserError(f"--arch {TIMM}{shown(name)} is unknown{near}: give a name of timm.list_models()")
     tags = [known.partition(".")[2] for known in timm.list_models(f"{arch}.*", pretrained=True)]
-    if tag and tag not in tags:
+    if dot and tag not in tags:
         listed = f": it has {', '.join(tags)}" if tags else ": it has none"
         raise UserError(
             f"--arch {TIMM}{shown(name)}: timm has no weights of that tag for {arch}{nearest_name(tag, tags)}{listed}"

@@ -79,7 +79,7 @@ def test_runs_are_grouped_by_configuration_without_the_seed(runs: list[str], tmp
         ("table.docx", "--svg table.docx is not the name of an SVG file"),
         ("a\0b.svg", "has a NUL character"),
         ("none/a.svg", "can't be written: name a file in a folder that exists"),
-        ("x" * 5000, f"--svg {'x' * 60}… is not the name"),
+        ("x" * 5000, f"--svg: {'x' * 60}… is not a path"),
     ],
     ids=["empty", "foreign", "NUL", "nowhere", "long"],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,17 @@ def test_recording_statistics_never_changes_training() -> None:
                     losses.statistics(criterion, batch_of(seed), LABELS)
             results.append(value)
         assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("loss", ["ManifoldLoss", "SupConLoss", "VICRegLoss"])
+def test_a_loss_of_the_library_keeps_no_embeddings_for_its_statistics(loss: str) -> None:
+    criterion, _ = select("--loss", loss)
+    batch = batch_of().requires_grad_()
+    storage = weakref.ref(batch.untyped_storage())
+    criterion(batch, LABELS).backward()
+    del batch
+    assert storage() is None
+    assert len(losses.statistics(criterion, batch_of(), LABELS)) > 1  # of embeddings that the caller keeps
 
 
 # Samplers and miners

@@ -619,11 +619,14 @@ def test_command_prints_one_line_and_exits_with_2(tmp_path: Path) -> None:
         assert words in done.stderr
 
 
-def test_a_memory_that_starts_but_is_not_there_is_refused(small_flags: Flags) -> None:
-    with pytest.raises(
-        UserError, match="--memory_start says how to use the memory of --memory_size: add --memory_size"
-    ):
-        main.command(small_flags("--memory_start", "5"))
+@pytest.mark.parametrize(
+    ("flag", "value", "needed"), [("memory_start", "5", "memory_size"), ("cache_dtype", "float16", "cache_features")]
+)
+def test_a_flag_that_needs_another_one_is_refused_without(
+    small_flags: Flags, flag: str, value: str, needed: str
+) -> None:
+    with pytest.raises(UserError, match=f"--{flag} does nothing without --{needed}: add that, or drop --{flag}"):
+        main.command(small_flags(f"--{flag}", value))
 
 
 def test_ctrl_c_while_modules_load_leaves_no_traceback(tmp_path: Path) -> None:

@@ -749,6 +749,7 @@ def test_a_transformer_is_built_for_the_size_of_the_images() -> None:
             "test_vitt",
             r"--arch timm:test_vitt is unknown \(did you mean timm:test_vit\d?\?\): give a name of timm.list_m",
         ),
+        ("test_vit.", "timm has no weights of that tag for test_vit: it has r160_in1k"),
         (
             "resnet18.tv_in1",
             r"timm has no weights of that tag for resnet18 \(did you mean tv_in1k\?\): it has a1_in1k, ",
