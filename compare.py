@@ -100,7 +100,7 @@ def read_run(folder: Path, metric: str) -> dict[str, Any]:
 
 
 def read_curve(file: Path, metric: str) -> dict[int, float]:
-    """A metric by epoch, from a CSV file of rows; epochs without it are left out.
+    """A metric by epoch, from a CSV file of rows; epochs without it, and the backbone before training, are left out.
 
     Raises:
         UserError: the file is damaged.
@@ -109,13 +109,13 @@ def read_curve(file: Path, metric: str) -> dict[int, float]:
         with open(file, newline="", encoding="utf-8") as log:
             rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(log)]
         curve = {int(row["Epochs"]): records.mean_over_sets(row, metric) for row in rows}
-        if not all(0 <= epoch < MAX_EPOCH for epoch in curve):
+        if not all(-1 <= epoch < MAX_EPOCH for epoch in curve):
             raise ValueError("it has impossible epochs")
         if any(abs(value) > runs.LARGEST for value in curve.values()):
             raise ValueError(f"it has impossible values of {metric}")
     except (OSError, KeyError, TypeError, ValueError, OverflowError, csv.Error) as error:
         raise UserError(f"{file.name} is damaged: {' '.join(str(error).split())}") from None
-    return {epoch: value for epoch, value in curve.items() if math.isfinite(value)}
+    return {epoch: value for epoch, value in curve.items() if epoch >= 0 and math.isfinite(value)}
 
 
 def expected_folders(folder: Path) -> list[Path]:

@@ -262,7 +262,8 @@ def draw_curves(run: runs.Run, best_epoch: int, has_val: bool) -> None:
     title = f"{opt.dataset}, {opt.arch}, {join_names(opt.loss)}, {join_names(opt.sampling) or 'no sampling'}"
     title = f"{title}\n{records.describe_selection(opt.eval_metric_for_best_epoch, has_val)}"
     path = run.folder / "InfoPlot_Base.svg"
-    plots.save_info_plot(path, rows["train"], rows["val"], best_epoch, title, evaluate.lower_is_better)
+    of_network = [row for row in rows["val"] if row["Epochs"] >= 0]  # not of its backbone alone
+    plots.save_info_plot(path, rows["train"], of_network, best_epoch, title, evaluate.lower_is_better)
     if rows["distances"]:
         plots.save_curve(run.folder / "distance_measures_Train.svg", rows["distances"], "Intra / Inter")
 

@@ -573,7 +573,7 @@ class Optimization:
         """The arguments of each step that the schedule would have made."""
         if self.schedule.interval == "evaluation":
             rows = state["history"]["val"]
-            return ((row[self.schedule.metric],) for row in rows if row["Epochs"] and self.schedule.metric in row)
+            return ((row[self.schedule.metric],) for row in rows if row["Epochs"] > 0 and self.schedule.metric in row)
         per_epoch = self.steps_per_epoch if self.schedule.interval == "iteration" else 1
         return (() for _ in range(state["epoch"] * per_epoch))
 
@@ -584,6 +584,7 @@ def _check_state_names(optimizer: torch.optim.Optimizer) -> None:
     Raises:
         ValueError: one lacks something.
     """
+    kind: Any = type(optimizer)
     for group in optimizer.param_groups:
         wanted: dict[int, set[str]] = {}  # by number of dimensions
         for parameter in group["params"]:
@@ -591,7 +592,7 @@ def _check_state_names(optimizer: torch.optim.Optimizer) -> None:
             if found and parameter.ndim not in wanted:
                 example = nn.Parameter(torch.zeros([1] * parameter.ndim))
                 example.grad = torch.zeros_like(example)
-                fresh = type(optimizer)([{**group, "params": [example]}])
+                fresh = kind([{**group, "params": [example]}])
                 fresh.step()
                 wanted[parameter.ndim] = set(fresh.state[example])
             missing = found and wanted[parameter.ndim] - found

@@ -116,6 +116,13 @@ def test_figures_of_impossible_size_are_left_out(
     )
 
 
+def test_a_curve_begins_with_the_network_before_training(runs: list[str]) -> None:
+    log = Path(runs[0]) / "log_val_Base.csv"
+    header, *rows = log.read_text().splitlines()
+    log.write_text("\n".join([header, "-1,1.0,0.5,0.9", "0,1.0,0.5,0.2", *rows]))
+    assert compare.read_curve(log, "Recall @ 1") == {0: 0.2, 1: 0.4, 2: 0.6, 3: 0.5}
+
+
 def test_curves_are_means_where_all_runs_were_evaluated(runs: list[str]) -> None:
     bands = compare.compute_bands(compare.average_folds(compare.read_runs(map(Path, runs), "Recall @ 1")))
     assert [epoch for epoch, _, _ in bands["loss marginloss"]] == [1, 2]

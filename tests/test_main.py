@@ -291,7 +291,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[Scripts], dict[str, lis
         def scripted(net: Any, sets: Any, *args: Any) -> tuple[dict[str, float], list[evaluate.EmbeddingSpace]]:
             _, spaces = evaluate_sets(net, sets, *args)
             if isinstance(net, netlib.EmbeddingNet):
-                networks[sets[0].name].append(net.embedding.weight.detach().clone())
+                networks[sets[0].name].append(net.last_linear.weight.detach().clone())
             return dict(next(remaining[sets[0].name])), spaces
 
         monkeypatch.setattr(evaluate, "evaluate", scripted)
