@@ -534,8 +534,8 @@ def pick_device(gpu: int) -> torch.device:
 def keep_freed_memory() -> None:
     """Makes the C library keep freed memory for later.
 
-    A step on the CPU frees gigabytes of activations: to hand them back to the system, which clears them anew for the next
-    step, can take longer than to compute them.
+    A step on the CPU frees gigabytes of activations: to hand them back to the system, which clears them anew for the
+    next step, can take longer than to compute them.
     """
     mmap_max, trim_threshold = -4, -1  # parameters of glibc's mallopt
     with contextlib.suppress(OSError, AttributeError):  # another C library

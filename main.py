@@ -170,23 +170,6 @@ def train_one_epoch(
     return row
 
 
-def evaluate_before_training(
-    run: runs.Run, loaders: datasets.Loaders, device: torch.device, console: records.Console
-) -> None:
-    """Evaluates the backbone's features as epoch -1 and the network as epoch 0, as far as the flags ask for it."""
-    opt = run.opt
-    if opt.check_untrained_accuracy and opt.embed_dim:  # without an embedding layer they are the same
-        evaluate_epoch(run, loaders, device, epoch=-1)
-        console.print_epoch(-1, run.log, best_epoch=0)
-    if opt.check_untrained_accuracy or not opt.n_epochs:
-        space = evaluate_epoch(run, loaders, device, epoch=0)
-        console.print_epoch(0, run.log, best_epoch=0)
-    if not opt.n_epochs:
-        if opt.pictures:
-            show_retrievals(run, space, epoch=0)
-        run.save(epoch=0, best_epoch=0)
-
-
 def evaluate_epoch(
     run: runs.Run, loaders: datasets.Loaders, device: torch.device, epoch: int
 ) -> evaluate.EmbeddingSpace:
@@ -220,6 +203,23 @@ def evaluate_sets(
     metrics, spaces = evaluate.evaluate(net, sets, opt.k_vals, device, opt.eval_metrics, opt.testing_method)
     run.log.add(kind, {"Epochs": epoch, "Time": time.perf_counter() - start, **metrics})
     return spaces
+
+
+def evaluate_before_training(
+    run: runs.Run, loaders: datasets.Loaders, device: torch.device, console: records.Console
+) -> None:
+    """Evaluates the backbone's features as epoch -1 and the network as epoch 0, as far as the flags ask for it."""
+    opt = run.opt
+    if opt.check_untrained_accuracy and opt.embed_dim:  # without an embedding layer they are the same
+        evaluate_epoch(run, loaders, device, epoch=-1)
+        console.print_epoch(-1, run.log, best_epoch=0)
+    if opt.check_untrained_accuracy or not opt.n_epochs:
+        space = evaluate_epoch(run, loaders, device, epoch=0)
+        console.print_epoch(0, run.log, best_epoch=0)
+    if not opt.n_epochs:
+        if opt.pictures:
+            show_retrievals(run, space, epoch=0)
+        run.save(epoch=0, best_epoch=0)
 
 
 def evaluate_saved_networks(run: runs.Run, loaders: datasets.Loaders, device: torch.device) -> None:
