@@ -268,7 +268,7 @@ def summary_with(figures: dict[str, object], **more: object) -> str:
         ("log_val_Base.csv", "Time,Recall @ 1\n1,0.5\n", "damaged"),
         ("log_val_Base.csv", "Epochs,Recall @ 1\n1,0.5,7,8\n", "damaged"),
         ("log_val_Base.csv", "Epochs,Recall @ 1\ninf,0.5\n", "damaged"),
-        ("log_val_Base.csv", "Epochs,Recall @ 1\n-1,0.5\n", "damaged"),
+        ("log_val_Base.csv", "Epochs,Recall @ 1\n-2,0.5\n", "damaged"),
         ("log_val_Base.csv", "Epochs,Recall @ 1\n1e300,0.5\n", "damaged"),
         ("log_val_Base.csv", f"Epochs,Recall @ 1\n1,{'5' * 200_000}\n", "damaged"),
         ("config.yaml", "seed: [1]\n", "damaged"),
