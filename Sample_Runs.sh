@@ -48,7 +48,7 @@ in-shop-googlenet-margin                  --dataset in-shop $google $margin --n_
 in-shop-googlenet-triplet                 --dataset in-shop $google $semihard --n_epochs 40 --tau 25
 in-shop-googlenet-npair                   --dataset in-shop $google $npair --n_epochs 40 --tau 25
 cub200-proxy_anchor                       --config proxy_anchor
-cars196-proxy_anchor                      --config proxy_anchor --dataset cars196
+cars196-proxy_anchor                      --config proxy_anchor --dataset cars196 --scheduler_params step_size=10
 cub200-proxynca++                         --config proxynca++
 cub200-zero_shot                          --config zero_shot --dataset cub200
 cub200-dinov2                             --config dinov2 --dataset cub200

@@ -318,7 +318,7 @@ class FlagTraits:
         machine: it says where a run is made, not what the run is.
         compared: runs that differ in it are runs of different configurations.
         stored: it is part of a run's configuration.
-        needs: what must be asked for beside it: "evaluate", "cross_validation" or "memory_size".
+        needs: what must be asked for beside it: "evaluate", "cross_validation", or another flag.
     """
 
     fixed: bool = False

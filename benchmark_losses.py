@@ -80,7 +80,15 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     # fmt: on
     own, flags = parser.parse_known_args(argv)
     selects = ["--split_scheme", "cross_validation", "--eval_metrics", "Recall", "MAP@R"]
-    flags = [*selects, "--eval_metric_for_best_epoch", "MAP@R", "--no-tensorboard", "--no-pictures", *flags]
+    flags = [
+        *selects,
+        "--eval_metric_for_best_epoch",
+        "MAP@R",
+        "--no-tensorboard",
+        "--no-pictures",
+        "--no-check_images",
+        *flags,
+    ]
     config.resolve(config.parse([*flags, "--savename", own.savename]))  # a wrong flag is found before anything starts
     return own, flags
 
@@ -96,10 +104,11 @@ def continue_or_start(flags: Sequence[str], name: str, fold: int | None = None) 
     """
     only = [] if fold is None else ["--fold", str(fold)]
     argv = [*flags, "--savename", name, *only]
-    folder = runs.default_folder(config.parse(argv))
-    if (folder / "meta" / "results.json").exists() or (
-        fold is not None and (folder / f"fold_{fold}" / "summary.json").exists()
-    ):
+    opt = config.parse(argv)
+    folder = runs.default_folder(opt)
+    wanted = range(config.resolve(opt).num_training_sets) if fold is None else [fold]
+    is_done = all(protocol.is_finished(folder / f"fold_{one}", opt) for one in wanted)
+    if is_done and (fold is not None or (folder / "meta" / "results.json").exists()):
         return folder
     protocol.run([*argv, *(["--resume_training"] if folder.exists() else [])], main.main)
     return folder

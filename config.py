@@ -346,7 +346,8 @@ def resolve(opt: argparse.Namespace) -> argparse.Namespace:
     fill("kernels", default_workers(find_device(opt.gpu)))
     fill("k_vals", list(datasets.default_k_vals(opt.dataset)))
     _compute_what_selects(opt)
-    fill("embed_dim", arch.embed_dim)
+    heads = len(opt.cascade_shares) if methods.METHODS[opt.training_method].is_cascade else 1
+    fill("embed_dim", -(-arch.embed_dim // heads) * heads)  # each has as many dimensions
     fill("interpolation", arch.interpolation)
     if methods.METHODS[opt.training_method].is_cascade:
         fill("cascade_layers", [])  # those of the architecture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -66,10 +67,10 @@ def refuse_contradictions(opt: argparse.Namespace) -> None:
         raise UserError(
             "--cache_features stores what the trunk gives, which changes while it learns: add --freeze_trunk"
         )
-    if opt.training_method == "UnsupervisedByAugmentation" and opt.cache_features < 2:
+    if opt.training_method == "UnsupervisedByAugmentation" and opt.cache_features < opt.samples_per_class:
         raise UserError(
-            "--training_method UnsupervisedByAugmentation compares transforms of an image: give --cache_features "
-            "VIEWS with at least 2"
+            f"--training_method UnsupervisedByAugmentation compares {opt.samples_per_class} transforms of each image: "
+            f"give --cache_features {opt.samples_per_class} or more"
         )
 
 
@@ -97,7 +98,10 @@ class FeatureDataset(ImageDataset):
 
 
 class TrainFeatureDataset(FeatureDataset):
-    """The features of training images; which view a draw shows depends on seed, epoch and position alone."""
+    """The features of training images; which view a draw shows depends on seed, epoch and position alone.
+
+    Draws of one image in a batch show different views, as far as there are.
+    """
 
     def __init__(self, images: Any, features: np.ndarray, rows: np.ndarray):
         super().__init__(images, features, rows)
@@ -112,12 +116,24 @@ class TrainFeatureDataset(FeatureDataset):
     def set_epoch(self, epoch: int) -> None:
         """Forms the epoch's batches, and draws the view of each of their images."""
         self.drawn.set_epoch(epoch)
-        rng = np.random.default_rng((self.drawn.seed, epoch, len(self.features)))
-        self.views = rng.integers(len(self.features), size=sum(map(len, self.batches)))  # (positions,)
+        rng, num_views = np.random.default_rng((self.drawn.seed, epoch, len(self.features))), len(self.features)
+        views = [draw_views(np.array([idx for idx, _, _ in batch]), num_views, rng) for batch in self.batches]
+        self.views = np.concatenate(views)  # (positions,)
 
     def __getitems__(self, draws: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         idx, _, positions = np.array(draws).T
         return self.take(self.views[positions], idx)
+
+
+def draw_views(idx: np.ndarray, num_views: int, rng: np.random.Generator) -> np.ndarray:
+    """Draws a view for each image `(B,)` of a batch; those of the same image differ, as far as there are enough."""
+    images, image = np.unique(idx, return_inverse=True)
+    order = rng.permuted(np.tile(np.arange(num_views), (len(images), 1)), axis=1)  # (images, views)
+    position = np.argsort(image, kind="stable")
+    first = np.searchsorted(image[position], image)
+    occurrence = np.empty(len(idx), np.int64)  # of the same image, so far
+    occurrence[position] = np.arange(len(idx)) - first[position]
+    return order[image, occurrence % num_views]
 
 
 def give_cached_loaders(
@@ -216,10 +232,7 @@ def give_features(
     folder = Path(opt.cache_path)
     file = folder / f"{key}.npy"
     if not file.exists():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--cache_path {folder} can't be created ({error.strerror}): give another folder") from None
+        make_folder(opt.cache_path)
         with locked(folder, f"{key}.lock", wait=True):  # another process may be making it
             for unfinished in folder.glob(f".part-*-{key}.npy"):
                 unfinished.unlink(missing_ok=True)
@@ -227,6 +240,18 @@ def give_features(
                 _make(opt, loaders, paths, views, net, device, file)
                 save_json(file.with_suffix(".json"), description)
     return Features(read_features(file, (max(views, 1), len(paths), net.num_features)), paths)
+
+
+def make_folder(path: str) -> None:
+    """Creates the folder of stored features, where there is none.
+
+    Raises:
+        UserError: it can't be created.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--cache_path {path} can't be created ({error.strerror}): give another folder") from None
 
 
 def read_features(file: Path, shape: tuple[int, int, int]) -> np.ndarray:
@@ -259,7 +284,7 @@ def describe(opt: argparse.Namespace, paths: Sequence[str], views: int, net: Emb
         images.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
     flags = TRAIN_FLAGS if views else TEST_FLAGS
     return {
-        "arch": opt.arch,
+        **{name: getattr(opt, name) for name in ("arch", "pooling", "cascade_layers")},
         "network": hashlib.sha256(repr(net.backbone).encode()).hexdigest(),
         "weights": weights.hexdigest(),
         "transform": {name: getattr(opt, name) for name in flags},
@@ -312,6 +337,12 @@ def _make(
     )
     shape = (max(views, 1), len(paths), net.num_features)
     gigabytes = np.prod(shape) * np.dtype(opt.cache_dtype).itemsize / 2**30
+    free = shutil.disk_usage(file.parent).free / 2**30
+    if gigabytes > free:  # writing to a file that is mapped into memory would end the process without a word
+        raise UserError(
+            f"--cache_path {file.parent} has {free:.2f} GiB free, and features take {gigabytes:.2f}: give another "
+            "folder, --cache_dtype float16, or fewer VIEWS"
+        )
     notice(f"features of {len(dataset)} images are stored in {file}, {gigabytes:.2f} GiB, which later runs read")
     net.eval()
     with atomic_write(file) as beside, torch.inference_mode():

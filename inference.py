@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 import auxiliaries
 import config
 import datasets
 import evaluate
+import netlib
 import plots
 import records
 import runs
@@ -125,19 +125,20 @@ def embed_splits(
     runs.check_data(folder, opt, splits)
     loaders = datasets.give_dataloaders(opt, splits, pin_memory=device.type == "cuda")
     net = runs.load_network(folder, opt, device)
-    if opt.eval_use_trunk_output:
-        net.embedding = nn.Identity()
     if opt.eval_normalize_embeddings is not None:
         net.normalize = opt.eval_normalize_embeddings
+    evaluated = netlib.Trunk(net) if opt.eval_use_trunk_output else net
     training_set = RetrievalSet("train", loaders.train_eval)
     sets_by_split = {"train": [training_set], "val": loaders.val, "test": loaders.test}
     wanted = list(dict.fromkeys(opt.splits_to_eval or ["test"]))
     absent = [split for split in wanted if not sets_by_split[split]]
     if absent:
         raise UserError(f"--splits_to_eval {absent[0]}: these splits have no {absent[0]} classes")
-    embedded = {split: [evaluate.embed_set(net, images, device) for images in sets_by_split[split]] for split in wanted}
+    embedded = {
+        split: [evaluate.embed_set(evaluated, images, device) for images in sets_by_split[split]] for split in wanted
+    }
     if opt.eval_reference_set == "compared_to_training_set":
-        training = embedded.get("train") or [evaluate.embed_set(net, training_set, device)]
+        training = embedded.get("train") or [evaluate.embed_set(evaluated, training_set, device)]
         reference = [training[0].query]
     else:
         all_sets = [one for sets in embedded.values() for one in sets]

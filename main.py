@@ -68,8 +68,10 @@ def main(opt: argparse.Namespace, folder: Path | None = None, only_check: bool =
 
     # ================================================== Data ==========================================================
     splits = datasets.give_splits(opt)
-    if opt.check_images and opt.cache_features is None:  # a cache reads them all when it is made, and then none
+    if opt.check_images:
         datasets.check_images(splits, opt.exif_orientation)
+    if opt.cache_features is not None:
+        features.make_folder(opt.cache_path)
     seen = methods.relabel(opt, splits)
     loaders = datasets.give_dataloaders(opt, seen, pin_memory=device.type == "cuda")
     num_classes = seen.train.num_classes()
@@ -82,11 +84,11 @@ def main(opt: argparse.Namespace, folder: Path | None = None, only_check: bool =
     if only_check:
         runs.restore(opt, splits, method, folder)
         return {}
-    if opt.cache_features is not None:
-        loaders = features.give_cached_loaders(opt, loaders, method, device)
 
     with runs.open_run(opt, splits, method, device, folder) as run, records.resume_hint(run.folder):
         print_start(run, device, len(loaders.train))
+        if opt.cache_features is not None:
+            loaders = features.give_cached_loaders(opt, loaders, method, device)
         console = records.Console(
             opt.n_epochs, opt.eval_metric_for_best_epoch, f"{'validation' if splits.val else 'test'} classes"
         )

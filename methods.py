@@ -658,7 +658,7 @@ class MetricLossOnly:
         networks: the bare networks by their name in checkpoints.
         default_classifier_loss_weight: the weight of the classifier's loss unless the user gives another one.
         knows_labels: whether it learns from the images' labels.
-        is_cascade: whether its network has a head at several depths, see `netlib.Cascade`.
+        is_cascade: whether its network has a head at several depths, see `netlib.CascadeBackbone`.
         samples_per_class: images per class in a batch, unless the user gives another number; None: the loss's.
         flags: the flags that the constructor has keywords for.
         build_flags: the flags that only `build_networks` reads.
@@ -1194,6 +1194,8 @@ def refuse_contradictions(opt: argparse.Namespace) -> None:
             f"--accumulate {opt.accumulate} steps with a mean over batches, and --reducer {opt.reducer} gives other "
             "values than a mean over images: drop one of them"
         )
+    if len(set(opt.s2sd_dims)) < len(opt.s2sd_dims):
+        raise UserError(f"--s2sd_dims {' '.join(map(str, opt.s2sd_dims))} repeats a dimension: give each once")
     method = METHODS[opt.training_method]
     if opt.accumulate > 1 and method.step is not MetricLossOnly.step:
         raise UserError(f"--accumulate needs a loss of single images, which {opt.training_method} is not: drop it")
@@ -1314,7 +1316,7 @@ def _build_optimization(
             raise UserError(f"--optim_params {key}: nothing of the {part} learns here, so drop it")
     steps_per_epoch = math.ceil(num_batches / opt.accumulate)
     params = schedule_params(opt)
-    num_steps = opt.n_epochs * (steps_per_epoch if params.get("interval") == "iteration" else 1)
+    num_steps = max(1, opt.n_epochs) * (steps_per_epoch if params.get("interval") == "iteration" else 1)
     mode = "min" if lower_is_better else "max"
     schedule = Schedule(opt.scheduler, params, num_steps, opt.eval_metric_for_best_epoch, mode)
     settings = optimizer_settings(opt)

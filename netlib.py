@@ -73,8 +73,8 @@ def add_arguments(parser: FlagParser) -> None:
         "leave the rest of the backbone as it is; try 8 (Hu et al., ICLR 2022)")
     add("--pooling", choices=POOLINGS, fixed=True,
         help="how the backbone's last map or tokens become one vector: avg+max is their sum, as in Proxy-Anchor; gem "
-        "learns its exponent, from 3 on (Radenovic et al., TPAMI 2019); cls is a transformer's class token (default: "
-        "as the network was made)")
+        "learns its exponent with the backbone, from 3 on (Radenovic et al., TPAMI 2019); cls is a transformer's class "
+        "token (default: as the network was made)")
     add("--cascade_layers", nargs="*", metavar="NAME", fixed=True,
         help="CascadedEmbeddings: modules of the backbone whose pooled outputs each get a head (default: the ends of "
         "three stages, for ResNets layer2 layer3 layer4)")
@@ -552,6 +552,9 @@ class CascadeBackbone(nn.Module):
             self.widths.append(width)
             pools.append(GlobalPool(pooling, dims) if dims else nn.Identity())
         self.pools = nn.ModuleList(pools)
+
+    def extra_repr(self) -> str:
+        return f"layers={self.layers}"
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalized images `(B, 3, H, W)` to features `(B, sum of widths)`."""

@@ -680,7 +680,7 @@ class Console:
         """Prints a line about an epoch that was evaluated, and marks it if it is the best so far."""
         row = next(row for row in log.rows["val"] if row["Epochs"] == epoch)
         losses = {row["Epochs"]: row["Train Loss"] for row in log.rows["train"]}
-        since = max((other["Epochs"] for other in log.rows["val"] if other["Epochs"] < epoch), default=-1)
+        since = max((other["Epochs"] for other in log.rows["val"] if other["Epochs"] < epoch), default=-2)
         timed = [other for kind in ("train", "val", "test") for other in log.rows[kind]]
         seconds = sum(other["Time"] for other in timed if since < other["Epochs"] <= epoch)
         columns = fit_columns(row, self.metric, CONSOLE_WIDTH - 28)

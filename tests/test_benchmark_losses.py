@@ -70,6 +70,15 @@ def test_the_same_command_goes_on(flags: list[str], tmp_path: Path, monkeypatch:
     assert not trained
 
 
+def test_results_of_other_flags_are_not_taken_for_these(flags: list[str], tmp_path: Path) -> None:
+    train("triplet", flags, tmp_path, 1e-3)
+    train("triplet", [*flags, "--n_epochs", "2"], tmp_path, 1e-3)
+    summary = json.loads((tmp_path / "cv" / "all_triplet_lr0.001" / "fold_1" / "summary.json").read_text())
+    assert summary["last"]["epoch"] == 2
+    assert "--samples_per_class" in flags
+    assert "must stay the same" in train("triplet", [*flags, "--embed_dim", "8"], tmp_path, 1e-3).failure
+
+
 def test_a_loss_that_fails_is_named(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def diverge(*_: object, **__: object) -> None:
         raise UserError("the loss is not finite")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -139,6 +140,55 @@ def test_folds_share_the_files_and_go_on_bit_for_bit(source: Path, tmp_path: Pat
     assert len(files(tmp_path)) == 2
 
 
+def test_a_resumed_run_reads_the_features_of_its_own_weights(
+    source: Path, tmp_path: Path, cached: Callable[..., list[str]]
+) -> None:
+    """Its network is built without loading pretrained weights, which its checkpoint then brings."""
+    backbone = netlib.networkselect(config.resolve(config.parse(cached("--seed", "7")))).backbone
+    torch.save(backbone.state_dict(), tmp_path / "weights.pth")
+    flags = [flag for flag in cached("--weights", str(tmp_path / "weights.pth")) if flag != "--not_pretrained"]
+    whole = main.command([*flags, "--savename", "whole"])
+    main.command([*flags, "--savename", "parts", "--n_epochs", "1"])
+    again = ["--save_path", str(tmp_path), "--savename", "parts", "--resume_training", "--n_epochs", "2"]
+    assert main.command(again) == whole
+    one, other = (csv_rows(tmp_path / "tiny" / run / "log_iterations.csv") for run in ("whole", "parts"))
+    assert one == other
+    assert len(files(tmp_path)) == 1
+
+
+def test_draws_of_one_image_in_a_batch_show_different_views() -> None:
+    idx = np.array([4, 7, 4, 4, 9, 7])
+    shown: set[tuple[int, ...]] = set()
+    for seed in range(40):
+        views = features.draw_views(idx, 3, np.random.default_rng(seed))
+        assert sorted(views[idx == 4].tolist()) == [0, 1, 2]
+        assert len(set(views[idx == 7].tolist())) == 2
+        shown.add(tuple(views[idx == 4].tolist()))
+    assert len(shown) == 6  # every order
+    assert sorted(features.draw_views(np.array([1, 1, 1]), 2, np.random.default_rng(0)).tolist()) in (
+        [0, 0, 1],
+        [0, 1, 1],
+    )
+
+
+def test_another_cascade_makes_another_file(source: Path, tmp_path: Path) -> None:
+    flags = ("--dataset", "tiny", "--training_method", "CascadedEmbeddings", "--loss", "contrastive", *FROZEN)
+    for layers in (["stage2", "stage3"], ["stage3", "stage2"]):
+        more = ("--cascade_shares", "100", "50", "--cache_path", str(tmp_path / "cache"), "--cascade_layers", *layers)
+        build(training_flags(source, tmp_path, *flags, *more))
+    assert len(files(tmp_path)) == 2
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(
+    cached: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"has 0\.00 GiB free, and features take 0\.00: give another folder"):
+        build(cached())
+    assert not files(tmp_path)
+
+
 def test_a_run_folder_is_evaluated_on_images(cached: Callable[..., list[str]], tmp_path: Path) -> None:
     wanted = main.command(cached())
     found = inference.evaluate_run(["--evaluate", str(tmp_path / "tiny" / "run")])
@@ -217,7 +267,7 @@ def test_a_damaged_file_is_named(cached: Callable[..., list[str]], tmp_path: Pat
         (["--cache_features", "-1"], "--cache_features: -1 is not at least 0"),
         (
             [*FROZEN, "--training_method", "UnsupervisedByAugmentation"],
-            "compares transforms of an image: give --cache_features VIEWS with at least 2",
+            "compares 2 transforms of each image: give --cache_features 2 or more",
         ),
         ([*FROZEN, "--cache_path", "/proc/nowhere"], "--cache_path /proc/nowhere can't be created"),
     ],

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Run, csv_rows
+from conftest import Run, csv_rows, training_flags
 from test_losses import fake_cuda, needs_fake_cuda
 from torch import nn
 
 import config
 import losses
+import main
 import methods
 import netlib
 from auxiliaries import UserError, seed_everything
@@ -352,6 +353,7 @@ def test_a_plateau_that_is_new_when_resuming_counts_from_the_first_epoch() -> No
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--training_method", "S2SD", "--s2sd_dims", "16", "16"], "--s2sd_dims 16 16 repeats a dimension"),
         (["--scheduler", "LambdaLR"], "--scheduler LambdaLR can't be used here: it takes a function"),
         (["--scheduler", "MultiplicativeLR"], "can't be used here: it takes a function"),
         (["--scheduler", "SequentialLR"], "can't be used here: it takes other schedules"),
@@ -1069,3 +1071,16 @@ def test_without_labels_each_image_is_a_class(
         views = images[labels == labels[0]]
         assert not torch.equal(views[0], views[1])
     assert max(labels.max() for _, labels in seen) > 4  # more than there are classes
+
+
+def test_a_cascade_has_as_many_dimensions_per_head_unless_told_otherwise() -> None:
+    flags = ["--training_method", "CascadedEmbeddings", "--loss", "contrastive"]
+    assert config.resolve(config.parse(flags)).embed_dim == 129
+    assert config.resolve(config.parse([*flags, "--cascade_shares", "100", "50"])).embed_dim == 128
+
+
+@pytest.mark.usefixtures("without_pictures")
+@pytest.mark.parametrize("scheduler", ["OneCycleLR", "CosineAnnealingLR", "LinearLR"])
+def test_schedules_of_no_epochs(source: Path, tmp_path: Path, scheduler: str) -> None:
+    flags = ("--dataset", "tiny", "--n_epochs", "0", "--scheduler", scheduler, "--savename", "run")
+    assert main.command(training_flags(source, tmp_path, *flags))
