@@ -195,7 +195,7 @@ def evaluate_epoch(
 def evaluate_sets(
     run: runs.Run, sets: Sequence[datasets.RetrievalSet], device: torch.device, epoch: int, kind: str
 ) -> list[evaluate.EmbeddingSpace]:
-    """Evaluates retrieval sets, as epoch -1 by the backbone alone, records a row of that kind, and returns the spaces."""
+    """Evaluates retrieval sets, as epoch -1 by the backbone alone; records a row of that kind, and returns spaces."""
     opt, start = run.opt, time.perf_counter()
     net = run.method.evaluated if epoch >= 0 else netlib.Trunk(run.method.evaluated)
     metrics, spaces = evaluate.evaluate(net, sets, opt.k_vals, device, opt.eval_metrics, opt.testing_method)
