@@ -522,6 +522,9 @@ STAGES = (
 )
 
 
+LAST_LAYERS = ("encoder.ln", "norm", "bn2")  # after the last block, before the network's own pooling
+
+
 class CascadeBackbone(nn.Module):
     """A backbone that gives the pooled outputs of several of its modules, one after the other.
 
@@ -579,14 +582,17 @@ def default_stages(network: nn.Module, arch: str) -> list[str]:
     Raises:
         UserError: there is no default for it.
     """
-    names = {name for name, module in network.named_modules() if [*module.children()]}
+    modules = dict(network.named_modules())
+    names = {name for name, module in modules.items() if [*module.children()]}
     for stages in STAGES:
         if names.issuperset(stages):
             return list(stages)
     blocks = [name for name in names if re.fullmatch(r"blocks\.\d+|encoder\.layers\.encoder_layer_\d+", name)]
     if len(blocks) >= 3:  # of a transformer, or another sequence of blocks
         blocks.sort(key=lambda name: int(re.findall(r"\d+", name)[-1]))
-        return [blocks[math.ceil(len(blocks) * third / 3) - 1] for third in (1, 2, 3)]
+        depths = [blocks[math.ceil(len(blocks) * third / 3) - 1] for third in (1, 2, 3)]
+        ends = [name for name in LAST_LAYERS if name in modules]
+        return [*depths[:2], *(ends[:1] or depths[2:])]
     raise UserError(
         f"--arch {arch} has no modules of which it is known that they end its stages: name some with --cascade_layers, "
         f"for example of {', '.join(name for name, _ in network.named_children())}"

@@ -1004,7 +1004,7 @@ def test_a_cascade_embeds_each_depth() -> None:
             [512, 1024, 1024],
         ),
         ("googlenet", "64", ["inception3b", "inception4e", "inception5b"], [480, 832, 1024]),
-        ("timm:test_vit", "32", ["blocks.1", "blocks.3", "blocks.5"], [64, 64, 64]),
+        ("timm:test_vit", "32", ["blocks.1", "blocks.3", "norm"], [64, 64, 64]),
         ("swin_t", "64", ["features.3", "features.5", "features.7"], [192, 384, 768]),
     ],
 )
