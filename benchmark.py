@@ -287,7 +287,7 @@ def library_contests(points: torch.Tensor, labels: torch.Tensor) -> dict[str, Co
     """For each loss of pytorch-metric-learning: through `--loss`, and called by hand."""
     contests: dict[str, Contestants] = {}
     for name in losses.LIBRARY_LOSSES:
-        params = ["--loss_params", "margin=0.4", "Tn=10"] if name == "RankedListLoss" else []
+        params = [f"--loss_params={param}" for param in losses.LIBRARY_LOSSES[name].paper_params]
         opt = config.resolve(config.parse(["--loss", name, "--embed_dim", "128", "--not_pretrained", *params]))
         criterion, _ = losses.loss_select(name, opt, [], num_classes=100)
         loss: Any = criterion.loss

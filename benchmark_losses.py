@@ -32,9 +32,8 @@ from auxiliaries import UserError
 
 METRICS = ("Recall @ 1", "MAP@R")
 BASE = "backbone_alone"
-# What a loss needs beside its name: parameters that its paper gives and the library doesn't, or a loss to be added to.
+# What is trained by another name: losses that are meant to be added to one, and nothing at all.
 NATURAL = {
-    "RankedListLoss": ["--loss", "RankedListLoss", "--loss_params", "margin=0.4", "Tn=10"],
     "IntraPairVarianceLoss": ["--loss", "TupletMarginLoss", "IntraPairVarianceLoss"],
     "ThresholdConsistentMarginLoss": ["--loss", "smoothap", "ThresholdConsistentMarginLoss"],
     BASE: ["--n_epochs", "0", "--embed_dim", "0"],
@@ -93,8 +92,16 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return own, flags
 
 
-def continue_or_start(flags: Sequence[str], name: str, fold: int | None = None) -> Path:
-    """Trains a cross-validation, or one fold of it, unless that is done already.
+def natural_flags(loss: str) -> list[str]:
+    """The flags of main.py that train a loss as it is meant to be."""
+    if loss in NATURAL:
+        return NATURAL[loss]
+    params = losses.LIBRARY_LOSSES[loss].paper_params if loss in losses.LIBRARY_LOSSES else ()
+    return ["--loss", loss, *(["--loss_params", *params] if params else [])]
+
+
+def continue_or_start(flags: Sequence[str], name: str, lr: float, fold: int | None = None) -> Path:
+    """Trains a cross-validation with a learning rate, or one fold of it, unless that is done already.
 
     Returns:
         Its run folder.
@@ -103,7 +110,7 @@ def continue_or_start(flags: Sequence[str], name: str, fold: int | None = None) 
         UserError: it fails.
     """
     only = [] if fold is None else ["--fold", str(fold)]
-    argv = [*flags, "--savename", name, *only]
+    argv = [*flags, "--lr", f"{lr:g}", "--savename", f"{name}_lr{lr:g}", *only]
     opt = config.parse(argv)
     folder = runs.default_folder(opt)
     wanted = range(config.resolve(opt).num_training_sets) if fold is None else [fold]
@@ -117,7 +124,7 @@ def continue_or_start(flags: Sequence[str], name: str, fold: int | None = None) 
 def train_loss(loss: str, lrs: Sequence[float], savename: str, flags: Sequence[str], log: Path) -> Result:
     """Chooses a loss's learning rate on the first fold, and trains it on all; what is printed goes to a file."""
     with open(log, "a", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        return _train_loss(loss, lrs, savename, [*flags, *NATURAL.get(loss, ["--loss", loss])])
+        return _train_loss(loss, lrs, savename, [*flags, *natural_flags(loss)])
 
 
 def _train_loss(loss: str, lrs: Sequence[float], savename: str, flags: Sequence[str]) -> Result:
@@ -126,7 +133,7 @@ def _train_loss(loss: str, lrs: Sequence[float], savename: str, flags: Sequence[
     rates = [0.0] if loss == BASE else lrs
     for lr in rates:
         try:
-            folder = continue_or_start([*flags, "--lr", f"{lr:g}"], f"{savename}_{loss}_lr{lr:g}", fold=0)
+            folder = continue_or_start(flags, f"{savename}_{loss}", lr, fold=0)
         except UserError as error:  # it diverged
             failure = str(error)
             continue
@@ -136,7 +143,7 @@ def _train_loss(loss: str, lrs: Sequence[float], savename: str, flags: Sequence[
         return Result(loss, 0, {}, failure)
     lr = by_score[max(by_score)]
     try:
-        folder = continue_or_start([*flags, "--lr", f"{lr:g}"], f"{savename}_{loss}_lr{lr:g}")
+        folder = continue_or_start(flags, f"{savename}_{loss}", lr)
     except UserError as error:
         return Result(loss, lr, {}, str(error))
     rows = auxiliaries.load_json(folder / "meta" / "results.json")
@@ -149,7 +156,7 @@ def table(results: Sequence[Result]) -> str:
     """The results in Markdown, the best first."""
     rows = []
     for result in sorted(results, key=lambda result: -result.scores.get(METRICS[-1], (-1.0, 0))[0]):
-        natural = NATURAL.get(result.loss, ["--loss", result.loss])
+        natural = natural_flags(result.loss)
         scores = {name: f"{mean:.4f} ± {half:.4f}" for name, (mean, half) in result.scores.items()}
         rows.append(
             {

@@ -48,6 +48,7 @@ from auxiliaries import (
     nearest_name,
     notice,
     number,
+    reason,
     seeded,
     shown,
     user_path,
@@ -1022,9 +1023,10 @@ def open_torchvision(root: Path, name: str, download: bool = False) -> list[Any]
     except Exception as error:  # torchvision raises anything at all on missing or damaged files
         if download:
             raise
-        reason = " ".join(str(error).split())
         again = f"get it by hand from {row.by_hand}" if row.by_hand else "--download downloads it again"
-        raise UserError(f"{root} can't be read as torchvision's {name} ({reason}): remove it, and {again}") from None
+        raise UserError(
+            f"{root} can't be read as torchvision's {name} ({reason(error)}): remove it, and {again}"
+        ) from None
 
 
 def _files_and_labels(part: Any, row: TorchvisionSpec) -> Iterator[tuple[str, Any]]:

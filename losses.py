@@ -1167,6 +1167,7 @@ class LibraryRow(NamedTuple):
         fills: those of its parameters that the run fills in.
         takes_memory: whether CrossBatchMemory takes it.
         note: what is known to be wrong with it, or different from its paper.
+        paper_params: what its paper gives for parameters that have no default.
     """
 
     kind: str
@@ -1178,6 +1179,7 @@ class LibraryRow(NamedTuple):
     samples_per_class: int = 4
     note: str = ""
     sampling: None = None
+    paper_params: tuple[str, ...] = ()
 
 
 _tuples = partial(LibraryRow, "tuple")
@@ -1228,7 +1230,9 @@ LIBRARY_LOSSES: dict[str, LibraryRow] = {
         "Movshovitz-Attias et al., ICCV 2017",
         note="has the own proxy in its sum: ProxyNCA++ with T = 1 / softmax_scale",
     ),
-    "RankedListLoss": _ranks("Wang et al., CVPR 2019", note="has no defaults for margin and Tn"),
+    "RankedListLoss": _ranks(
+        "Wang et al., CVPR 2019", note="has no defaults for margin and Tn", paper_params=("margin=0.4", "Tn=10")
+    ),
     "SignalToNoiseRatioContrastiveLoss": _with_memory("Yuan et al., CVPR 2019"),
     "SmoothAPLoss": _ranks(
         "Brown et al., ECCV 2020",

@@ -687,8 +687,8 @@ def load_network(folder: Path, opt: argparse.Namespace, device: torch.device) ->
     try:
         net.load_state_dict(state["state_dict"])
     except Exception as error:  # torch raises anything at all on the state of something else
-        reason = " ".join(str(error).split())
-        raise UserError(f"the checkpoint of {folder} is of another network than its config.yaml: {reason}") from None
+        why = auxiliaries.reason(error)
+        raise UserError(f"the checkpoint of {folder} is of another network than its config.yaml: {why}") from None
     return net.to(device)
 
 
