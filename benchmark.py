@@ -31,6 +31,8 @@ from torchvision import transforms as v1
 import auxiliaries
 import config
 import datasets
+import evaluate
+import features
 import losses
 import main as training_run
 import methods
@@ -496,10 +498,52 @@ def benchmark_records() -> list[Row]:
     ]
 
 
+def benchmark_features() -> list[Row]:
+    """An epoch on cached features of 5,900 images, 1,280 of each, in batches of 112, and the evaluation of as many."""
+    flags = ["--arch", "timm:tf_efficientnet_lite0", "--not_pretrained", "--freeze_trunk", "--cache_features"]
+    opt = config.resolve(config.parse([*flags, "--eval_metrics", "Recall", "MAP@R", "--gpu", "-1"]))
+    auxiliaries.seed_everything(0)
+    device = torch.device("cpu")
+    method = methods.build_training(opt, 50, device)
+    method.net.takes_features = True
+    labels = np.sort(np.arange(5900) % 50)
+    values = np.random.default_rng(0).standard_normal((1, 5900, 1280), dtype=np.float32)
+    names = [str(label) for label in range(50)]
+    images = datasets.ImageSet([str(position) for position in range(5900)], labels[:, None], [names])
+    drawn = datasets.BaseTripletDataset(images, transforms.RandomCropAndFlip(224), opt.bs, 4, "class_balanced")
+    train = features.TrainFeatureDataset(drawn, values, np.arange(5900))
+    in_order = features.FeatureDataset(drawn, values, np.arange(5900))
+    common: dict[str, Any] = {"collate_fn": lambda batch: batch}
+    one_set = datasets.RetrievalSet(
+        "test", datasets.ImageLoader(in_order, batch_size=opt.eval_bs, generator=torch.Generator(), **common)
+    )
+
+    def train_one_epoch() -> None:
+        train.set_epoch(1)
+        method.start_epoch(epoch=1)
+        for batch, batch_labels, _ in datasets.ImageLoader(train, batch_sampler=train.batches, **common):
+            method.step(batch, batch_labels, epoch=1)
+
+    seconds = medians(
+        {
+            "training": train_one_epoch,
+            "Recall and MAP@R": lambda: evaluate.evaluate(method.net, [one_set], opt.k_vals, device, opt.eval_metrics),
+        },
+        rounds=3,
+    )
+    total = sum(seconds.values())
+    what = "an epoch on cached features"
+    return [
+        _row(what, "both", total, "s", total),
+        *(_row(what, who, value, "s", total) for who, value in seconds.items()),
+    ]
+
+
 BENCHMARKS = {
     "losses": benchmark_losses,
     "evaluation": benchmark_evaluation,
     "data": benchmark_data,
+    "features": benchmark_features,
     "records": benchmark_records,
 }
 
