@@ -20,6 +20,9 @@ import signal
 import sqlite3
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -276,28 +279,32 @@ def kill_and_compare(work: Path) -> None:
     moments: list[tuple[int, int | None]] = [(moment, None) for moment in chosen_moments(names, rng)]
     last = [position for position, name in enumerate(names) if name == "after replace last.pth.tar"]
     moments.append((last[1], rng.randrange(5, 20)))  # killed once more while it goes on
-    reports = []
-    for number, (moment, again) in enumerate(moments):
-        run = f"run_{number}"
-        folder, log = work / run / "tiny" / "run", work / f"{run}.log"
-        report: dict[str, Any] = {"event": names[moment], "number": moment, "again": again}
-        report["killed"] = in_fork(lambda: train(work, run, [], moment), log)[0] == signal.SIGKILL  # noqa: B023
-        if again is not None:
-            status, _ = in_fork(lambda: train(work, run, ["--resume_training"], again), log)  # noqa: B023
-            report["killed again"] = status == signal.SIGKILL
-        report["had a folder"] = folder.exists()
-        if (folder / "records.db").exists():
-            database = sqlite3.connect(folder / "records.db")
-            report["integrity"] = database.execute("PRAGMA integrity_check").fetchone()[0]
-            database.close()
-        status, report["differences"] = in_fork(lambda: resume_and_compare(work, run), log)  # noqa: B023
-        report["resumed"] = status == 0
-        report["left over"] = sorted(path.name for path in (work / run).rglob(".part-*"))
-        if status:
-            report["log"] = log.read_text()[-2000:]
-        reports.append(report)
-        shutil.rmtree(work / run)
+    with ProcessPoolExecutor(2, get_context("fork")) as lanes:  # each forks its own runs
+        reports = list(lanes.map(partial(kill_and_resume, work, names), range(len(moments)), *zip(*moments)))
     (work / "report.json").write_text(json.dumps({"events": names, "moments": reports}, indent=1))
+
+
+def kill_and_resume(work: Path, names: list[str], number: int, moment: int, again: int | None) -> dict[str, Any]:
+    """Kills a run at a moment, and perhaps once more while it goes on; reports how it ends and in what it differs."""
+    run = f"run_{number}"
+    folder, log = work / run / "tiny" / "run", work / f"{run}.log"
+    report: dict[str, Any] = {"event": names[moment], "number": moment, "again": again}
+    report["killed"] = in_fork(lambda: train(work, run, [], moment), log)[0] == signal.SIGKILL
+    if again is not None:
+        status, _ = in_fork(lambda: train(work, run, ["--resume_training"], again), log)
+        report["killed again"] = status == signal.SIGKILL
+    report["had a folder"] = folder.exists()
+    if (folder / "records.db").exists():
+        database = sqlite3.connect(folder / "records.db")
+        report["integrity"] = database.execute("PRAGMA integrity_check").fetchone()[0]
+        database.close()
+    status, report["differences"] = in_fork(lambda: resume_and_compare(work, run), log)
+    report["resumed"] = status == 0
+    report["left over"] = sorted(path.name for path in (work / run).rglob(".part-*"))
+    if status:
+        report["log"] = log.read_text()[-2000:]
+    shutil.rmtree(work / run)
+    return report
 
 
 if __name__ == "__main__":
