@@ -180,6 +180,52 @@ class Progress:
 MAX_NUMBER = 1e15  # far beyond every flag, and within an int64
 OVERRIDE = "~OVERRIDE~"
 UNSET: Any = object()  # stands for a flag that nobody gave
+TUNING_KINDS = ("BAYESIAN", "LOG_BAYESIAN", "INT_BAYESIAN", "CHOICE")
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Stands for a value that tune.py searches for.
+
+    Attributes:
+        kind: one of `TUNING_KINDS`.
+        values: bounds or choices, as the user typed them.
+    """
+
+    kind: str
+    values: tuple[str, ...]
+
+
+def split_suffix(name: str) -> tuple[str, str]:
+    """A flag or key and what is tuned about it: `lr~BAYESIAN~` -> `lr`, `BAYESIAN`; without a suffix `lr`, ``."""
+    match = re.fullmatch(r"(.*[^~])~(\w*)~", name)
+    return (match[1], match[2]) if match and f"~{match[2]}~" != OVERRIDE else (name, "")
+
+
+def read_tuned(name: str, values: Sequence[str]) -> Tuned:
+    """What tune.py is to search for.
+
+    Args:
+        name: flag or key with the suffix, as the user typed it.
+        values: bounds or choices; or a single text that lists them in brackets.
+
+    Raises:
+        UserError: there is no such suffix, or the text is not such a list.
+    """
+    _, kind = split_suffix(name)
+    if kind not in TUNING_KINDS:
+        near = nearest_name(kind, TUNING_KINDS)
+        listed = ", ".join(f"~{known}~" for known in TUNING_KINDS)
+        raise UserError(f"{shown(name)} has an unknown suffix ~{kind}~{near}; there are {listed}")
+    if len(values) == 1 and values[0].startswith("["):
+        import yaml
+
+        try:
+            entries = yaml.load(values[0], yaml.BaseLoader)
+        except (yaml.YAMLError, RecursionError):
+            raise UserError(f"{shown(name)} takes a list such as [0.01,100], not {shown(values[0])}") from None
+        values = [entry if isinstance(entry, str) else json.dumps(entry).replace('"', "") for entry in entries]
+    return Tuned(kind, tuple(values))
 
 
 def number(
@@ -317,6 +363,7 @@ class FlagTraits:
         fixed: it must stay the same when a run is resumed.
         machine: it says where a run is made, not what the run is.
         compared: runs that differ in it are runs of different configurations.
+        protocol: it says on which classes, or how, networks are scored, not what they are.
         stored: it is part of a run's configuration.
         needs: what must be asked for beside it: "evaluate", "cross_validation", or another flag.
     """
@@ -324,6 +371,7 @@ class FlagTraits:
     fixed: bool = False
     machine: bool = False
     compared: bool = True
+    protocol: bool = False
     stored: bool = True
     needs: str | None = None
 
@@ -358,7 +406,8 @@ class SwitchAction(argparse.Action):
 class MappingAction(argparse.Action):
     """A flag of `key=value …`, which merges key by key with what earlier layers gave.
 
-    With the suffix `~OVERRIDE~` on the flag it replaces what they gave.
+    With the suffix `~OVERRIDE~` on the flag it replaces what they gave. Where the parser `tunes`, a key with a suffix
+    such as `~BAYESIAN~` gives a `Tuned`.
     """
 
     def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any):
@@ -373,8 +422,21 @@ class MappingAction(argparse.Action):
             key, equals, value = entry.partition("=")
             if not equals or not key:
                 raise UserError(f"{option_string} {shown(entry)} is not of the form key=value")
-            merged[key] = value
+            plain, kind = split_suffix(key)
+            if kind and not parser.tunes:
+                raise UserError(f"{option_string} {shown(key)} {FOR_TUNE}")
+            merged[plain] = read_tuned(f"{option_string} {key}", [value]) if kind else value
         setattr(namespace, self.dest, merged)
+
+
+FOR_TUNE = "has a suffix for tune.py, which searches for the best value: give it to python tune.py, or a plain value"
+
+
+class TunedAction(argparse.Action):
+    """A flag with a suffix such as `~BAYESIAN~`, which takes the place of the plain flag with a `Tuned`."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, read_tuned(str(option_string), values))
 
 
 class NamesAction(argparse.Action):
@@ -401,10 +463,12 @@ class FlagParser(argparse.ArgumentParser):
     Attributes:
         traits: the `FlagTraits` of every flag, by its name in the namespace.
         known_elsewhere: names that other projects give to some flags, and these flags.
+        tunes: whether it takes the suffixes of `TUNING_KINDS`.
     """
 
-    def __init__(self, known_elsewhere: Mapping[str, str] | None = None, **kwargs: Any):
+    def __init__(self, known_elsewhere: Mapping[str, str] | None = None, tunes: bool = False, **kwargs: Any):
         self.traits: dict[str, FlagTraits] = {}
+        self.tunes = tunes
         self.known_elsewhere = known_elsewhere or {}
         super().__init__(formatter_class=_ManualFormatter, allow_abbrev=False, **kwargs)
         self.register("action", "switch", SwitchAction)
@@ -437,10 +501,34 @@ class FlagParser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         opt, unknown = self.parse_known_args(args, namespace)
         if unknown:
+            if split_suffix(unknown[0].split("=")[0])[1]:
+                raise self.refuse_suffix(unknown[0].split("=")[0])
             kind = "flag" if unknown[0].startswith("-") else "argument"
             near = self.nearest_flag(unknown[0].split("=")[0])
             raise UserError(f"unknown {kind} {shown(unknown[0])}{near}: {self.prog} --help lists all flags")
         return opt
+
+    def take_suffixes(self) -> None:
+        """Lets the flags of a run's configuration have the suffixes of `TUNING_KINDS`."""
+        for name in self.names_with(stored=True):
+            flag = f"--{name}"
+            known = self.flags().get(flag)
+            if known is not None and not isinstance(known, MappingAction):
+                options = [f"{flag}~{kind}~" for kind in TUNING_KINDS]
+                self.add_argument(*options, dest=name, action=TunedAction, nargs="*", help=argparse.SUPPRESS)
+
+    def refuse_suffix(self, flag: str) -> UserError:
+        """What is wrong with an unknown flag that has a suffix."""
+        plain = split_suffix(flag)[0]
+        if plain not in self.flags():
+            near = self.nearest_flag(plain)
+            return UserError(f"unknown flag {shown(plain)}{near}: {self.prog} --help lists all flags")
+        if not self.tunes:
+            return UserError(f"{shown(flag)} {FOR_TUNE}")
+        if isinstance(self.flags()[plain], MappingAction):
+            return UserError(f'{plain}: the suffix goes to a key of it, such as {plain} "key~BAYESIAN~=[0.1,1]"')
+        read_tuned(flag, ())
+        return UserError(f"{plain} can't be tuned")
 
     def nearest_flag(self, flag: str) -> str:
         """` (did you mean …?)` with the flag that other projects call so, or the most similar one."""
@@ -505,12 +593,12 @@ def find_device(gpu: int) -> torch.device:
     return torch.device("cuda", gpu) if gpu >= 0 and torch.cuda.is_available() else torch.device("cpu")
 
 
-def pick_device(gpu: int) -> torch.device:
+def pick_device(gpu: int, deterministic: bool = True) -> torch.device:
     """`find_device`, prepared for use; a notice says when the CPU stands in for a CUDA device.
 
-    A CUDA device becomes the current one, and cuDNN is told to use deterministic algorithms. On the CPU some cores are
-    left to data-loading workers; the number of threads, on which the last bits of sums depend, follows from the machine
-    alone, not from --kernels.
+    A CUDA device becomes the current one, and cuDNN is told to use deterministic algorithms, or else the quickest ones.
+    On the CPU some cores are left to data-loading workers; the number of threads, on which the last bits of sums
+    depend, follows from the machine alone, not from --kernels.
 
     Raises:
         UserError: there are CUDA devices, but none with that number.
@@ -527,7 +615,7 @@ def pick_device(gpu: int) -> torch.device:
             f"--gpu {gpu} does not exist: this machine has CUDA devices 0 to {torch.cuda.device_count() - 1}"
         )
     torch.cuda.set_device(gpu)
-    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, not deterministic
     return device
 
 

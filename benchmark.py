@@ -539,6 +539,71 @@ def benchmark_features() -> list[Row]:
     ]
 
 
+def benchmark_step(arch: str) -> list[Row]:
+    """Training steps and embeddings of 112 images with each of the flags of speed, on the device at hand."""
+    settings = {
+        "fp32": [],
+        "bf16": ["--precision", "bf16"],
+        "channels_last": ["--channels_last"],
+        "compile": ["--compile"],
+        "fused": ["--fused"],
+        "fast": ["--fast"],
+    }
+    if auxiliaries.find_device(0).type == "cuda":
+        settings["fp16"] = ["--precision", "fp16"]
+    rows: list[Row] = []
+    for name, flags in settings.items():
+        opt = config.resolve(config.parse(["--arch", arch, "--not_pretrained", *flags]))
+        device = auxiliaries.pick_device(opt.gpu, opt.deterministic)
+        method = methods.build_training(opt, 100, device)
+        pixels = torch.randint(0, 256, (opt.bs, 3, opt.crop_size, opt.crop_size), dtype=torch.uint8)
+        for what, value, unit in _time_steps(method, pixels, device):
+            first = next((row["value"] for row in rows if row["what"] == what), value)
+            rows.append(
+                {"what": what, "who": name, "value": round(value, 4), "unit": unit, "times ours": value / first}
+            )
+    for row in rows:
+        row["times ours"] = round(row["times ours"], 2)
+    return rows
+
+
+def _time_steps(
+    method: methods.MetricLossOnly, pixels: torch.Tensor, device: torch.device
+) -> list[tuple[str, float, str]]:
+    """Images per second of training and embedding, the share of a step that is not the network, and peak memory."""
+    labels = torch.arange(len(pixels)) // 4
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    method.start_epoch(epoch=1)
+
+    def train() -> None:
+        method.step(pixels.to(device), labels, epoch=1)
+        wait()
+
+    def learn_from_points() -> None:
+        points.grad = None
+        method.criterion(F.normalize(points, dim=1), labels).backward()
+        wait()
+
+    @torch.inference_mode()
+    def embed() -> torch.Tensor:
+        embedded = method.net(pixels.to(device))
+        wait()
+        return embedded
+
+    points = embed().clone().requires_grad_(True)
+    auxiliaries.peak_memory(device, reset=True)
+    memory(reset=True)
+    seconds = medians({"step": train, "loss": learn_from_points}, rounds=3)
+    peak = auxiliaries.peak_memory(device) if device.type == "cuda" else memory()[1]
+    method.net.eval()
+    return [
+        ("training", len(pixels) / seconds["step"], "images/s"),
+        ("embedding", len(pixels) / medians({"embed": embed}, rounds=3)["embed"], "images/s"),
+        ("sampling and loss, of a step", 100 * seconds["loss"] / seconds["step"], "%"),
+        ("peak memory", peak, "GiB"),
+    ]
+
+
 BENCHMARKS = {
     "losses": benchmark_losses,
     "evaluation": benchmark_evaluation,
@@ -551,14 +616,18 @@ BENCHMARKS = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the chosen benchmarks, prints a table and writes it as JSON."""
     parser = auxiliaries.FlagParser(prog="benchmark.py", description=__doc__)
-    parser.add_argument("what", nargs="*", metavar="|".join(BENCHMARKS), help="which benchmarks (default: all)")
+    parser.add_argument(
+        "what", nargs="*", metavar="|".join([*BENCHMARKS, "step"]), help="which benchmarks (default: all)"
+    )
     parser.add_argument("--json", default="benchmark.json", metavar="FILE", help="where the table is written")
+    parser.add_argument("--arch", default="resnet50", help="the network of the benchmark step")
     opt = parser.parse_args(argv)
+    benchmarks: dict[str, Callable[[], list[Row]]] = {**BENCHMARKS, "step": partial(benchmark_step, opt.arch)}
     for name in opt.what:
-        if name not in BENCHMARKS:
-            near = auxiliaries.nearest_name(name, BENCHMARKS)
-            raise auxiliaries.UserError(f"{name} is not a benchmark{near}: it is one of {', '.join(BENCHMARKS)}")
-    results = {name: BENCHMARKS[name]() for name in opt.what or BENCHMARKS}
+        if name not in benchmarks:
+            near = auxiliaries.nearest_name(name, benchmarks)
+            raise auxiliaries.UserError(f"{name} is not a benchmark{near}: it is one of {', '.join(benchmarks)}")
+    results = {name: benchmarks[name]() for name in opt.what or benchmarks}
     for rows in results.values():
         width = max(len(row["what"]) for row in rows)
         for row in rows:

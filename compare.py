@@ -1,31 +1,46 @@
-"""One table and one plot of several runs, grouped by configuration without the seed.
+"""One table and one plot of several runs, grouped by configuration without the seed, and which differences hold.
 
 A seed's figure is the mean over its folds, which share their test classes. Means and confidence intervals are over
-seeds.
+seeds. Each configuration is compared with a reference one, in pairs: over the seeds that both have; where they share
+one seed, over its folds; two single runs query by query, with whole test classes drawn anew.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import math
+import os
 import re
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 import auxiliaries
+import evaluate
 import plots
 import records
 import runs
-from auxiliaries import UserError
+import significance
+from auxiliaries import UserError, shown
 from records import Row
+from significance import Difference
 
 MODELS = ("selected", "last")
 SPLITS = {"test": "test", "val": "validation"}
 MAX_FOLDS, MAX_EPOCH = 1000, 10**9
+DEFAULT_METRIC = "Recall @ 1"
+FINEST = "Level 0 "  # before the names of metrics at all levels of the labels
+BY_QUERY = {
+    "Recall @ 1": "correct_at_1",
+    "Precision @ 1": "correct_at_1",
+    "MAP@R": "ap_at_r",
+}  # arrays of per_query.npz
 CONFIGURATION_SCHEMA = {
     "type": "object",
     "properties": {"seed": {"type": ["integer", "null"]}, "fold": {"type": ["integer", "null"]}},
@@ -38,11 +53,23 @@ def add_arguments(parser: auxiliaries.FlagParser) -> None:
     add = parser.add_argument
     add("folders", nargs="+", type=auxiliaries.user_path, metavar="FOLDER",
         help="run folders, such as Training_Results/cub200/*")
-    add("--metric", default="Recall @ 1", help="the metric to compare, as log_val_Base.csv names it")
+    add("--metric", help="the metric to compare, as log_val_Base.csv names it (default: the first of --metrics, or "
+        f"else {DEFAULT_METRIC})")
+    add("--metrics", nargs="+", metavar="METRIC",
+        help="the metrics to show, each in a column (default: the one that is compared); give it after the folders")
+    add("--reference", metavar="LABEL",
+        help="the configuration to compare the others with, as the table names it, or a part of that name; named in "
+        "advance, such as a baseline, it lets more differences hold (default: the best)")
+    add("--sort", metavar="COLUMN", help="sort by a column or a metric: the best first, other columns from the lowest "
+        "(default: in the order of the folders)")
+    add("--database", type=auxiliaries.user_path, metavar="FILE",
+        help="also collect all rows of the folders' records.db in this SQLite file, with a column `run`; what it holds "
+        "of other runs stays")
     add("--svg", default="comparison.svg", type=_svg_file, metavar="FILE", help="where to draw the curves")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--csv", action="store_true", help="print CSV instead of Markdown")
     add("--json", action="store_true", help="print JSON instead of Markdown")
+    add("--latex", action="store_true", help="print a LaTeX tabular instead of Markdown, the best figures bold")
     # fmt: on
 
 
@@ -59,13 +86,15 @@ def _svg_file(text: str) -> Path:
 # Reading runs
 
 
-def read_run(folder: Path, metric: str) -> dict[str, Any]:
+def read_run(folder: Path, metric: str, further: Sequence[str] = ()) -> dict[str, Any]:
     """Reads the folder of one training run.
 
     Returns:
-        `folder`, `seed`, `fold`, `flags` (those that are compared, as text), `split` (which classes the figures are of:
-        a key of `SPLITS`), the metric's value of each of `MODELS`, `seconds`, `curve` (the metric by epoch), and
-        `test data` (a description, or None).
+        `folder`, `seed`, `fold`, `partitions` (of the training classes), `flags` (those that are compared, as text),
+        `split` (which classes the figures are of: a key of `SPLITS`), the metric's value of each of `MODELS`, `figures`
+        (the selected network's, of further metrics), `optimism` (how much higher the metric is on the test classes in
+        the epoch that these choose, than in the one that validation classes choose; NaN where not both are known),
+        `seconds`, `curve` (the metric by epoch), and `test data` (a description, or None).
 
     Raises:
         UserError: it is not a run folder, the run isn't finished, something is damaged, or it has no such metric.
@@ -85,18 +114,30 @@ def read_run(folder: Path, metric: str) -> dict[str, Any]:
         if metric in names:
             raise UserError(f"its {metric} is NaN, not defined on its images")
         near = auxiliaries.nearest_name(metric, names)
-        raise UserError(f"it has no {metric}{near}: --evaluate computes further metrics, one run at a time")
+        raise UserError(f"it has no {shown(metric)}{near}: --evaluate computes further metrics, one run at a time")
     return {
         "folder": folder,
         "seed": flags.get("seed"),
         "fold": flags.get("fold"),
+        "partitions": flags.get("num_training_partitions"),
         "flags": {name: str(value) for name, value in runs.compared_flags(flags).items()},
         "split": split,
         **values,
+        "figures": {name: records.mean_over_sets(metrics[0], name) for name in further},
+        "optimism": _selection_optimism(summary, metric),
         "seconds": math.nan if summary["seconds"] is None else float(summary["seconds"]),
         "curve": read_curve(folder / records.LOGS["val"], metric),
         "test data": runs.test_data(folder),
     }
+
+
+def _selection_optimism(summary: Mapping[str, Any], metric: str) -> float:
+    """What choosing the epoch on the test classes adds to their figure; NaN where the summary doesn't say."""
+    selected, on_test = summary["selected"], summary.get("best on test", {})
+    if "test" not in on_test or not {"val", "test"} <= selected.keys():
+        return math.nan
+    difference = records.mean_over_sets(on_test["test"], metric) - records.mean_over_sets(selected["test"], metric)
+    return -difference if evaluate.lower_is_better(metric) else difference
 
 
 def read_curve(file: Path, metric: str) -> dict[int, float]:
@@ -131,7 +172,7 @@ def expected_folders(folder: Path) -> list[Path]:
     return sorted({*present.values(), *(folder / f"fold_{fold}" for fold in folds)})
 
 
-def read_runs(folders: Iterable[Path], metric: str) -> list[Row]:
+def read_runs(folders: Iterable[Path], metric: str, further: Sequence[str] = ()) -> list[Row]:
     """The finished training runs in the folders, each what `read_run` returns and the label of its `Configuration`.
 
     A notice names what is left out, and why.
@@ -142,11 +183,14 @@ def read_runs(folders: Iterable[Path], metric: str) -> list[Row]:
     found: list[Row] = []
     for training_folder in itertools.chain.from_iterable(map(expected_folders, folders)):
         try:
-            found.append(read_run(training_folder, metric))
+            found.append(read_run(training_folder, metric, further))
         except (UserError, OSError) as error:
             leave_out(training_folder, error)
     if not found:
         raise UserError("none of the folders holds a finished run to compare")
+    for name in further:
+        if all(math.isnan(run["figures"][name]) for run in found):
+            raise UserError(f"--metrics {shown(name)}: none of the runs has it; --evaluate computes further metrics")
     for run, label in zip(found, label_configurations([run["flags"] for run in found])):
         run["Configuration"] = label
     for drop in (drop_repeated, drop_validation_figures, drop_other_data, drop_incomplete_seeds):
@@ -160,6 +204,23 @@ def label_configurations(flags: Sequence[Mapping[str, str]]) -> list[str]:
     differing = [name for name in names if len({of_run.get(name, "None") for of_run in flags}) > 1]
     shown = differing or [name for name in ("dataset", "arch", "loss") if name in names]
     return [", ".join(f"{name} {of_run.get(name, 'None')}" for name in shown) for of_run in flags]
+
+
+def collect_database(database: Path, folders: Iterable[Path]) -> None:
+    """Collects the rows of the training runs' records.db, each named by its path from the database's folder.
+
+    Raises:
+        UserError: the database can't be written, or is another program's.
+    """
+    place = database.absolute().parent
+    names = {}
+    for folder in itertools.chain.from_iterable(map(expected_folders, folders)):
+        if (folder / "records.db").is_file():
+            names[Path(os.path.relpath(folder.absolute(), place)).as_posix()] = folder / "records.db"
+        else:
+            auxiliaries.notice(f"{folder} has no records.db: no rows of it are collected")
+    num_collected = records.collect_rows(database, names)
+    auxiliaries.notice(f"the rows of {num_collected} run(s) are in {database}")
 
 
 # What doesn't compare
@@ -239,12 +300,15 @@ def drop_incomplete_seeds(found: Sequence[Row]) -> list[Row]:
 
 
 def average_folds(found: Sequence[Row]) -> list[Row]:
-    """One row per configuration and seed: means over the seed's folds, and the number of `Runs`."""
+    """One row per configuration and seed: means over the seed's folds, the number of `Runs`, and these by `folds`."""
     rows = []
     for (label, seed, split), group in group_by(found, "Configuration", "seed", "split").items():
-        means = {name: fmean(run[name] for run in group) for name in (*MODELS, "seconds")}
+        means: Row = {name: fmean(run[name] for run in group) for name in (*MODELS, "seconds")}
+        means["figures"] = {name: fmean(run["figures"][name] for run in group) for name in group[0]["figures"]}
         curve = {epoch: fmean(values) for epoch, values in join_curves(group).items()}
-        rows.append({"Configuration": label, "seed": seed, "split": split, "Runs": len(group), **means, "curve": curve})
+        folds = {run["fold"]: run for run in group}
+        row = {"Configuration": label, "seed": seed, "split": split, "Runs": len(group), "folds": folds}
+        rows.append(row | means | {"curve": curve})
     return rows
 
 
@@ -262,6 +326,9 @@ def summarize(seeds: Sequence[Row], metric: str) -> list[Row]:
         for model in MODELS:
             center, _, half = auxiliaries.mean_and_interval([seed[model] for seed in group])
             row |= {f"{SPLITS[split]} {metric}, {model}": center, f"CI 95 %, {model}": half}
+        for name in group[0]["figures"]:
+            center, _, half = auxiliaries.mean_and_interval([seed["figures"][name] for seed in group])
+            row |= {f"{SPLITS[split]} {name}, selected": center, f"CI 95 %, {name}, selected": half}
         rows.append(row | {"Seconds": fmean(seed["seconds"] for seed in group)})
     return rows
 
@@ -278,25 +345,395 @@ def compute_bands(seeds: Sequence[Row]) -> dict[str, list[tuple[int, float, floa
     return bands
 
 
-def format_markdown(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table, below a line that says what they are."""
-    shown = []
+# Which differences hold
+
+THE_REFERENCE = "the reference"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a configuration compares with the reference.
+
+    Attributes:
+        difference: its figure minus the reference's; None where they can't be compared.
+        how: what the pairs are, or, where nothing can be told, why, and what to do.
+        holm: the p-value that holds for all comparisons together.
+    """
+
+    difference: Difference | None
+    how: str
+    holm: float = math.nan
+
+
+ONE_PAIR = (
+    "a single pair gives no interval: train both with two seeds or more in common, or compare one run with one run"
+)
+
+
+def compare_pair(group: Sequence[Row], reference: Sequence[Row], metric: str) -> Comparison:
+    """Compares the seeds of two configurations, rows of `average_folds`."""
+    mine, theirs = ({row["seed"]: row["folds"] for row in rows} for rows in (group, reference))
+    runs_of_each = [[run for folds in seeds.values() for run in folds.values()] for seeds in (mine, theirs)]
+    test_data = [found[0]["test data"] for found in runs_of_each]
+    if None not in test_data and test_data[0] != test_data[1]:
+        return Comparison(None, "they were tested on different images")
+    shared = {seed: mine[seed].keys() & theirs[seed].keys() for seed in mine if seed in theirs}
+    differences = {
+        seed: {fold: mine[seed][fold]["selected"] - theirs[seed][fold]["selected"] for fold in sorted(folds, key=str)}
+        for seed, folds in shared.items()
+        if folds
+    }
+    if len(differences) > 1:
+        found = significance.paired_over_seeds([fmean(folds.values()) for folds in differences.values()])
+        return Comparison(found, _do_not_vary(found, "seeds") if math.isnan(found.p) else f"over {found.count} seeds")
+    of_seed = [*next(iter(differences.values()), {}).values()]
+    partitions = {run["partitions"] for found in runs_of_each for run in found}
+    if len(of_seed) > 1:
+        return _compare_folds(of_seed, partitions)
+    if [len(found) for found in runs_of_each] == [1, 1]:
+        return _compare_queries(runs_of_each[0][0], runs_of_each[1][0], metric)
+    if of_seed:
+        return Comparison(Difference(of_seed[0]), ONE_PAIR)
+    return Comparison(
+        None, f"they share no {'fold' if shared else 'seed'}: train both with two seeds or more in common"
+    )
+
+
+def _do_not_vary(difference: Difference, pairs: str) -> str:
+    return f"all {difference.count} {pairs} have the same difference, which says nothing of how it varies"
+
+
+def _compare_folds(differences: Sequence[float], partitions: Collection[Any]) -> Comparison:
+    """Compares two configurations over the folds of the seed that they share."""
+    num_partitions, *others = partitions
+    if others or type(num_partitions) is not int or num_partitions < 2:
+        return Comparison(Difference(fmean(differences)), "their folds are of different --num_training_partitions")
+    found = significance.paired_over_folds(differences, num_partitions)
+    if math.isnan(found.p):
+        return Comparison(found, _do_not_vary(found, "folds"))
+    return Comparison(
+        found, f"over {found.count} folds of one seed, corrected for the training classes that folds share"
+    )
+
+
+def _compare_queries(run: Row, reference: Row, metric: str) -> Comparison:
+    """Compares two single runs by their queries."""
+    name, difference = BY_QUERY.get(metric.removeprefix(FINEST)), Difference(run["selected"] - reference["selected"])
+    if name is None:
+        listed = ", ".join(BY_QUERY)
+        return Comparison(difference, f"runs keep results by query of {listed} only: train with two seeds or more")
+    try:
+        results, others = (_read_query_results(one, metric) for one in (run, reference))
+    except UserError as error:
+        return Comparison(difference, str(error))
+    if results["test_set"] != others["test_set"] or not np.array_equal(results["weight"], others["weight"]):
+        return Comparison(difference, "their queries are different ones, or stand in another order")
+    by_query = results[name].astype(np.float64) - others[name]  # (Q,)
+    found = significance.bootstrap_over_classes(results["label"], results["weight"], by_query)
+    if found.count < significance.MIN_CLASSES:
+        few = f"{found.count} test classes are too few to draw from, {significance.MIN_CLASSES} are needed"
+        return Comparison(found, f"{few}: train with two seeds or more")
+    if math.isnan(found.p):
+        return Comparison(found, _do_not_vary(found, "test classes"))
+    return Comparison(found, f"over {found.count} test classes, drawn anew; the seed's variance is left out")
+
+
+def _read_query_results(run: Row, metric: str) -> dict[str, np.ndarray]:
+    """A run's results by query.
+
+    Raises:
+        UserError: they are missing or damaged, or aren't those of the run's figure.
+    """
+    results = records.read_query_results(run["folder"])
+    figure = float((results["weight"] * results[BY_QUERY[metric.removeprefix(FINEST)]]).sum())
+    if not math.isclose(figure, run["selected"], abs_tol=1e-5):  # AP@R is stored as float32
+        raise UserError(
+            f"{run['folder'] / records.PER_QUERY} has another {metric} than summary.json: remove both, and "
+            "--resume_training writes them anew"
+        )
+    return results
+
+
+def choose_reference(rows: Sequence[Row], column: str, lower_is_better: bool, wanted: str | None) -> str:
+    """The label of the configuration that the others are compared with: the one asked for, or the best one.
+
+    Raises:
+        UserError: none has that label, or a part of several labels was given.
+    """
+    labels = [row["Configuration"] for row in rows]
+    if wanted is None:
+        return min(rows, key=lambda row: row[column] if lower_is_better else -row[column])["Configuration"]
+    found = [label for label in labels if label == wanted] or [label for label in labels if wanted in label]
+    if len(found) == 1:
+        return found[0]
+    which = f"is part of {len(found)} labels" if found else f"is no label{auxiliaries.nearest_name(wanted, labels)}"
+    listed = "; ".join(labels[: auxiliaries.MAX_LISTED]) + ("; …" if len(labels) > auxiliaries.MAX_LISTED else "")
+    raise UserError(f"--reference {shown(wanted)} {which}: give one of {listed}")
+
+
+def compare_with(seeds: Sequence[Row], reference: str, metric: str, is_chosen: bool) -> dict[str, Comparison]:
+    """Compares every other configuration with the reference.
+
+    Args:
+        seeds: rows of `average_folds`.
+        reference: its label.
+        metric: the metric.
+        is_chosen: whether the reference was chosen by these figures. Then a comparison of every pair was possible, and
+            all of these count.
+
+    Returns:
+        The comparisons by label.
+    """
+    groups = {label: rows for (label,), rows in group_by(seeds, "Configuration").items()}
+    others = [label for label in groups if label != reference]
+    found = [compare_pair(groups[label], groups[reference], metric) for label in others]
+    p_values = [math.nan if one.difference is None else one.difference.p for one in found]
+    adjusted = significance.holm(p_values, count_comparisons(len(groups), is_chosen))
+    return {label: replace(one, holm=p) for label, one, p in zip(others, found, adjusted)}
+
+
+def count_comparisons(num_groups: int, is_chosen: bool) -> int:
+    """How many comparisons p-values are corrected for: with a reference named in advance, or of every pair."""
+    return math.comb(num_groups, 2) if is_chosen else num_groups - 1
+
+
+def differing_parts(label: str, other: str) -> tuple[str, str]:
+    """Two labels without the flags in which they agree."""
+    parts, others = (re.split(r", (?=\w+ )", one) for one in (label, other))
+    mine, theirs = ([part for part in some if part not in rest] for some, rest in ((parts, others), (others, parts)))
+    return ", ".join(mine) or label, ", ".join(theirs) or other
+
+
+def in_words(label: str, reference: str, comparison: Comparison, lower_is_better: bool) -> str:
+    """One sentence: which of both is better, or that this can't be told."""
+    label, reference = differing_parts(label, reference)
+    difference, better, worse, sign = comparison.difference, label, reference, 1
+    if difference is None:
+        return f"{label} and {reference} can't be compared: {comparison.how}"
+    if (difference.mean < 0) != lower_is_better:
+        better, worse, sign = reference, label, -1
+    mean = f"{sign * difference.mean:+.4f}"
+    if math.isnan(difference.p):
+        return f"no difference can be told between {better} and {worse}: {mean}; {comparison.how}"
+    low, high = sorted((sign * difference.low, sign * difference.high))
+    more = "" if math.isnan(difference.p_wilcoxon) else f"; Wilcoxon {_format_p(difference.p_wilcoxon)}"
+    numbers = f"{mean} [{low:.4f}, {high:.4f}], p {_format_p(difference.p)} (Holm {_format_p(comparison.holm)}{more})"
+    holds = comparison.holm < significance.LEVEL
+    what = f"{better} is better than {worse}" if holds else f"no difference can be told between {better} and {worse}"
+    return f"{what}: {numbers}; {comparison.how}"
+
+
+def _format_p(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.0005 else "< 0.001"
+
+
+def add_comparisons(
+    rows: Sequence[Row],
+    comparisons: Mapping[str, Comparison],
+    reference: str,
+    lower_is_better: bool,
+    num_comparisons: int,
+) -> None:
+    """Adds columns of what can be told of each configuration's difference to the reference."""
     for row in rows:
-        cells = {}
-        for name, value in row.items():
-            half = row.get(f"CI 95 %, {name.rpartition(', ')[2]}")  # of the figure of this model
-            if half is None:
-                cells[name] = f"{value:.1f}" if name == "Seconds" else value
-            elif not name.startswith("CI 95 %"):
-                cells[name] = f"{value:.4f}" + ("" if math.isnan(half) else f" ± {half:.4f}")
-        shown.append(cells)
+        label = row["Configuration"]
+        comparison = comparisons.get(label, Comparison(None, ""))
+        difference = comparison.difference or Difference(math.nan)
+        row |= {"Difference": difference.mean, "Difference from": difference.low, "Difference to": difference.high}
+        row |= {"p": difference.p, "p, Wilcoxon": difference.p_wilcoxon, "p, Holm": comparison.holm}
+        row["Comparisons"] = num_comparisons
+        is_other = label != reference
+        row["In words"] = in_words(label, reference, comparison, lower_is_better) if is_other else THE_REFERENCE
+
+
+def add_optimism(rows: Sequence[Row], seeds: Sequence[Row]) -> None:
+    """Adds the selection optimism of each configuration's runs, and its mean, where any run has it."""
+    groups = {label: of_label for (label,), of_label in group_by(seeds, "Configuration").items()}
+    by_label = {
+        label: {str(run["folder"]): run["optimism"] for row in of_label for run in row["folds"].values()}
+        for label, of_label in groups.items()
+    }
+    by_label = {label: {k: v for k, v in by_run.items() if v == v} for label, by_run in by_label.items()}
+    if not any(by_label.values()):
+        return
+    for row in rows:
+        by_run = by_label[row["Configuration"]]
+        row["Selection optimism"] = fmean(by_run.values()) if by_run else math.nan
+        row["Selection optimism by run"] = by_run
+
+
+def sort_rows(rows: Sequence[Row], column: str | None, split: str) -> list[Row]:
+    """The rows by a column, NaN last: of metrics the best first, of others the lowest.
+
+    Args:
+        rows: the table.
+        column: a column's name, or a metric's, which stands for the selected network's figure.
+        split: which classes the figures are of.
+
+    Raises:
+        UserError: there is no such column.
+    """
+    if column is None:
+        return list(rows)
+    metric = column.removeprefix(f"{SPLITS[split]} ").partition(", ")[0]
+    name = column if column in rows[0] else f"{SPLITS[split]} {column}, selected"
+    if name not in rows[0] or isinstance(rows[0][name], dict):
+        names = [name for name, value in rows[0].items() if not isinstance(value, dict)]
+        near = auxiliaries.nearest_name(column, names)
+        raise UserError(f"--sort {shown(column)} is no column{near}; the columns are {'; '.join(names)}")
+    is_figure = name.startswith(f"{SPLITS[split]} ")
+    sign = -1 if is_figure and not evaluate.lower_is_better(metric) else 1
+    is_text = isinstance(rows[0][name], str)
+    return sorted(rows, key=lambda row: row[name] if is_text else (math.isnan(row[name]), sign * row[name]))
+
+
+# Printing
+
+COMPARISON_COLUMNS = (
+    *("Difference", "Difference from", "Difference to", "p", "p, Wilcoxon", "p, Holm", "Comparisons"),
+    *("In words", "Selection optimism by run"),
+)
+
+
+def format_cells(rows: Sequence[Row], plus_minus: str = "±") -> list[dict[str, str]]:
+    """The table as it is shown: a figure and its interval in one cell, and no column of the comparisons."""
+    return [
+        {
+            name: _format_cell(name, value, row, plus_minus)
+            for name, value in row.items()
+            if name not in COMPARISON_COLUMNS and not name.startswith("CI 95 %")
+        }
+        for row in rows
+    ]
+
+
+def _format_cell(name: str, value: Any, row: Row, plus_minus: str) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    if math.isnan(value):
+        return ""
+    if name == "Seconds":
+        return f"{value:.1f}"
+    metric, _, model = name.partition(" ")[2].rpartition(", ")  # of `test Recall @ 1, selected`
+    names = (f"CI 95 %, {metric}, {model}", f"CI 95 %, {model}")
+    half = next((row[name] for name in names if name in row), math.nan)
+    return f"{value:.4f}" + ("" if math.isnan(half) else f" {plus_minus} {half:.4f}")
+
+
+def describe_table(rows: Sequence[Row]) -> str:
+    """What the figures of the table are."""
     what = "Mean over seeds ± half of its 95 % confidence interval"
-    what += "; a seed's figure is the mean over its folds" if any(row["Runs"] > row["Seeds"] for row in rows) else ""
-    return f"{what}.\n\n{records.format_table(shown)}"
+    folds = "; a seed's figure is the mean over its folds" if any(row["Runs"] > row["Seeds"] for row in rows) else ""
+    return f"{what}{folds}."
+
+
+def describe_comparisons(rows: Sequence[Row], metric: str, is_chosen: bool) -> list[str]:
+    """Which differences hold, in sentences; none where there is nothing to compare."""
+    reference = next(row["Configuration"] for row in rows if row["In words"] == THE_REFERENCE)
+    sentences = [row["In words"] for row in rows if row["In words"] != THE_REFERENCE]
+    if not sentences:
+        return []
+    how = f", the best by {metric}" if is_chosen else ""
+    title = f"Differences in {metric} to {reference}{how}, with 95 % confidence intervals:"
+    count, num_own = rows[0]["Comparisons"], len(rows) - 1
+    holm = f"Holm's p-values hold for {count} comparisons together."
+    if count > num_own:
+        holm = (
+            f"Holm's p-values hold for the comparisons of all {count} pairs, since the figures chose the reference: "
+            f"named in advance by --reference, only its own {num_own} count."
+        )
+    has_p = any(not math.isnan(row["p"]) for row in rows)
+    return [title, *(f"- {sentence}" for sentence in sentences), holm if has_p and count > 1 else ""]
+
+
+def describe_optimism(rows: Sequence[Row], metric: str) -> str:
+    """How much choosing the epoch on the test classes adds to their figure, on average; empty where no run says."""
+    by_run = [value for row in rows for value in row.get("Selection optimism by run", {}).values()]
+    if not by_run:
+        return ""
+    return (
+        f"Selection optimism: {fmean(by_run):+.4f} on average of {len(by_run)} run(s). By so much {metric} on the test "
+        "classes is better in the epoch that these choose than in the one that the validation classes choose."
+    )
+
+
+def format_markdown(rows: Sequence[Row], metric: str, is_chosen: bool) -> str:
+    """The rows as a Markdown table, below a line that says what they are; then what can be told of them."""
+    parts = [describe_table(rows), records.format_table(format_cells(rows))]
+    title, *sentences = describe_comparisons(rows, metric, is_chosen) or [""]
+    parts += [title, "\n".join(sentences[:-1]), *filter(None, sentences[-1:])] if sentences else []
+    optimism = describe_optimism(rows, metric)
+    if optimism:
+        by_run = [item for row in rows for item in row["Selection optimism by run"].items()]
+        table = [{"Run": run, "Selection optimism": f"{value:+.4f}"} for run, value in by_run]
+        parts += [optimism, records.format_table(table)]
+    return "\n\n".join(parts)
+
+
+def format_csv(rows: Sequence[Row]) -> str:
+    """The rows as CSV; what holds several values is text."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    for row in rows:
+        table.writerow({name: _flatten(value) for name, value in row.items()})
+    return text.getvalue().rstrip("\n")
+
+
+def _flatten(value: Any) -> Any:
+    return "; ".join(f"{name} {entry}" for name, entry in value.items()) if isinstance(value, dict) else value
+
+
+LATEX_CHARACTERS = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "<": r"$<$"},
+}
+
+
+def escape_latex(text: str) -> str:
+    """Plain text as LaTeX writes it, in one line."""
+    return "".join(LATEX_CHARACTERS.get(character, character) for character in " ".join(text.split()))
+
+
+def _best_figures(rows: Sequence[Row]) -> dict[str, float]:
+    """The best value of each column of figures."""
+    best = {}
+    for name in rows[0]:
+        metric, _, model = name.partition(" ")[2].rpartition(", ")
+        values = [row[name] for row in rows if model in MODELS and not math.isnan(row[name])]
+        if values and not name.startswith("CI 95 %"):
+            best[name] = min(values) if evaluate.lower_is_better(metric) else max(values)
+    return best
+
+
+def format_latex(rows: Sequence[Row], metric: str, is_chosen: bool) -> str:
+    """The rows as a LaTeX tabular, which needs no package; the best figures are bold, sentences are comments."""
+    cells, best = format_cells(rows), _best_figures(rows)
+    for row, of_row in zip(rows, cells):
+        for name, text in of_row.items():
+            bold = len(rows) > 1 and name in best and row[name] == best[name]
+            of_row[name] = rf"\textbf{{{escape_latex(text)}}}" if bold else escape_latex(text)
+    for row, of_row in zip(rows, cells):
+        values = [row[name] for name in ("Difference", "Difference from", "Difference to", "p, Holm")]
+        mean, low, high, p = ("" if math.isnan(value) else f"{value:.4f}" for value in values)
+        of_row["Difference"] = f"${mean}$ $[{low}, {high}]$" if low else f"${mean}$" if mean else ""
+        of_row["$p$ (Holm)"] = "" if not p else escape_latex(_format_p(row["p, Holm"]))
+    names = [name if "$" in name else escape_latex(name) for name in cells[0]]
+    comments = [describe_table(rows), *describe_comparisons(rows, metric, is_chosen), describe_optimism(rows, metric)]
+    comments += [
+        f"{run} {value:+.4f}" for row in rows for run, value in row.get("Selection optimism by run", {}).items()
+    ]
+    lines = [f"% {' '.join(comment.split())}" for comment in comments if comment]
+    lines += [rf"\begin{{tabular}}{{l{'r' * (len(names) - 1)}}}", r"\hline"]
+    body = [" & ".join(row) + r" \\" for row in (names, *(list(of_row.values()) for of_row in cells))]
+    return "\n".join([*lines, body[0], r"\hline", *body[1:], r"\hline", r"\end{tabular}"])
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
-    """Prints the table, draws the curves, and names the folders that are left out.
+    """Prints the table and which differences hold, draws the curves, and names the folders that are left out.
+
+    Returns:
+        The rows of the table, with columns of the comparisons.
 
     Raises:
         UserError: there is nothing to compare.
@@ -304,17 +741,26 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser = auxiliaries.FlagParser(prog="compare.py", description=__doc__)
     add_arguments(parser)
     opt = parser.parse_args(argv)
-    seeds = average_folds(read_runs(map(Path, opt.folders), opt.metric))
-    rows = summarize(seeds, opt.metric)
+    metric = (opt.metrics or [DEFAULT_METRIC])[0] if opt.metric is None else opt.metric
+    further = [name for name in dict.fromkeys(opt.metrics or []) if name != metric]
+    folders = [Path(folder) for folder in opt.folders]
+    if opt.database is not None:
+        collect_database(Path(opt.database), folders)
+    seeds = average_folds(read_runs(folders, metric, further))
+    split, lower_is_better, is_chosen = seeds[0]["split"], evaluate.lower_is_better(metric), opt.reference is None
+    rows = summarize(seeds, metric)
+    reference = choose_reference(rows, f"{SPLITS[split]} {metric}, selected", lower_is_better, opt.reference)
+    comparisons = compare_with(seeds, reference, metric, is_chosen)
+    add_optimism(rows, seeds)
+    add_comparisons(rows, comparisons, reference, lower_is_better, count_comparisons(len(rows), is_chosen))
+    rows = sort_rows(rows, opt.sort, split)
     if opt.json:
         print(auxiliaries.as_json(rows))
     elif opt.csv:
-        table = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
+        print(format_csv(rows))
     else:
-        print(format_markdown(rows))
-    plots.save_bands(opt.svg, compute_bands(seeds), opt.metric)
+        print((format_latex if opt.latex else format_markdown)(rows, metric, is_chosen))
+    plots.save_bands(opt.svg, compute_bands(seeds), metric)
     auxiliaries.notice(f"curves in {opt.svg}")
     return rows
 

@@ -7,9 +7,9 @@ of `012` stays what it is.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from auxiliaries import (
     number,
     shorten,
     shown,
+    split_suffix,
     to_builtin,
     user_path,
 )
@@ -49,7 +50,17 @@ COMPLETE = "# Complete if the last line is three dots.\n"
 MAX_SAVENAME = 200  # bytes: with what is put before and after it, it must fit into 255
 
 # What runs did that were stored before these flags existed: a stored configuration that lacks one of them means this.
-MEANT_BEFORE = {"crop_scale": 0.08, "flip": True, "redraw_images": True, "interpolation": "bilinear"}
+MEANT_BEFORE = {
+    **{"crop_scale": 0.08, "flip": True, "redraw_images": True, "interpolation": "bilinear"},
+    **{"normalize_members": False},
+}
+
+# What --fast turns on, by kind of device, and what is on without it.
+EXACT = {"precision": "fp32", "channels_last": False, "compile": False, "fused": False, "deterministic": True}
+FAST: dict[str, dict[str, object]] = {
+    "cpu": {**EXACT, "channels_last": True, "fused": True},
+    "cuda": {**EXACT, "precision": "bf16", "channels_last": True, "fused": True, "deterministic": False},
+}
 
 # What users bring along from other projects, and what it is here.
 KNOWN_ELSEWHERE = {
@@ -89,6 +100,12 @@ def add_arguments(parser: FlagParser) -> None:
         help="seed of weights, batches, augmentation and sampling")
     add("--gpu", type=number(int, -1), default=0, machine=True, compared=False,
         help="number of the CUDA device; -1: the CPU")
+    add("--fast", action="switch", machine=True, compared=False,
+        help="turn on what is quicker on this device, among --precision, --channels_last, --compile, --fused and "
+        "--no-deterministic; figures differ in their last digits")
+    add("--deterministic", action="switch", default=None, machine=True, compared=False,
+        help="on a GPU, use only algorithms of cuDNN that give the same digits each time; --no-deterministic: the "
+        "quickest ones, by trial (default: on, except with --fast)")
     add("--savename", machine=True, compared=False,
         help="name of the run folder (default: dataset, architecture and time)")
     add("--save_path", type=user_path, default="Training_Results", machine=True, compared=False,
@@ -108,8 +125,6 @@ def add_arguments(parser: FlagParser) -> None:
         help="evaluate the best network of a run, in FOLDER or of --savename, without training")
     add("--accept_changed_data", action="switch",
         help="continue or evaluate a run although its images or their classes have changed since it began")
-    add("--splits_to_eval", nargs="+", choices=("train", "val", "test"), needs="evaluate",
-        help="--evaluate: on which images (default: test)")
     add("--eval_reference_set", choices=("compared_to_self", "compared_to_sets_combined", "compared_to_training_set"),
         needs="evaluate",
         help="--evaluate: where queries search: in their own set (or its gallery), in all --splits_to_eval together, "
@@ -120,6 +135,11 @@ def add_arguments(parser: FlagParser) -> None:
         help="--evaluate: use the backbone's features instead of embeddings")
     add("--eval_pca", type=number(int, 1), metavar="N", needs="evaluate",
         help="--evaluate: use the first N principal components")
+    add("--eval_pca_normalize", action="switch", needs="evaluate",
+        help="--eval_pca: scale the projected embeddings to length 1 again")
+    add("--eval_every_class", action="switch", needs="evaluate",
+        help="--evaluate: write the retrieval metrics of each class to per_class_<split>.csv, and add their means over "
+        "classes, in which each class counts alike, as Macro Recall @ 1, ...")
     add("--eval_size_of_tsne", type=number(int, 10), metavar="N", needs="evaluate",
         help="--evaluate: draw a t-SNE plot of N images of each set, class by class")
     # fmt: on
@@ -128,12 +148,15 @@ def add_arguments(parser: FlagParser) -> None:
 @cache
 def build_parser() -> FlagParser:
     """The parser of all modules' flags."""
-    parser = FlagParser(
-        prog="main.py",
-        description="Trains an embedding network on labeled images and evaluates it by retrieval on classes it has "
-        "never seen.",
-        known_elsewhere=KNOWN_ELSEWHERE,
+    return compose_parser(
+        "main.py",
+        "Trains an embedding network on labeled images and evaluates it by retrieval on classes it has never seen.",
     )
+
+
+def compose_parser(prog: str, description: str, tunes: bool = False) -> FlagParser:
+    """A new parser of all modules' flags; one that `tunes` also takes suffixes, such as --lr~BAYESIAN~."""
+    parser = FlagParser(prog=prog, description=description, known_elsewhere=KNOWN_ELSEWHERE, tunes=tunes)
     parser.add_argument("--version", action="version", version=f"{parser.prog} {VERSION}")
     for module in (datasets, transforms, netlib, features, losses, methods, evaluate, records):
         module.add_arguments(parser)
@@ -154,15 +177,27 @@ def parse(argv: Sequence[str], stored: Path | None = None) -> argparse.Namespace
     Raises:
         UserError: a flag is unknown or its value is invalid; for a file it names the line and the nearest flag.
     """
-    given = _parse_given(build_parser(), argv, stored)
-    values = {name: get_default(name) if value is UNSET else value for name, value in given.items()}
+    return complete(parse_layers(build_parser(), argv, stored), given_flags(argv))
+
+
+def complete(layered: Mapping[str, Any], given: Collection[str]) -> argparse.Namespace:
+    """All flags, with their defaults where nobody gave them.
+
+    Args:
+        layered: every flag's value, or `UNSET`.
+        given: the flags that the user gave, other than those stored with a run.
+
+    Raises:
+        UserError: a value is invalid.
+    """
+    values = {name: get_default(name) if value is UNSET else value for name, value in layered.items()}
     values["dataset"], values["source_path"] = datasets.find_dataset(values["dataset"], values["source_path"])
     for name, value in values.items():
         if isinstance(value, str):
             _check_text(name, value)
     opt = argparse.Namespace(**values)
     if opt.optim_params or opt.scheduler_params:
-        methods.refuse_doubles(given_flags(argv), opt)
+        methods.refuse_doubles(given, opt)
     return opt
 
 
@@ -175,7 +210,7 @@ def _check_text(name: str, text: str) -> None:
 
 def given_flags(argv: Sequence[str]) -> dict[str, Any]:
     """The flags that the command line, or a file that it names, gives."""
-    given = _parse_given(build_parser(), argv)
+    given = parse_layers(build_parser(), argv)
     return {name: value for name, value in given.items() if value is not UNSET}
 
 
@@ -184,29 +219,47 @@ def get_default(name: str) -> Any:
     return build_parser().get_default(name)
 
 
-def _parse_given(parser: FlagParser, argv: Sequence[str], stored: Path | None = None) -> dict[str, Any]:
+def parse_layers(parser: FlagParser, argv: Sequence[str], stored: Path | None = None) -> dict[str, Any]:
     """Every flag's value, `UNSET` where neither the command line nor a file gives it."""
-
     given = _parse_tokens(parser, argv)
     files = [*([str(stored)] if stored else []), *(given["config"] if given["config"] is not UNSET else [])]
     if not files:
         return given
     layers: Layer = []
     if stored:
-        layers = [
-            (f"--{name}", [f"--{name}" if value is True else f"--{name}={value}"])
-            for name, value in MEANT_BEFORE.items()
-        ]
+        layers = [(f"--{name}", [_as_token(name, value)]) for name, value in MEANT_BEFORE.items()]
     for name in files:
         layers = _merge(layers, read_layer(name, parser))
     return _parse_tokens(parser, [*(token for _, tokens in layers for token in tokens), *argv])
+
+
+def _as_token(name: str, value: object) -> str:
+    """A flag with its value as a user would have typed it."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name}={value}"
+
+
+def parse_one(name: str, text: str) -> Any:
+    """One flag's value from text, true or false for a switch.
+
+    Raises:
+        UserError: it is invalid.
+    """
+    parser = build_parser()
+    _, tokens = _as_tokens(name, yaml.ScalarNode("tag:yaml.org,2002:str", text), parser)
+    return _parse_tokens(parser, tokens)[name]
 
 
 def _parse_tokens(parser: FlagParser, tokens: Sequence[str]) -> dict[str, Any]:
     return vars(parser.parse_args(tokens, argparse.Namespace(**dict.fromkeys(parser.traits, UNSET))))
 
 
-def read_yaml(path: Path, load: Callable[[str], Any] = yaml.safe_load) -> Any:
+# libyaml's, where PyYAML was built with it: about ten times as fast, which comparing many runs needs.
+YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def read_yaml(path: Path, load: Callable[..., Any] = yaml.load, loader: Any = YAML_LOADER) -> Any:
     """What a YAML file holds.
 
     Raises:
@@ -216,7 +269,7 @@ def read_yaml(path: Path, load: Callable[[str], Any] = yaml.safe_load) -> Any:
         text = path.read_text(encoding="utf-8")
         if text.startswith(COMPLETE) and not text.endswith("\n...\n"):
             raise UserError(f"{path} is incomplete: its last line, three dots, is missing")
-        return load(text)
+        return load(text, Loader=loader)
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -230,7 +283,7 @@ def read_layer(name: str, parser: FlagParser) -> Layer:
         UserError: it can't be read, or an entry is invalid.
     """
     path = _find_file(name)
-    root = read_yaml(path, partial(yaml.compose, Loader=yaml.SafeLoader))
+    root = read_yaml(path, yaml.compose, yaml.SafeLoader)
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path} is not a mapping of flags to values")
     layer: Layer = []
@@ -242,8 +295,8 @@ def read_layer(name: str, parser: FlagParser) -> Layer:
             layer.append(_as_tokens(str(key_node.value), value_node, parser))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        if any(layer[-1][0] == flag for flag, _ in layer[:-1]):
-            raise UserError(f"{where}: {layer[-1][0]} is given twice")
+        if any(split_suffix(layer[-1][0])[0] == split_suffix(flag)[0] for flag, _ in layer[:-1]):
+            raise UserError(f"{where}: {split_suffix(layer[-1][0])[0]} is given twice")
     _check_layer(path, layer, [key_node.start_mark.line + 1 for key_node, _ in root.value], parser)
     return layer
 
@@ -263,8 +316,9 @@ def _check_layer(path: Path, layer: Layer, lines: Sequence[int], parser: FlagPar
 
 def _merge(layers: Layer, layer: Layer) -> Layer:
     """Puts a layer over others: an entry without tokens removes those of its flag."""
-    reset = {flag for flag, tokens in layer if not tokens}
-    return [*((flag, tokens) for flag, tokens in layers if flag.removesuffix(OVERRIDE) not in reset), *layer]
+    reset = {split_suffix(flag)[0] for flag, tokens in layer if not tokens}
+    kept = [(flag, tokens) for flag, tokens in layers if split_suffix(flag.removesuffix(OVERRIDE))[0] not in reset]
+    return [*kept, *layer]
 
 
 def _find_file(name: str) -> Path:
@@ -286,19 +340,23 @@ def _as_tokens(key: str, node: yaml.Node, parser: FlagParser) -> tuple[str, list
     """An entry as its flag and what a user would have typed."""
     flag = f"--{key}"
     action = parser.flags().get(flag)
+    if action is None and split_suffix(flag)[1]:
+        raise parser.refuse_suffix(flag)
     if action is None or key in ("config", "help"):
         raise UserError(f"unknown flag {shown(flag)}{parser.nearest_flag(flag)}")
     if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null":
         return flag, []
     if isinstance(node, yaml.MappingNode | yaml.SequenceNode):
         parts = [part for entry in node.value for part in (entry if isinstance(entry, tuple) else [entry])]
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for name, value in node.value for part in _list_tuned(name, value)]
         if not all(isinstance(part, yaml.ScalarNode) for part in parts):
             raise UserError(f"{flag} takes plain values, not lists or mappings of more lists or mappings")
         odd = [part.value for part in parts if part.value.startswith("-") and not _is_number(part.value)]
         if odd:
             raise UserError(f"{flag} takes values, not {shown(odd[0])}, which looks like a flag")
     if isinstance(node, yaml.MappingNode) and isinstance(action, MappingAction):
-        return flag, [flag, *(f"{name.value}={value.value}" for name, value in node.value)]
+        return flag, [flag, *(f"{name.value}={_listed(value)}" for name, value in node.value)]
     if isinstance(node, yaml.SequenceNode) and action.nargs in ("*", "+"):
         return flag, [flag, *(item.value for item in node.value)]
     if not isinstance(node, yaml.ScalarNode) or isinstance(action, MappingAction):
@@ -309,6 +367,17 @@ def _as_tokens(key: str, node: yaml.Node, parser: FlagParser) -> tuple[str, list
         on, off = action.option_strings
         return flag, [off if (node.value.lower() == "true") == (flag == off) else on]
     return flag, [f"{flag}={node.value}"]
+
+
+def _list_tuned(name: yaml.Node, value: yaml.Node) -> list[yaml.Node]:
+    """The parts of a mapping's entry; bounds or choices of a key with a suffix count as several."""
+    is_tuned = isinstance(name, yaml.ScalarNode) and split_suffix(name.value)[1]
+    return [name, *(value.value if is_tuned and isinstance(value, yaml.SequenceNode) else [value])]
+
+
+def _listed(node: yaml.Node) -> str:
+    """A value of a mapping as a user would have typed it."""
+    return f"[{','.join(item.value for item in node.value)}]" if isinstance(node, yaml.SequenceNode) else node.value
 
 
 def _is_number(text: str) -> bool:
@@ -353,8 +422,11 @@ def resolve(opt: argparse.Namespace) -> argparse.Namespace:
         fill("cascade_layers", [])  # those of the architecture
     for name, value in _image_flags(opt, arch).items():
         fill(name, value)
-    if opt.split_scheme == "cross_validation":
+    if opt.split_scheme != "predefined":
         fill("num_training_sets", min(4, opt.num_training_partitions))
+    fill("splits_to_eval", ["val", "test"] if opt.split_scheme == "predefined" else ["val"])
+    for name, value in (FAST[find_device(opt.gpu).type] if opt.fast else EXACT).items():
+        fill(name, value)
     fill("not_pretrained", not (arch.has_weights or opt.weights))
     fill("freeze_batchnorm", not opt.not_pretrained)
     methods.resolve_optimization(opt)
@@ -385,20 +457,16 @@ def _compute_what_selects(opt: argparse.Namespace) -> None:
         UserError: there is no such metric.
     """
     metric = opt.eval_metric_for_best_epoch
-    if metric in evaluate.chosen_metrics(opt.k_vals, opt.eval_metrics):
-        return
-    name, _, k = metric.partition(" @ ")
-    if metric in evaluate.METRICS:
-        opt.eval_metrics = list(dict.fromkeys([*opt.eval_metrics, metric]))
-    elif name in evaluate.METRICS and k.isdecimal() and int(k) > 0:
-        opt.eval_metrics = list(dict.fromkeys([*opt.eval_metrics, name]))
-        opt.k_vals = list(dict.fromkeys([*opt.k_vals, int(k)]))
-    if metric not in evaluate.chosen_metrics(opt.k_vals, opt.eval_metrics):
-        names = list(evaluate.chosen_metrics(opt.k_vals, list(evaluate.METRICS)))
+    if opt.label_hierarchy_level == datasets.ALL_LEVELS or opt.evaluate is not None:
+        metric = evaluate.without_level(metric)
+    names = evaluate.selecting_metrics(opt.k_vals, [*evaluate.METRICS, metric])
+    if metric not in names:
         raise UserError(
             f"--eval_metric_for_best_epoch {shown(metric)} is unknown{nearest_name(metric, names)}; it takes one of "
             f"{', '.join(names)}"
         )
+    if metric not in evaluate.chosen_metrics(opt.k_vals, opt.eval_metrics):
+        opt.eval_metrics = [*opt.eval_metrics, metric]
 
 
 def refuse_contradictions(opt: argparse.Namespace) -> None:
@@ -449,7 +517,7 @@ def _refuse_savename(name: str | None) -> None:
 def _refuse_folds(opt: argparse.Namespace) -> None:
     """Checks the flags of cross-validation against each other."""
     if opt.split_scheme == "predefined" and opt.fold is not None:
-        raise UserError("--fold needs --split_scheme cross_validation: predefined splits have no folds")
+        raise UserError(f"--fold needs --split_scheme {datasets.WITH_FOLDS}: predefined splits have no folds")
     sets = opt.num_training_sets
     if sets is not None and sets > opt.num_training_partitions:
         raise UserError(
@@ -479,7 +547,7 @@ def refuse_unused(opt: argparse.Namespace, given: Mapping[str, Any]) -> None:
         raise UserError(f"--{unused[0]} says how to --evaluate a finished run: add --evaluate, or drop it")
     changed = [name for name in parser.names_with(needs="cross_validation") if getattr(opt, name) != get_default(name)]
     if changed and opt.split_scheme == "predefined" and not modes:
-        raise UserError(f"--{changed[0]} needs --split_scheme cross_validation: predefined splits have no folds")
+        raise UserError(f"--{changed[0]} needs --split_scheme {datasets.WITH_FOLDS}: predefined splits have no folds")
     for needed in ("memory_size", "cache_features"):
         for name in parser.names_with(needs=needed):
             is_changed = getattr(opt, name) != get_default(name)
@@ -511,9 +579,10 @@ def changed_flags(before: argparse.Namespace, after: argparse.Namespace) -> dict
     return {name: new[name] for name in new if name not in ("savename", "save_path") and new[name] != old.get(name)}
 
 
-def save_config(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes flags as YAML; with all those of a resolved `opt`, `--config path` gives the same run."""
+def save_config(path: Path, values: Mapping[str, Any], comment: str = "") -> None:
+    """Writes flags as YAML, below a comment; with all those of a resolved `opt`, `--config path` gives the same run."""
     flags = {name: value for name, value in values.items() if f"--{name}" in build_parser().flags()}
     with atomic_write(path) as beside:
         text = yaml.safe_dump(flags, sort_keys=False, allow_unicode=True, explicit_end=True)
-        beside.write_text(COMPLETE + text, encoding="utf-8")
+        heading = f"# {comment}\n" if comment else ""
+        beside.write_text(f"{COMPLETE}{heading}{text}", encoding="utf-8")

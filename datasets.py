@@ -63,6 +63,8 @@ U = TypeVar("U")
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 TEST_SIZE = 0.5  # of the classes
+TEST_START = 0.5  # among the classes
+ALL_LEVELS = "all"  # of the labels
 PARTS = ("train", "val", "test")  # folders of class folders
 NAMES_OF_PARTS = {  # what others call them
     **{"training": "train", "trainset": "train", "train_set": "train"},
@@ -76,7 +78,7 @@ def add_arguments(parser: FlagParser) -> None:
     """Declares the flags of data, batches and splits."""
     # fmt: off
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", default="cub200", metavar="NAME", fixed=True,
+    add("--dataset", default="cub200", metavar="NAME", fixed=True, protocol=True,
         help=f"{', '.join(name for name in DATASETS if not name.startswith('torchvision_'))}; torchvision:NAME, "
         f"with the name of one of its classes: {', '.join(TORCHVISION)}; or any folder of class folders: its name in "
         "--source_path, or its path")
@@ -104,24 +106,49 @@ def add_arguments(parser: FlagParser) -> None:
         "pytorch-metric-learning does; by default all of them are drawn before any is drawn again")
     add("--iterations_per_epoch", type=number(int, 1), help="batches per epoch (default: training images // bs)")
 
-    add = parser.add_argument_group("protocol").add_argument
+    add = parser.add_argument_group("protocol", protocol=True).add_argument
     add("--split_scheme", choices=SPLIT_SCHEMES, default="predefined", fixed=True,
         help="predefined: the literature's training and test images; cross_validation: some classes are set aside for "
-        "testing, the others are divided into partitions, and each fold validates on one and trains on the rest")
+        "testing, the others are divided into partitions, and each fold validates on one and trains on the rest; "
+        "predefined_with_validation: the same inside the literature's training classes, tested on its test images: the "
+        "sound way on Online Products and In-Shop; closed_set: of every class some images for testing, the others "
+        "divided into partitions, which measures retrieval of known classes")
     add("--test_size", type=number(float, 0, below=1), default=TEST_SIZE, fixed=True,
-        help="fraction of the classes used for testing, in cross_validation and of any folder of class folders; "
-        "0, for such a folder: train on all classes, and evaluate on the same ones")
-    add("--test_start_idx", type=number(float, 0, below=1), default=0.5, fixed=True, needs="cross_validation",
-        help="cross_validation: where the test classes begin among the sorted classes, as a fraction of their number")
+        help="fraction of the classes used for testing, in cross_validation and of any folder of class folders, or in "
+        "closed_set of the images of every class; 0, for such a folder: train on all classes, and evaluate on the same "
+        "ones")
+    add("--test_start_idx", type=number(float, 0, below=1), default=TEST_START, fixed=True, needs="cross_validation",
+        help="cross_validation: where the test classes begin among the sorted classes, as a fraction of their number; "
+        "closed_set: the same among the images of a class")
     add("--num_training_partitions", type=number(int, 2), default=4, fixed=True, needs="cross_validation",
-        help="cross_validation: number of partitions of the remaining classes")
+        help="of all split schemes but predefined: number of partitions of the remaining classes or images")
     add("--num_training_sets", type=number(int, 1), compared=False, needs="cross_validation",
-        help="cross_validation: number of folds to run (default: 4, or the number of partitions if that is smaller)")
+        help="of all split schemes but predefined: number of folds to run (default: 4, or the number of partitions if "
+        "that is smaller)")
     add("--fold", type=number(int, 0), fixed=True, compared=False, needs="cross_validation",
-        help="cross_validation: run only this fold, counted from 0 (default: all)")
-    add("--label_hierarchy_level", type=number(int, 0), default=0, fixed=True,
-        help="level of the labels to train and evaluate on: 0 is the finest; coarser ones where a dataset has them")
+        help="of all split schemes but predefined: run only this fold, counted from 0 (default: all)")
+    add("--split_shuffle", nargs="?", const=0, type=number(int, 0), metavar="SEED", fixed=True,
+        needs="cross_validation",
+        help="permute the classes (closed_set: the images of each class) before they are cut into test, validation and "
+        "training: with SEED, the same for all runs; without SEED or with 0, with --seed, so that runs of different "
+        "seeds have different test classes (default: sorted)")
+    add("--fold_order", choices=FOLD_ORDERS, default="partition", fixed=True, needs="cross_validation",
+        help="which classes fold i validates on; partition: partition i; reality_check: as the benchmarker 0.9.13 did, "
+        "the block that ends where partition i begins, which for fold 0 is the last one")
+    add("--label_hierarchy_level", type=label_level, default=0, metavar="LEVEL", fixed=True,
+        help="level of the labels to train and evaluate on: 0 is the finest; coarser ones where a dataset has them; "
+        "all: train on the finest, evaluate on each (Level 0 Recall @ 1, ...) and average (Level mean Recall @ 1)")
     # fmt: on
+
+
+def label_level(text: str) -> int | str:
+    """An argparse type: a level of the labels, or `all`."""
+    if text == ALL_LEVELS:
+        return text
+    try:
+        return number(int, 0)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor is it {ALL_LEVELS}") from None
 
 
 @dataclass(frozen=True)
@@ -278,13 +305,18 @@ def pool(splits: Splits) -> ImageSet:
 
 
 def class_disjoint_splits(
-    images: ImageSet, fold: int, test_size: float, test_start_idx: float, num_training_partitions: int
+    images: ImageSet,
+    fold: int,
+    test_size: float,
+    test_start_idx: float,
+    num_training_partitions: int,
+    shuffle_seed: int | None = None,
+    fold_order: str = "partition",
 ) -> Splits:
     """One fold of cross-validation over classes of the finest level.
 
     Of the n sorted classes, int(n · start) … int(n · start) + int(n · size) - 1, modulo n, are test classes. The others
-    are divided into partitions (`numpy.array_split`): partition `fold` is for validation, the rest for training. In
-    every set, images search each other.
+    are divided into partitions: one is for validation, the rest for training. In every set, images search each other.
 
     Args:
         images: all images of the dataset.
@@ -292,38 +324,205 @@ def class_disjoint_splits(
         test_size: fraction of the classes to test on, in (0, 1).
         test_start_idx: where the test classes begin, as a fraction, in [0, 1).
         num_training_partitions: number of partitions.
+        shuffle_seed: permutes the classes before they are cut (default: they are sorted).
+        fold_order: a key of `FOLD_ORDERS`.
 
     Raises:
         UserError: a set gets fewer than two classes.
     """
     labels = images.labels[:, 0]
-    classes = np.unique(labels)
+    classes = _order_classes(labels, shuffle_seed)
     start, size = int(len(classes) * test_start_idx), int(len(classes) * test_size)
     test = classes[np.arange(start, start + size) % len(classes)]
-    others = np.setdiff1d(classes, test)
-    for name, count, advice in (
-        ("test", len(test), "raise --test_size"),
-        ("validation", len(others) // num_training_partitions, "lower --num_training_partitions or --test_size"),
-    ):
-        if count < 2:  # and then each partition has two or more, which leaves enough to train on
-            flags = f"--test_size {test_size:g} and --num_training_partitions {num_training_partitions}"
-            raise UserError(
-                f"--split_scheme cross_validation leaves {count} {name} class(es) of {len(classes)} with {flags}, and "
-                f"two are needed: {advice}, or give more classes"
-            )
-    partitions = np.array_split(others, num_training_partitions)
-    val, train = partitions[fold], np.concatenate([p for i, p in enumerate(partitions) if i != fold])
-    assert len(train) + len(val) + len(test) == len(set(train) | set(val) | set(test)), "sets share classes"
-    train_set, val_set, test_set = (images.subset(np.isin(labels, chosen)) for chosen in (train, val, test))
+    others = classes[~np.isin(classes, test)]
+    flags = f"--test_size {test_size:g} and --num_training_partitions {num_training_partitions}"
+    leaves = "--split_scheme cross_validation leaves"
+    if len(test) < 2:
+        raise UserError(
+            f"{leaves} {len(test)} test class(es) of {len(classes)} with {flags}, and two are needed: raise "
+            "--test_size, or give more classes"
+        )
+    block = int(len(classes) * ((1 / num_training_partitions) * (1 - test_size)))  # as 0.9.13 rounds
+    val = _choose_validation(others, fold, num_training_partitions, fold_order, block)
+    if val is None:
+        count = min(len(others) // num_training_partitions, block if fold_order == "reality_check" else len(others))
+        raise UserError(
+            f"{leaves} {count} validation class(es) of {len(classes)} with {flags}, and two are needed: lower "
+            "--num_training_partitions or --test_size, or give more classes"
+        )
+    assert not set(val) & set(test), "sets share classes"
+    val_set, test_set = (images.subset(np.isin(labels, chosen)) for chosen in (val, test))
+    train_set = images.subset(~np.isin(labels, np.concatenate([val, test])))
     return Splits(train_set, val=[RetrievalSet("val", val_set)], test=[RetrievalSet("test", test_set)])
+
+
+def _order_classes(labels: np.ndarray, shuffle_seed: int | None) -> np.ndarray:
+    """The classes that occur, sorted, or permuted by a seed."""
+    classes = np.unique(labels)
+    return classes if shuffle_seed is None else np.random.default_rng(shuffle_seed).permutation(classes)
+
+
+def _validate_on_partition(classes: np.ndarray, fold: int, num_partitions: int, block: int) -> np.ndarray:
+    """Partition `fold` of `numpy.array_split`."""
+    return np.array_split(classes, num_partitions)[fold]
+
+
+def _validate_as_reality_check(classes: np.ndarray, fold: int, num_partitions: int, block: int) -> np.ndarray:
+    """The `block` classes that end, cyclically, where partition `fold` begins.
+
+    The benchmarker 0.9.13, with which Musgrave et al. (ECCV 2020) made their tables, lets the training classes of fold
+    i begin at int(i / partitions · classes), and validates on the block that follows them: on the last quarter in fold
+    0, on the first one in fold 1. All blocks are of one size: with a remainder, a few classes are in none of them.
+    """
+    end = int(fold / num_partitions * len(classes))
+    return classes[np.arange(end - block, end) % len(classes)]
+
+
+FOLD_ORDERS: dict[str, Callable[[np.ndarray, int, int, int], np.ndarray]] = {
+    "partition": _validate_on_partition,
+    "reality_check": _validate_as_reality_check,
+}
+
+
+def _choose_validation(
+    classes: np.ndarray, fold: int, num_partitions: int, fold_order: str, block: int
+) -> np.ndarray | None:
+    """The classes that a fold validates on; None where a partition would have fewer than two of them.
+
+    With two in each of at least two partitions, enough are left to train on.
+    """
+    if len(classes) // num_partitions < 2:
+        return None
+    val = FOLD_ORDERS[fold_order](classes, fold, num_partitions, block)
+    return val if len(val) > 1 else None
+
+
+def validation_splits(
+    splits: Splits,
+    fold: int,
+    num_training_partitions: int,
+    shuffle_seed: int | None = None,
+    fold_order: str = "partition",
+) -> Splits:
+    """One fold of cross-validation inside the training classes of a dataset's own splits, whose test sets stay.
+
+    Images that the dataset sets aside for validation count as training images before they are divided.
+
+    Args:
+        splits: the dataset's own.
+        fold: 0 … num_training_partitions - 1.
+        num_training_partitions: number of partitions of the training classes.
+        shuffle_seed: permutes the classes before they are divided (default: they are sorted).
+        fold_order: a key of `FOLD_ORDERS`.
+
+    Raises:
+        UserError: there are no test sets, or a partition would have fewer than two classes.
+    """
+    scheme = "--split_scheme predefined_with_validation"
+    if not splits.test:
+        raise UserError(f"{scheme} needs test images of the dataset's own: choose cross_validation")
+    images = pool(Splits(splits.train, val=splits.val))
+    labels = images.labels[:, 0]
+    classes = _order_classes(labels, shuffle_seed)
+    block = len(classes) // num_training_partitions
+    val = _choose_validation(classes, fold, num_training_partitions, fold_order, block)
+    if val is None:
+        raise UserError(
+            f"{scheme} leaves {block} validation class(es) of {len(classes)} training classes with "
+            f"--num_training_partitions {num_training_partitions}, and two are needed: lower it, or give more classes"
+        )
+    is_val = np.isin(labels, val)
+    return Splits(images.subset(~is_val), val=[RetrievalSet("val", images.subset(is_val))], test=splits.test)
+
+
+def closed_set_splits(
+    images: ImageSet,
+    fold: int,
+    test_size: float,
+    test_start_idx: float,
+    num_training_partitions: int,
+    shuffle_seed: int | None = None,
+) -> Splits:
+    """One fold of cross-validation over images, with every class of the finest level in every set.
+
+    Of the n images of a class, sorted by path, n · size from int(n · start) on, modulo n, are test images, rounded up
+    or down so that the classes together have that share. The others are divided into partitions (`numpy.array_split`),
+    the larger of which fall to another fold in each class.
+
+    Args:
+        images: all images of the dataset, sorted by class and path.
+        fold: the partition to validate on, 0 … num_training_partitions - 1.
+        test_size: fraction of the images of each class to test on, in (0, 1).
+        test_start_idx: where they begin, as a fraction, in [0, 1).
+        num_training_partitions: number of partitions.
+        shuffle_seed: permutes the images of each class before they are cut (default: they are sorted).
+
+    Raises:
+        UserError: a class has too few images to be in every set.
+    """
+    rng = None if shuffle_seed is None else np.random.default_rng(shuffle_seed)
+    partition_of = np.full(len(images), -1)  # -1: for testing
+    before = 0
+    for label, members in enumerate(members_of_classes(images.labels[:, 0])):
+        count = len(members)
+        size = math.floor((before + count) * test_size + 1e-9) - math.floor(before * test_size + 1e-9)
+        before += count
+        if size < 1 or count - size < num_training_partitions:
+            name = images.class_names[0][images.labels[members[0], 0]]
+            raise UserError(
+                f"--split_scheme closed_set needs images of every class in every set, and class {shown(name)} has only "
+                f"{count} to divide with --test_size {test_size:g} and --num_training_partitions "
+                f"{num_training_partitions}: lower --num_training_partitions, or leave such classes out"
+            )
+        members = members if rng is None else rng.permutation(members)
+        test = np.arange(size) + int(count * test_start_idx)
+        others = np.delete(members, test % count)
+        for partition, part in enumerate(np.array_split(others, num_training_partitions)):
+            partition_of[part] = (partition + label) % num_training_partitions
+    train_set, val_set, test_set = (
+        images.subset(chosen)
+        for chosen in ((partition_of >= 0) & (partition_of != fold), partition_of == fold, partition_of < 0)
+    )
+    return Splits(train_set, val=[RetrievalSet("val", val_set)], test=[RetrievalSet("test", test_set)])
+
+
+def _shuffle_seed(opt: argparse.Namespace) -> int | None:
+    """What permutes classes, or the images of a class, before they are cut; None where they are sorted."""
+    return None if opt.split_shuffle is None else opt.split_shuffle or opt.seed
 
 
 SPLIT_SCHEMES: dict[str, Callable[[Splits, argparse.Namespace], Splits]] = {
     "predefined": lambda splits, opt: splits,
     "cross_validation": lambda splits, opt: class_disjoint_splits(
-        pool(splits), opt.fold, opt.test_size, opt.test_start_idx, opt.num_training_partitions
+        pool(splits),
+        opt.fold,
+        opt.test_size,
+        opt.test_start_idx,
+        opt.num_training_partitions,
+        _shuffle_seed(opt),
+        opt.fold_order,
+    ),
+    "predefined_with_validation": lambda splits, opt: validation_splits(
+        splits, opt.fold, opt.num_training_partitions, _shuffle_seed(opt), opt.fold_order
+    ),
+    "closed_set": lambda splits, opt: closed_set_splits(
+        pool(splits), opt.fold, opt.test_size, opt.test_start_idx, opt.num_training_partitions, _shuffle_seed(opt)
     ),
 }
+WITH_FOLDS = "cross_validation, predefined_with_validation or closed_set"  # in words
+
+
+_kept: list[dict[Any, Splits]] = []
+
+
+@contextlib.contextmanager
+def read_once() -> Iterator[None]:
+    """Inside the block, `give_splits` reads a dataset once, however many runs ask for it."""
+    _kept.append({})
+    try:
+        yield
+    finally:
+        _kept.pop()
 
 
 def give_splits(opt: argparse.Namespace) -> Splits:
@@ -332,16 +531,71 @@ def give_splits(opt: argparse.Namespace) -> Splits:
     Raises:
         UserError: the data can't be read, or can't be split as the flags say.
     """
-    test_size = opt.test_size if opt.split_scheme == "predefined" else TEST_SIZE
-    splits = read_splits(opt.dataset, opt.source_path, opt.download, opt.download_url, test_size)
-    splits = SPLIT_SCHEMES[opt.split_scheme](splits, opt).at_level(opt.label_hierarchy_level)
-    check_splits(opt.dataset, splits)
+    cuts_anew = opt.split_scheme in ("cross_validation", "closed_set")
+    test_size = TEST_SIZE if cuts_anew else opt.test_size
+    wanted = (opt.dataset, opt.source_path, opt.download, opt.download_url, test_size)
+    kept = _kept[-1] if _kept else {}
+    if wanted not in kept:
+        kept[wanted] = read_splits(*wanted)
+    splits = kept[wanted]
+    level = 0 if opt.label_hierarchy_level == ALL_LEVELS else opt.label_hierarchy_level
+    splits = SPLIT_SCHEMES[opt.split_scheme](splits, opt).at_level(level)
+    check_splits(opt.dataset, splits, shares_classes=opt.split_scheme == "closed_set")
+    _check_what_selects(opt, splits)
+    if opt.label_hierarchy_level == ALL_LEVELS:
+        _check_levels(opt, splits)
+    if any(name.startswith("Verification") for name in opt.eval_metrics) and not splits.val:
+        raise UserError(
+            "Verification accuracy needs validation classes, which choose its threshold, and these splits have none: "
+            f"choose another --split_scheme, such as {WITH_FOLDS}, or evaluate ROC AUC, EER or FNMR instead"
+        )
     if opt.testing_method == "WithSameParentLabel" and len(splits.train.class_names) < 2:
         raise UserError(
             "--testing_method WithSameParentLabel needs labels coarser than --label_hierarchy_level "
             f"{opt.label_hierarchy_level}, which {opt.dataset} doesn't have: drop --testing_method"
         )
     return splits
+
+
+def _check_what_selects(opt: argparse.Namespace, splits: Splits) -> None:
+    """Makes sure that what --splits_to_eval asks for while training is there, and validation classes beside it.
+
+    Raises:
+        UserError: it isn't.
+    """
+    if opt.evaluate is not None or {"val", "test"} == set(opt.splits_to_eval):
+        return
+    flag = f"--splits_to_eval {' '.join(opt.splits_to_eval)}"
+    if not splits.val:
+        raise UserError(
+            f"{flag} needs validation classes to select the epoch, and these splits of {opt.dataset} have none: choose "
+            "--split_scheme predefined_with_validation, or drop --splits_to_eval, and the test classes select it"
+        )
+    if "test" in opt.splits_to_eval and not splits.test:
+        raise UserError(f"{flag}: these splits of {opt.dataset} have no test classes: leave test out")
+
+
+def _check_levels(opt: argparse.Namespace, splits: Splits) -> None:
+    """Makes sure that the labels can be evaluated at each of their levels.
+
+    Raises:
+        UserError: they can't.
+    """
+    flag, levels = f"--label_hierarchy_level {ALL_LEVELS}", len(splits.train.class_names)
+    if levels < 2:
+        raise UserError(f"{flag}: the labels of {opt.dataset} have a single level: drop it")
+    levels -= opt.testing_method == "WithSameParentLabel"  # the coarsest has no parents
+    named = re.match(r"Level (\d+) ", opt.eval_metric_for_best_epoch)
+    if named and int(named[1]) >= levels and opt.evaluate is None:
+        metric = f"--eval_metric_for_best_epoch {opt.eval_metric_for_best_epoch}"
+        raise UserError(f"{metric} does not exist: {opt.dataset} is evaluated at levels 0 to {levels - 1}")
+    for level in range(1, levels):
+        for one in (*splits.val, *splits.test):
+            if len(np.unique((one.gallery or one.query).labels[:, level])) < 2:
+                raise UserError(
+                    f"{flag}: all images of {opt.dataset}, {one.name}, are of one class at level {level}, so there is "
+                    "nothing to tell apart: name a level"
+                )
 
 
 def by_number(name: str) -> tuple[int, str]:
@@ -1424,8 +1678,13 @@ def compare_counts(dataset: str, splits: Splits) -> None:
                 notice(f"{dataset}, {part}: {got} {what}, but the published protocol has {expected}")
 
 
-def check_splits(dataset: str, splits: Splits) -> None:
+def check_splits(dataset: str, splits: Splits, shares_classes: bool = False) -> None:
     """Refuses splits that can't be trained or evaluated on, and warns of oddities.
+
+    Args:
+        dataset: its name.
+        splits: its splits.
+        shares_classes: whether training classes are evaluated on purpose.
 
     Raises:
         UserError: there are no sets to evaluate on, too few training classes, or no query has anything to find.
@@ -1445,7 +1704,8 @@ def check_splits(dataset: str, splits: Splits) -> None:
         if test.gallery and is_shared.any():
             count = f"{is_shared.sum()} of {len(test.query)} queries"
             notice(f"{dataset}, {test.name}: {count} are in the gallery, too, and don't find themselves there")
-        if gallery.paths is not splits.train.paths and np.isin(gallery.labels[:, 0], splits.train.labels[:, 0]).any():
+        is_known = not shares_classes and gallery.paths is not splits.train.paths
+        if is_known and np.isin(gallery.labels[:, 0], splits.train.labels[:, 0]).any():
             notice(f"{dataset}, {test.name}: some of its classes are training classes, too")
         sizes = np.bincount(gallery.labels[:, 0], minlength=len(gallery.class_names[0]))
         alone = int((sizes[test.query.labels[:, 0]] <= is_shared).sum())
@@ -1878,6 +2138,11 @@ class ImageLoader(DataLoader):
         return self.dataset.parents
 
     @property
+    def hierarchy(self) -> np.ndarray:
+        """`(N, H)` labels of every level, the finest first."""
+        return self.dataset.images.labels
+
+    @property
     def paths(self) -> Sequence[str]:
         """N image files."""
         return self.dataset.images.paths
@@ -1917,6 +2182,15 @@ class Loaders:
     val: Sequence[RetrievalSet[ImageLoader]]
     test: Sequence[RetrievalSet[ImageLoader]]
 
+    def watched(self, splits_to_eval: Sequence[str]) -> dict[str, Sequence[RetrievalSet[ImageLoader]]]:
+        """What is evaluated while training, by kind of rows: `val`, which selects the epoch, and what is asked for."""
+        sets = {"val": self.val or self.test}
+        if self.val and self.test and "test" in splits_to_eval:
+            sets["test"] = self.test
+        if "train" in splits_to_eval:
+            sets["train_eval"] = [RetrievalSet("train", self.train_eval)]
+        return sets
+
 
 def knows_parents(batch_sampler: BatchSampler) -> bool:
     """Whether a batch sampler takes the next coarser labels."""
@@ -1924,11 +2198,12 @@ def knows_parents(batch_sampler: BatchSampler) -> bool:
 
 
 def refuse_contradictions(opt: argparse.Namespace) -> None:
-    """Checks the resolved flags of batches against each other.
+    """Checks the resolved flags of splits and batches against each other.
 
     Raises:
         UserError: they contradict each other.
     """
+    _refuse_split_contradictions(opt)
     params = _batch_sampler_params(opt)
     if opt.batch_sampler != "HierarchicalSampler":
         return
@@ -1941,6 +2216,21 @@ def refuse_contradictions(opt: argparse.Namespace) -> None:
             f"--bs {opt.bs} is not a multiple of {super_classes} super classes, super_classes_per_batch, times "
             f"{opt.samples_per_class} images, --samples_per_class: change one of them"
         )
+
+
+def _refuse_split_contradictions(opt: argparse.Namespace) -> None:
+    """Refuses flags that the split scheme doesn't ask."""
+    scheme = f"--split_scheme {opt.split_scheme}"
+    if opt.split_scheme == "closed_set" and opt.fold_order != "partition":
+        raise UserError(f"--fold_order {opt.fold_order} is an order of classes, and {scheme} divides images: drop it")
+    if opt.split_scheme != "predefined_with_validation":
+        return
+    if opt.test_start_idx != TEST_START:
+        raise UserError(
+            f"--test_start_idx {opt.test_start_idx:g} contradicts {scheme}, which keeps the test images: drop it"
+        )
+    if opt.test_size == 0:
+        raise UserError(f"--test_size 0 leaves no test classes, which {scheme} needs: drop it, or choose predefined")
 
 
 def _batch_sampler_params(opt: argparse.Namespace) -> dict[str, Any]:

@@ -7,12 +7,13 @@ network.
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from auxiliaries import FlagParser, Progress, UserError, notice, number
+from auxiliaries import FlagParser, Progress, UserError, notice, number, shown
 
 if TYPE_CHECKING:
     from datasets import ImageLoader, RetrievalSet
@@ -29,26 +30,41 @@ if TYPE_CHECKING:
 QUERY_TILE, GALLERY_TILE = 512, 2048  # products of this shape stay in the cache
 MAX_IN_TURN = 16  # thresholds that are compared with one after the other
 MAX_DIFFERENCES = 2**19  # coordinates that are subtracted at once
+MAX_POSITIVES = 2**20  # scores of positives that are compared at once
 TIE = 1 + 1e-14  # distances in float64 that differ by less are equal: their last bits depend on the order of sums
+CELL_BITS = 4  # of the 23 bits after the point of a squared distance in float32, which verification drops
+MAX_OCTAVES = 60  # powers of two of squared distances that verification tells from 0: beyond, float32 ends
 
 
 def add_arguments(parser: FlagParser) -> None:
     """Declares the flags of metrics, and of what is done with them while training."""
     # fmt: off
-    add = parser.add_argument_group("metrics").add_argument
-    add("--eval_metrics", nargs="+", default=list(LITERATURE), choices=METRICS, metavar="METRIC", compared=False,
-        help=f"metrics that every evaluation computes: {', '.join(METRICS)}; Recall @ 1 is always among them")
+    add = parser.add_argument_group("metrics", protocol=True).add_argument
+    add("--eval_metrics", nargs="+", default=list(LITERATURE), type=metric_name, choices=MetricNames(),
+        metavar="METRIC", compared=False,
+        help=f"metrics that every evaluation computes: {', '.join(METRICS)}; Recall @ 1 is always among them. Recall "
+        f"and Precision are computed for --k_vals, FNMR at the FMR {' and '.join(map(str, FMRS))}; a name with a "
+        "number, such as 'Precision @ 10' or 'FNMR @ 1e-4', asks for that one. nDCG and H-AP use all label levels from "
+        "--label_hierarchy_level on. ROC AUC, EER, FNMR and the two of verification judge all pairs of images; "
+        "Verification accuracy needs validation classes, which choose its threshold")
     add("--k_vals", type=number(int, 1), nargs="+", metavar="K", compared=False,
         help="the k of Recall @ k; 1 is always among them (default: depends on the dataset)")
     add("--testing_method", choices=TESTING_METHODS, default=TESTING_METHODS[0],
         help="WithSameParentLabel: metrics inside each class of the next coarser label level, and their mean")
     add("--meta_testing_method", choices=("ConcatenateEmbeddings",), compared=False, needs="cross_validation",
-        help="cross_validation: also evaluate the concatenated embeddings of the folds' best networks")
+        help="with folds: also evaluate the concatenated embeddings of the folds' best networks")
+    add("--normalize_members", action="switch", default=True, compared=False, needs="cross_validation",
+        help="ConcatenateEmbeddings: scale each network's embeddings to length 1, so that all count alike")
 
     add = parser.add_argument_group("selection").add_argument
-    add("--eval_metric_for_best_epoch", default="Recall @ 1", metavar="METRIC", fixed=True,
+    add("--eval_metric_for_best_epoch", default="Recall @ 1", type=metric_name, metavar="METRIC", fixed=True,
+        protocol=True,
         help="metric that selects the best epoch, such as Recall @ 4 or MAP@R; on the validation classes, if any")
     add("--save_interval", type=number(int, 1), default=1, help="epochs between evaluations")
+    add("--splits_to_eval", nargs="+", choices=("train", "val", "test"), fixed=True, compared=False,
+        help="images to evaluate while training, beside the validation classes, which alone select the epoch (default: "
+        "with --split_scheme predefined also the test classes, which select it where there are no validation classes); "
+        "with --evaluate: images to evaluate (default: test)")
     add("--patience", type=number(int, 1),
         help="stop when the selecting metric has not improved for this many epochs (default: never)")
     add("--check_untrained_accuracy", action="switch", compared=False,
@@ -79,15 +95,20 @@ class EmbeddingSpace:
 
     Args:
         query: `(Q, D)` embeddings.
-        query_labels: `(Q,)` integers.
+        query_labels: `(Q,)` integers, or `(Q, H)` with one column per level of the hierarchy, the finest first.
         gallery: `(G, D)` embeddings; without them the queries are the gallery, and no query finds itself.
-        gallery_labels: `(G,)` integers.
+        gallery_labels: `(G,)` or `(G, H)` integers.
         query_in_gallery: `(Q,)` the position of each query in the gallery, where the query does not find itself; -1 for
             a query that is not in the gallery. Without it none is.
 
     Attributes:
+        query_labels, gallery_labels: `(Q,)` and `(G,)` labels of the finest level.
+        query_hierarchy, gallery_hierarchy: `(Q, H)` and `(G, H)` labels of every level.
         num_positives: `(Q,)` the number of items that each query should find (R).
         has_positive: `(Q,)` bool, whether there are any; queries without don't count in retrieval metrics.
+        counted_k: the k for which `precisions` counts, from `count_at`.
+        threshold: the distance up to which verification takes a pair for one class, chosen on other images; NaN where
+            it should be, and is not known. None: it is chosen on these images.
 
     Raises:
         UserError: an embedding is not finite, or a query has another label in the gallery.
@@ -102,9 +123,10 @@ class EmbeddingSpace:
         query_in_gallery: np.ndarray | None = None,
     ):
         self.query = torch.as_tensor(query).float()  # (Q, D)
-        self.query_labels = np.asarray(query_labels)  # (Q,)
+        self.query_hierarchy = _as_columns(query_labels)  # (Q, H)
         self.gallery = self.query if gallery is None else torch.as_tensor(gallery).float()  # (G, D)
-        self.gallery_labels = self.query_labels if gallery_labels is None else np.asarray(gallery_labels)  # (G,)
+        self.gallery_hierarchy = self.query_hierarchy if gallery_labels is None else _as_columns(gallery_labels)
+        self.query_labels, self.gallery_labels = self.query_hierarchy[:, 0], self.gallery_hierarchy[:, 0]
         if query_in_gallery is None:
             query_in_gallery = np.arange(len(self.query)) if gallery is None else np.full(len(self.query), -1)
         self.query_in_gallery = np.asarray(query_in_gallery)  # (Q,)
@@ -118,6 +140,8 @@ class EmbeddingSpace:
         self.num_positives = np.array([size.get(label, 0) for label in self.query_labels.tolist()], np.int64)  # (Q,)
         self.num_positives -= is_inside
         self.has_positive = self.num_positives > 0  # (Q,)
+        self.counted_k: set[int] = set()
+        self.threshold: float | None = None
 
     @cached_property
     def num_negatives_ahead(self) -> np.ndarray:
@@ -131,12 +155,38 @@ class EmbeddingSpace:
         return ahead
 
     @cached_property
+    def reciprocal_ranks(self) -> np.ndarray:
+        """`(Q,)` one over the rank of each query's nearest positive, ties against it."""
+        return 1 / (1 + self.num_negatives_ahead)
+
+    def precision_at(self, k: int) -> np.ndarray:
+        """`(Q,)` the share of each query's k nearest items that are of its class, ties against it.
+
+        A gallery of fewer items counts as a whole.
+        """
+        if k == 1:
+            return ((self.num_negatives_ahead < 1) & self.has_positive).astype(np.float64)
+        self.count_at([k])
+        num_items = len(self.gallery) - (self.query_in_gallery >= 0)  # (Q,)
+        return self.precisions[f"found_at_{k}"] / num_items.clip(1, k)
+
+    def count_at(self, k_vals: Iterable[int]) -> None:
+        """Makes `precisions` count for these k, too, which takes another pass where it has counted without them."""
+        if not self.counted_k.issuperset(new := set(k_vals) - {1}):
+            self.counted_k |= new
+            vars(self).pop("precisions", None)
+
+    @cached_property
     def precisions(self) -> dict[str, np.ndarray]:
         """For each query `(Q,)` its R-precision, AP@R (`map_at_r`) and average precision (`map`), ties against it.
 
-        R is the number of its positives. The j-th nearest of them has rank j + (negatives at least as near).
+        R is the number of its positives. The j-th nearest of them has rank j + (negatives at least as near). Further,
+        the discounted cumulative gain of its positives (`dcg`), Σ 1 / log₂(1 + rank), and for the k in `counted_k` how
+        many of them are among its k nearest items (`found_at_10`).
         """
-        results = {name: np.zeros(len(self.query)) for name in ("r_precision", "map_at_r", "map")}
+        found_at = {k: f"found_at_{k}" for k in self.counted_k}
+        names = ("r_precision", "map_at_r", "map", "dcg", *found_at.values())
+        results = {name: np.zeros(len(self.query)) for name in names}
         num_positives = torch.from_numpy(self.num_positives)
         for queries, counts in self._count_negatives(nearest_only=False):
             found = torch.arange(1, counts.shape[1] + 1)  # (M,) the j of the j-th nearest positive
@@ -150,7 +200,70 @@ class EmbeddingSpace:
                 ("map", precision.sum(dim=1)),
             ):
                 results[name][queries] = (total.double() / r[:, 0].clamp(min=1)).numpy()
+            results["dcg"][queries] = (1 / rank.double().add_(1).log2_()).masked_fill_(found > r, 0).sum(dim=1).numpy()
+            for k, name in found_at.items():
+                results[name][queries] = ((rank <= k) & (found <= r)).sum(dim=1).numpy()
         return results
+
+    @cached_property
+    def levels(self) -> list[EmbeddingSpace]:
+        """The same points at each level of the hierarchy, the finest first.
+
+        Raises:
+            UserError: a class belongs to several classes of the next coarser level.
+        """
+        both = np.concatenate([self.query_hierarchy, self.gallery_hierarchy])  # (Q + G, H)
+        spaces = [self]
+        for level in range(1, both.shape[1]):
+            if len(np.unique(both[:, level - 1 : level + 1], axis=0)) > len(np.unique(both[:, level - 1])):
+                raise UserError(
+                    f"a class of label level {level - 1} belongs to several classes of level {level}, so H-AP and nDCG "
+                    "are not defined: correct the labels, or leave these metrics out"
+                )
+            query, gallery = self.query_hierarchy[:, level:], self.gallery_hierarchy[:, level:]
+            spaces.append(EmbeddingSpace(self.query, query, self.gallery, gallery, self.query_in_gallery))
+        return spaces
+
+    @cached_property
+    def ndcg(self) -> np.ndarray:
+        """`(Q,)` the normalized discounted cumulative gain of each query, ties against it.
+
+        An item's relevance is the number of label levels that it shares with the query. An item gains 2^rel - 1; with
+        H levels that is Σ_{l ≤ rel} 2^(l - 1), and so the gain is a sum over levels of that of two relevances.
+        """
+        weights = [2.0**level for level in reversed(range(len(self.levels)))]  # of the finest level first
+        largest = max(int(space.num_positives.max(initial=0)) for space in self.levels)
+        ideal = np.append(0, np.cumsum(1 / np.log2(np.arange(2, largest + 2))))  # (R + 1,) by number of positives
+        gained = sum(weight * space.precisions["dcg"] for weight, space in zip(weights, self.levels))
+        possible = sum(weight * ideal[space.num_positives] for weight, space in zip(weights, self.levels))
+        return np.divide(gained, possible, out=np.zeros(len(self.query)), where=np.asarray(possible) > 0)
+
+    @cached_property
+    def hierarchical_precisions(self) -> np.ndarray:
+        """`(Q,)` the hierarchical average precision of each query, ties against it.
+
+        An item that shares l of H label levels with the query has the relevance l / (number of such items), though not
+        more than one that shares further levels. A sum over items before another one of the smaller of their relevances
+        is a sum over levels of numbers of items; hence the result is a weighted mean of the levels' average precisions.
+        """
+        num_positives = np.stack([space.num_positives for space in self.levels])  # (H, Q)
+        num_new = np.diff(num_positives, axis=0, prepend=0)  # (H, Q) items that share no finer level
+        num_shared = np.arange(len(self.levels), 0, -1)[:, None]  # (H, 1)
+        relevance = np.where(num_new > 0, num_shared / num_new.clip(1), np.inf)
+        relevance = np.minimum.accumulate(relevance, axis=0)  # (H, Q)
+        relevance[np.isinf(relevance)] = 0
+        weights = -np.diff(relevance, axis=0, append=0) * num_positives  # (H, Q)
+        gained = sum(weight * space.precisions["map"] for weight, space in zip(weights, self.levels))
+        possible = weights.sum(axis=0)
+        return np.divide(gained, possible, out=np.zeros(len(self.query)), where=possible > 0)
+
+    @cached_property
+    def pairs(self) -> PairCounts:
+        """All pairs of a query and an item, each once; an image with itself is none."""
+        histogram = _PairHistogram(self)
+        for queries in torch.from_numpy(np.argsort(self.query_labels, kind="stable")).split(QUERY_TILE):
+            histogram.add(queries.to(self.query.device))
+        return histogram.collect()
 
     def _count_negatives(self, nearest_only: bool) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """Counts, for positives of each query, the items of other classes that are at least as near.
@@ -168,7 +281,7 @@ class EmbeddingSpace:
             if len(waiting) == 0:
                 return
             products, crowded = _Products(self, dtype), []
-            for queries in waiting.split(QUERY_TILE):
+            for queries in waiting.split(self._rows_at_once):
                 tile = _QueryTile(products, queries, nearest_only)
                 tile.count()
                 yield queries[~tile.is_crowded].cpu().numpy(), tile.counts[~tile.is_crowded]
@@ -176,6 +289,11 @@ class EmbeddingSpace:
             waiting = torch.cat(crowded)
         if len(waiting):
             yield from self._count_by_differences(waiting, nearest_only)
+
+    @property
+    def _rows_at_once(self) -> int:
+        """Queries that are compared at once: fewer where classes are large."""
+        return min(QUERY_TILE, 1 + MAX_POSITIVES // (1 + int(self.num_positives.max(initial=0))))
 
     def _count_by_differences(
         self, queries: torch.Tensor, nearest_only: bool
@@ -301,6 +419,12 @@ class EmbeddingSpace:
         if self.query.is_cuda and faiss.get_num_gpus() > 0:
             return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), self.query.device.index or 0, index)
         return index
+
+
+def _as_columns(labels: np.ndarray) -> np.ndarray:
+    """Labels `(N,)` or `(N, H)` as `(N, H)`."""
+    labels = np.asarray(labels)
+    return labels if labels.ndim > 1 else labels[:, None]
 
 
 def _cdist(some: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -501,6 +625,144 @@ class _QueryTile:
         return space.distances(self.queries[rows], items)[place]
 
 
+@dataclass(frozen=True)
+class PairCounts:
+    """Numbers of pairs by distance, for verification: are two images of one class?
+
+    Squared distances are computed in float64 and sorted into cells, `2 ** (23 - CELL_BITS)` in each power of two. Pairs
+    whose distances differ by less than 10⁻⁶ of themselves may share one, and then count as equally distant, as those do
+    whose distance is 0 as far as float32 tells: about 10⁻⁷ of the points' distance from the mean.
+
+    Attributes:
+        starts, ends: `(C,)` the distances between which a cell lies, ascending; cells without pairs are left out.
+        positives, negatives: `(C,)` int64, the pairs of one class and of two classes in each cell.
+    """
+
+    starts: np.ndarray
+    ends: np.ndarray
+    positives: np.ndarray
+    negatives: np.ndarray
+
+    @property
+    def has_both(self) -> bool:
+        """Whether there are pairs of either kind: what takes both is NaN otherwise."""
+        return bool(self.positives.any() and self.negatives.any())
+
+    @cached_property
+    def match_rates(self) -> np.ndarray:
+        """`(C + 1,)` the share of the pairs of one class up to no cell, the first cell, …."""
+        return _cumulative_share(self.positives)
+
+    @cached_property
+    def false_match_rates(self) -> np.ndarray:
+        """`(C + 1,)` the same of the pairs of two classes."""
+        return _cumulative_share(self.negatives)
+
+    @cached_property
+    def balanced_accuracies(self) -> np.ndarray:
+        """`(C + 1,)` 1 - (FMR + FNMR) / 2, where the pairs up to no cell, the first cell, … are taken for one class."""
+        return (1 + self.match_rates - self.false_match_rates) / 2
+
+    def best_threshold(self) -> float:
+        """The distance up to which pairs are best taken for one class: with the highest balanced accuracy.
+
+        Of several the smallest, in the middle between the pairs around it; NaN where pairs of a kind are missing.
+        """
+        if not self.has_both:
+            return math.nan
+        best = 1 + int(self.balanced_accuracies[1:].argmax())
+        below, above = self.ends[best - 1], np.append(self.starts, self.ends[-1])[best]
+        return float(below + above) / 2
+
+    def accuracy(self, threshold: float) -> float:
+        """The balanced accuracy, where pairs up to the threshold are taken for one class."""
+        if math.isnan(threshold) or not self.has_both:
+            return math.nan
+        return float(self.balanced_accuracies[np.searchsorted(self.starts, threshold, side="right")])
+
+
+def _cumulative_share(counts: np.ndarray) -> np.ndarray:
+    return np.append(0, counts.cumsum()) / max(1, counts.sum())
+
+
+class _PairHistogram:
+    """Counts pairs by the cell of their squared distance: the first bits of what it is in float32.
+
+    Args:
+        space: the points.
+
+    Attributes:
+        counts: `(2, cells)` int64, of pairs of one class and of two, from the cell `start` on.
+        num_equal: the pairs of either kind of which the points are equal.
+    """
+
+    def __init__(self, space: EmbeddingSpace):
+        self.space, self.products = space, _Products(space, torch.float64)
+        # a space that is its own gallery has each pair twice
+        in_place = np.arange(len(space.query))
+        self.is_own = space.gallery is space.query and np.array_equal(space.query_in_gallery, in_place)
+        norms = [self.products.prepare(points)[:, :-2].square().sum(dim=1) for points in (space.query, space.gallery)]
+        farthest = 4 * float(torch.cat(norms).max())  # at most, squared
+        self.lowest = max(farthest * 2.0**-MAX_OCTAVES, 2 * torch.finfo(torch.float32).tiny)
+        self.lowest_cell = int(torch.tensor(self.lowest).view(torch.int32)) >> CELL_BITS
+        self.counts, self.start = torch.zeros(2, 0, dtype=torch.int64, device=space.query.device), 0
+        self.num_equal = [0, 0]
+
+    def add(self, queries: torch.Tensor) -> None:
+        """Counts the pairs of some queries `(rows,)`, sorted by label."""
+        start, end, own = (columns[queries][:, None] for columns in self.space.class_columns)  # (rows, 1) each
+        points = self.products.prepare(self.space.query[queries])  # (rows, D + 2)
+        squared = points[:, :-2].square().sum(dim=1)  # (rows,)
+        rounding = 8 * torch.finfo(torch.float64).eps * math.sqrt(points.shape[1])  # so that no equal points are apart
+        points *= -2
+        points[:, -1] = squared * (1 - rounding)
+        first, last = int(own.min()) if self.is_own else 0, max(int(end.max()), int(own.max()) + 1)
+        for column in range(first, len(self.products.gallery), GALLERY_TILE):
+            cells = self.products.score(points, column).float().clamp_(min=self.lowest).view(torch.int32) >> CELL_BITS
+            if column < last and column + cells.shape[1] > int(start.min()):
+                columns = torch.arange(column, column + cells.shape[1], device=cells.device)  # (columns,)
+                is_pair = columns > own if self.is_own else columns != own  # (rows, columns)
+                is_positive = (columns >= start) & (columns < end)
+                self._count(0, cells[is_pair & is_positive])
+                cells = cells[is_pair & ~is_positive]
+            self._count(1, cells.flatten())
+
+    def _count(self, kind: int, cells: torch.Tensor) -> None:
+        """Counts cells `(P,)` int32 of pairs of one kind."""
+        kept = cells[cells > self.lowest_cell] if len(cells) and cells.min() <= self.lowest_cell else cells
+        self.num_equal[kind] += len(cells) - len(kept)
+        if len(kept) == 0:
+            return
+        octave = 2 ** (23 - CELL_BITS)
+        low, high = (int(bound) // octave for bound in kept.aminmax())
+        if not self.counts.numel():
+            self.start = low * octave
+        more = max(0, self.start - low * octave), max(0, (high + 1) * octave - self.start - self.counts.shape[1])
+        if any(more):
+            self.counts, self.start = F.pad(self.counts, more), self.start - more[0]
+        places, counts = kept.long() - self.start, self.counts[kind]
+        if counts.is_cuda:
+            counts.scatter_add_(0, places, torch.ones_like(places))
+        else:
+            np.add.at(counts.numpy(), places.numpy(), 1)  # several times as quick as torch's
+
+    def collect(self) -> PairCounts:
+        """What was counted."""
+        counts = self.counts.cpu().numpy()
+        places = np.flatnonzero(counts.any(axis=0))  # (C,)
+        bits = places + self.start << CELL_BITS  # of the squared distances where the cells start
+        starts, ends = (
+            np.sqrt(part.astype(np.int32).view(np.float32).astype(np.float64)) / self.space.scale
+            for part in (bits, bits + 2**CELL_BITS)
+        )
+        equal = np.array(self.num_equal)[:, None]  # (2, 1)
+        if equal.any():
+            starts, ends = np.append(0, starts), np.append(0, ends)
+        return PairCounts(
+            starts, ends, *np.concatenate([equal[:, : len(starts) - len(places)], counts[:, places]], axis=1)
+        )
+
+
 def _find(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows and columns where a mask is true, by NumPy, which is quicker than torch where few are."""
     places = np.flatnonzero(mask.cpu().numpy())
@@ -565,9 +827,14 @@ def recall_at_k(space: EmbeddingSpace, k: int) -> float:
     return mean_over_queries(space, space.num_negatives_ahead < k)
 
 
-def precision_at_1(space: EmbeddingSpace) -> float:
-    """Share of the queries whose nearest item is of their class."""
-    return recall_at_k(space, 1)
+def precision_at_k(space: EmbeddingSpace, k: int) -> float:
+    """Share of the k nearest items that are of the query's class; a gallery of fewer items counts as a whole."""
+    return mean_over_queries(space, space.precision_at(k))
+
+
+def mean_reciprocal_rank(space: EmbeddingSpace) -> float:
+    """Mean over queries of one over the rank of their nearest positive."""
+    return mean_over_queries(space, space.reciprocal_ranks)
 
 
 def r_precision(space: EmbeddingSpace) -> float:
@@ -583,6 +850,73 @@ def map_at_r(space: EmbeddingSpace) -> float:
 def mean_average_precision(space: EmbeddingSpace) -> float:
     """Mean over queries of the mean precision at the ranks of all their positives."""
     return mean_over_queries(space, space.precisions["map"])
+
+
+def normalized_dcg(space: EmbeddingSpace) -> float:
+    """Σ (2^rel - 1) / log₂(1 + rank) over that of the ideal order. Järvelin & Kekäläinen, ACM TOIS 2002.
+
+    rel is the number of label levels that an item shares with the query: with one level, 1 for a positive. Queries
+    without a positive of the finest level are left out, as everywhere.
+    """
+    return mean_over_queries(space, space.ndcg)
+
+
+def hierarchical_ap(space: EmbeddingSpace) -> float:
+    """Mean of Σ_i H-rank(i) / rank(i) / Σ_i rel(i). Ramzi et al., ECCV 2022, equations 2 to 4 with α = 1.
+
+    H-rank(i) = rel(i) + Σ_{j before i} min(rel(i), rel(j)); the relevance rel of an item is the number of label levels
+    that it shares with the query, over the number of items that share as many. With one level it is mAP.
+    """
+    return mean_over_queries(space, space.hierarchical_precisions)
+
+
+def roc_auc(space: EmbeddingSpace) -> float:
+    """Probability that a pair of one class is nearer than a pair of two; an equal distance counts half.
+
+    NaN where there are no pairs of a kind, as for all of verification.
+    """
+    pairs = space.pairs
+    if not pairs.has_both:
+        return math.nan
+    share = np.diff(pairs.match_rates)  # (C,)
+    farther = 1 - (pairs.false_match_rates[1:] + pairs.false_match_rates[:-1]) / 2  # (C,)
+    return float(share @ farther)
+
+
+def equal_error_rate(space: EmbeddingSpace) -> float:
+    """The rate at which pairs of two classes are taken for one, where as large a share of the others is not.
+
+    Where no threshold makes them equal: between the two nearest thresholds, on the line.
+    """
+    fmr, fnmr = space.pairs.false_match_rates, 1 - space.pairs.match_rates  # (C + 1,) each
+    if not space.pairs.has_both:
+        return math.nan
+    after = int((fnmr <= fmr).argmax())  # > 0
+    before, excess = after - 1, fnmr - fmr
+    share = excess[before] / (excess[before] - excess[after])
+    return float(fmr[before] + share * (fmr[after] - fmr[before]))
+
+
+def fnmr_at_fmr(space: EmbeddingSpace, fmr: float) -> float:
+    """Share of the pairs of one class that are missed, where at most a share `fmr` of the other pairs is accepted."""
+    pairs = space.pairs
+    if not pairs.has_both:
+        return math.nan
+    accepted = np.flatnonzero(pairs.false_match_rates <= fmr * (1 + 1e-12))[-1]
+    return float(1 - pairs.match_rates[accepted])
+
+
+def verification_threshold(space: EmbeddingSpace) -> float:
+    """The distance up to which two images are taken for one class: that with the highest balanced accuracy of pairs.
+
+    It is chosen on the validation classes; on others it is the same.
+    """
+    return space.pairs.best_threshold() if space.threshold is None else space.threshold
+
+
+def verification_accuracy(space: EmbeddingSpace) -> float:
+    """Balanced accuracy of pairs, 1 - (FMR + FNMR) / 2, at the threshold that was chosen on the validation classes."""
+    return space.pairs.accuracy(verification_threshold(space))
 
 
 def ami(space: EmbeddingSpace) -> float:
@@ -671,22 +1005,43 @@ class Metric:
     """A row of `METRICS`.
 
     Attributes:
-        compute: a function `space -> float` or `(space, k) -> float`.
-        lower_is_better: whether the best network has the lowest value.
+        compute: a function `space -> float`, `(space, k) -> float` or `(space, fmr) -> float`.
+        lower_is_better: whether the best network has the lowest value; None where neither is better.
+        along: the name of another metric that is computed wherever this one is.
+        by_query: where it is a mean over queries, a function with the same parameters that gives their values `(Q,)`.
     """
 
     compute: Callable[..., float]
-    lower_is_better: bool = False
+    lower_is_better: bool | None = False
+    along: str | None = None
+    by_query: Callable[..., np.ndarray] | None = None
+
+    @property
+    def parameter(self) -> str | None:
+        """The number that it takes, a key of `NUMBERS`, if it takes one."""
+        return next((name for name in NUMBERS if name in inspect.signature(self.compute).parameters), None)
+
+
+FMRS = (0.01, 0.001)  # that FNMR is computed at, unless its name says another
+NUMBERS: dict[str, Callable[[str], float]] = {"k": number(int, 1), "fmr": number(float, 0, exclusive=True, below=1)}
 
 
 METRICS: dict[str, Metric] = {
     "NMI": Metric(nmi),
     "F1": Metric(f1),
-    "Recall": Metric(recall_at_k),
-    "Precision @ 1": Metric(precision_at_1),
-    "R-precision": Metric(r_precision),
-    "MAP@R": Metric(map_at_r),
-    "mAP": Metric(mean_average_precision),
+    "Recall": Metric(recall_at_k, by_query=lambda space, k: space.num_negatives_ahead < k),
+    "Precision": Metric(precision_at_k, by_query=EmbeddingSpace.precision_at),
+    "MRR": Metric(mean_reciprocal_rank, by_query=lambda space: space.reciprocal_ranks),
+    "R-precision": Metric(r_precision, by_query=lambda space: space.precisions["r_precision"]),
+    "MAP@R": Metric(map_at_r, by_query=lambda space: space.precisions["map_at_r"]),
+    "mAP": Metric(mean_average_precision, by_query=lambda space: space.precisions["map"]),
+    "nDCG": Metric(normalized_dcg, by_query=lambda space: space.ndcg),
+    "H-AP": Metric(hierarchical_ap, by_query=lambda space: space.hierarchical_precisions),
+    "ROC AUC": Metric(roc_auc),
+    "EER": Metric(equal_error_rate, lower_is_better=True),
+    "FNMR": Metric(fnmr_at_fmr, lower_is_better=True),
+    "Verification accuracy": Metric(verification_accuracy, along="Verification threshold"),
+    "Verification threshold": Metric(verification_threshold, lower_is_better=None),
     "AMI": Metric(ami),
     "Rho-spectrum": Metric(rho_spectrum, lower_is_better=True),
     "Uniformity": Metric(uniformity, lower_is_better=True),
@@ -699,28 +1054,84 @@ TESTING_METHODS = ("GlobalEmbeddingSpace", "WithSameParentLabel")
 
 def lower_is_better(name: str) -> bool:
     """Whether lower values of a column, such as `Alignment` or `Set 0 Recall @ 4`, are better; False if unknown."""
-    name = re.sub(r"^Set \d+ ", "", name)
-    row = METRICS.get(name) or METRICS.get(re.sub(r" @ \d+$", "", name))
-    return row is not None and row.lower_is_better
+    name = without_level(re.sub(r"^Set \d+ ", "", name))
+    row = METRICS.get(name) or METRICS.get(re.sub(r" @ [\d.e-]+$", "", name))
+    return row is not None and bool(row.lower_is_better)
+
+
+def without_level(name: str) -> str:
+    """A metric without the label level that it was computed at: `Level 1 Recall @ 4` -> `Recall @ 4`."""
+    return re.sub(r"^Level (\d+|mean) ", "", name)
+
+
+def metric_name(text: str) -> str:
+    """An argparse type: a metric's name, its number written as in columns: `FNMR @ 1e-3` becomes `FNMR @ 0.001`."""
+    level = text.removesuffix(without_level(text))
+    name, separator, value = text.removeprefix(level).partition(" @ ")
+    if not separator or name not in METRICS:
+        return text
+    kind = METRICS[name].parameter
+    if kind is None:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a metric: {name} takes no number")
+    try:
+        return f"{level}{name} @ {NUMBERS[kind](value)}"
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a metric: {error}") from None
+
+
+def _read_number(kind: str | None, text: str) -> float | None:
+    """The number in a metric's name, of a kind that is a key of `NUMBERS`; None where it is not one."""
+    try:
+        return NUMBERS[kind](text) if kind else None
+    except argparse.ArgumentTypeError:
+        return None
+
+
+class MetricNames:
+    """What --eval_metrics takes: the keys of `METRICS`, and each that takes a number also with one."""
+
+    def __contains__(self, name: str) -> bool:
+        return name in METRICS or name in chosen_metrics((), [name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(METRICS)
 
 
 def chosen_metrics(
     k_vals: Sequence[int], names: Sequence[str] = LITERATURE
 ) -> dict[str, Callable[[EmbeddingSpace], float]]:
-    """The named `METRICS` in the table's order; those of k as `Recall @ 1`, …, for every k and for 1."""
+    """The named metrics, in the order of `METRICS`, by the names of their columns.
+
+    Args:
+        k_vals: the k for which those of k are computed, beside 1: `Recall @ 1`, …
+        names: `MetricNames`; `Precision @ 10` is that number alone. Recall @ 1 is always among them.
+    """
+    wanted = {*names, "Recall @ 1", *(METRICS[name].along for name in names if name in METRICS)}
     chosen: dict[str, Callable[[EmbeddingSpace], float]] = {}
     for name, metric in METRICS.items():
-        if "k" not in inspect.signature(metric.compute).parameters:
-            chosen |= {name: metric.compute} if name in names else {}
-        elif name in names or name == "Recall":
-            for k in sorted({1, *(k_vals if name in names else [])}):
-                chosen[f"{name} @ {k}"] = partial(metric.compute, k=k)
+        kind = metric.parameter
+        if kind is None:
+            chosen |= {name: metric.compute} if name in wanted else {}
+            continue
+        given = [str(one).removeprefix(f"{name} @ ") for one in wanted if str(one).startswith(f"{name} @ ")]
+        numbers = {value for text in given if (value := _read_number(kind, text)) is not None}
+        if name in wanted:
+            numbers |= {1, *k_vals} if kind == "k" else set(FMRS)
+        chosen |= {f"{name} @ {value}": partial(metric.compute, **{kind: value}) for value in sorted(numbers)}
     return chosen
+
+
+def selecting_metrics(k_vals: Sequence[int], names: Sequence[str]) -> list[str]:
+    """Those of `chosen_metrics` that can select an epoch: of which higher or lower values are better."""
+    neither = [name for name, metric in METRICS.items() if metric.lower_is_better is None]
+    return [name for name in chosen_metrics(k_vals, names) if name not in neither]
 
 
 def evaluate_space(space: EmbeddingSpace, k_vals: Sequence[int], names: Sequence[str] = LITERATURE) -> dict[str, float]:
     """Computes the metrics of one space, those of `chosen_metrics`."""
-    return {name: compute(space) for name, compute in chosen_metrics(k_vals, names).items()}
+    chosen = chosen_metrics(k_vals, names)
+    space.count_at([int(name.removeprefix("Precision @ ")) for name in chosen if name.startswith("Precision @ ")])
+    return {name: compute(space) for name, compute in chosen.items()}
 
 
 def evaluate_within_parents(
@@ -745,22 +1156,10 @@ def evaluate_within_parents(
     Raises:
         UserError: no coarser class is left.
     """
-    metrics_by_parent = []
+    metrics_by_parent = [
+        evaluate_space(inside, k_vals, names) for _, inside in spaces_of_parents(space, query_parents, gallery_parents)
+    ]
     parents = np.unique(query_parents)
-    for parent in parents:
-        queries, items = np.flatnonzero(query_parents == parent), np.flatnonzero(gallery_parents == parent)
-        place = space.query_in_gallery[queries]
-        if len(np.unique(space.gallery_labels[items])) < 2:
-            continue
-        inside = EmbeddingSpace(
-            space.query[torch.from_numpy(queries)],
-            space.query_labels[queries],
-            space.gallery[torch.from_numpy(items)],
-            space.gallery_labels[items],
-            np.where(place < 0, -1, np.searchsorted(items, place)),
-        )
-        if inside.has_positive.any():
-            metrics_by_parent.append(evaluate_space(inside, k_vals, names))
     num_left_out = len(parents) - len(metrics_by_parent)
     what = "coarser classes hold a single class, or no query with another image of its class"
     if not metrics_by_parent:
@@ -768,6 +1167,100 @@ def evaluate_within_parents(
     if num_left_out:
         _notice_once(f"{num_left_out} of {len(parents)} {what}: they are left out of every metric")
     return {name: nanmean([metrics[name] for metrics in metrics_by_parent]) for name in metrics_by_parent[0]}
+
+
+def spaces_of_parents(
+    space: EmbeddingSpace, query_parents: np.ndarray, gallery_parents: np.ndarray
+) -> Iterator[tuple[np.ndarray, EmbeddingSpace]]:
+    """The coarser classes that `evaluate_within_parents` evaluates: the positions of each one's queries, its space."""
+    for parent in np.unique(query_parents):
+        queries, items = np.flatnonzero(query_parents == parent), np.flatnonzero(gallery_parents == parent)
+        place = space.query_in_gallery[queries]
+        if len(np.unique(space.gallery_labels[items])) < 2:
+            continue
+        inside = EmbeddingSpace(
+            space.query[torch.from_numpy(queries)],
+            space.query_hierarchy[queries],
+            space.gallery[torch.from_numpy(items)],
+            space.gallery_hierarchy[items],
+            np.where(place < 0, -1, np.searchsorted(items, place)),
+        )
+        inside.threshold = space.threshold
+        if inside.has_positive.any():
+            yield queries, inside
+
+
+def query_results(space: EmbeddingSpace, testing_method: str = TESTING_METHODS[0]) -> dict[str, np.ndarray]:
+    """What the figures of a space are made of, query by query.
+
+    Args:
+        space: all points.
+        testing_method: one of `TESTING_METHODS`.
+
+    Returns:
+        Arrays `(Q,)`: `correct_at_1` (bool), `ap_at_r` (float32), `label` (int32), and `weight` (float64), with which
+        Recall @ 1 and MAP@R are sums of weight · result; it is 0 where a query has nothing to find.
+    """
+    size = len(space.query)
+    spaces = [(np.arange(size), space)]
+    if testing_method == "WithSameParentLabel":
+        spaces = list(spaces_of_parents(space, space.query_hierarchy[:, 1], space.gallery_hierarchy[:, 1]))
+    correct, ap_at_r, weight = np.zeros(size, bool), np.zeros(size, np.float32), np.zeros(size)
+    for queries, one in spaces:
+        correct[queries] = (one.num_negatives_ahead < 1) & one.has_positive
+        ap_at_r[queries] = np.where(one.has_positive, one.precisions["map_at_r"], 0)
+        weight[queries] = one.has_positive / (one.has_positive.sum() * len(spaces))
+    label = space.query_labels.astype(np.int32)
+    return {"correct_at_1": correct, "ap_at_r": ap_at_r, "label": label, "weight": weight}
+
+
+def parts_of_spaces(
+    spaces: Sequence[EmbeddingSpace], testing_method: str = TESTING_METHODS[0], all_levels: bool = False
+) -> Iterator[tuple[str, int, EmbeddingSpace]]:
+    """What `evaluate_points` evaluates, in its order by set: the prefix of the metrics' names, the level, its space."""
+    for position, space in enumerate(spaces):
+        of_set = f"Set {position} " if len(spaces) > 1 else ""
+        if not all_levels:
+            yield of_set, 0, space
+            continue
+        for level in range(space.query_hierarchy.shape[1] - (testing_method == "WithSameParentLabel")):
+            labels = space.query_hierarchy[:, level:], space.gallery_hierarchy[:, level:]
+            coarser = EmbeddingSpace(space.query, labels[0], space.gallery, labels[1], space.query_in_gallery)
+            yield f"{of_set}Level {level} ", level, coarser if level else space
+
+
+def class_means_of_queries(
+    space: EmbeddingSpace, k_vals: Sequence[int], names: Sequence[str], testing_method: str = TESTING_METHODS[0]
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """The metrics that are means over queries, as means over the queries of each class.
+
+    Args:
+        space: all points.
+        k_vals: the k of Recall @ k.
+        names: keys of `METRICS`; those of clusters or pairs are left out.
+        testing_method: one of `TESTING_METHODS`.
+
+    Returns:
+        The classes `(C,)` of the queries that count, the numbers of these queries `(C,)`, and by metric the means
+        `(C,)`.
+    """
+    by_compute = {row.compute: row.by_query for row in METRICS.values()}
+    chosen: dict[str, Callable[[EmbeddingSpace], np.ndarray]] = {}
+    for name, compute in chosen_metrics(k_vals, names).items():
+        function, parameters = getattr(compute, "func", compute), getattr(compute, "keywords", {})
+        if by_query := by_compute[function]:
+            chosen[name] = partial(by_query, **parameters)
+    spaces = [(np.arange(len(space.query)), space)]
+    if testing_method == "WithSameParentLabel":
+        spaces = list(spaces_of_parents(space, space.query_hierarchy[:, 1], space.gallery_hierarchy[:, 1]))
+    values = {name: np.zeros(len(space.query)) for name in chosen}
+    counts = np.zeros(len(space.query), bool)  # (Q,)
+    for queries, one in spaces:
+        counts[queries] = one.has_positive
+        for name, by_query in chosen.items():
+            values[name][queries] = by_query(one)
+    classes, place, sizes = np.unique(space.query_labels[counts], return_inverse=True, return_counts=True)
+    return classes, sizes, {name: np.bincount(place, value[counts]) / sizes for name, value in values.items()}
 
 
 def nanmean(values: Sequence[float]) -> float:
@@ -782,15 +1275,27 @@ class Points:
 
     Attributes:
         embeddings: `(N, D)`.
-        labels: `(N,)` integers.
-        parents: `(N,)` labels of the next coarser level, if there is one.
+        hierarchy: `(N, H)` integer labels, one column per level, the finest first.
         paths: N image files.
     """
 
     embeddings: torch.Tensor
-    labels: np.ndarray
-    parents: np.ndarray | None
+    hierarchy: np.ndarray
     paths: Sequence[str]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """`(N,)` labels of the finest level."""
+        return self.hierarchy[:, 0]
+
+    @property
+    def parents(self) -> np.ndarray | None:
+        """`(N,)` labels of the next coarser level, if there is one."""
+        return self.hierarchy[:, 1] if self.hierarchy.shape[1] > 1 else None
+
+    def at_level(self, level: int) -> Points:
+        """The same images without the levels finer than `level`."""
+        return replace(self, hierarchy=self.hierarchy[:, level:])
 
 
 def embed_set(net: nn.Module, images: RetrievalSet[ImageLoader], device: torch.device) -> RetrievalSet[Points]:
@@ -798,7 +1303,7 @@ def embed_set(net: nn.Module, images: RetrievalSet[ImageLoader], device: torch.d
 
     def embed_images(loader: ImageLoader) -> Points:
         name = images.name if loader is images.query else f"{images.name} gallery"
-        return Points(embed(net, loader, device, name), loader.labels, loader.parents, loader.paths)
+        return Points(embed(net, loader, device, name), loader.hierarchy, loader.paths)
 
     return images.map(embed_images)
 
@@ -807,10 +1312,10 @@ def build_space(points: RetrievalSet[Points]) -> EmbeddingSpace:
     """Puts queries and gallery into one space; a query whose path is in the gallery does not find itself there."""
     query, gallery = points.query, points.gallery
     if gallery is None:
-        return EmbeddingSpace(query.embeddings, query.labels)
+        return EmbeddingSpace(query.embeddings, query.hierarchy)
     position = {path: i for i, path in enumerate(gallery.paths)}
     query_in_gallery = np.array([position.get(path, -1) for path in query.paths], np.int64)  # (Q,)
-    return EmbeddingSpace(query.embeddings, query.labels, gallery.embeddings, gallery.labels, query_in_gallery)
+    return EmbeddingSpace(query.embeddings, query.hierarchy, gallery.embeddings, gallery.hierarchy, query_in_gallery)
 
 
 def evaluate_points(
@@ -818,6 +1323,8 @@ def evaluate_points(
     k_vals: Sequence[int],
     names: Sequence[str] = LITERATURE,
     testing_method: str = TESTING_METHODS[0],
+    validation: Mapping[str, float] | None = None,
+    all_levels: bool = False,
 ) -> tuple[dict[str, float], list[EmbeddingSpace]]:
     """Computes the metrics of embedded retrieval sets.
 
@@ -826,16 +1333,24 @@ def evaluate_points(
         k_vals: the k of Recall @ k.
         names: keys of `METRICS`.
         testing_method: one of `TESTING_METHODS`.
+        validation: metrics of the same network on the validation classes, whose threshold verification takes (default:
+            these are the validation classes, and choose it).
+        all_levels: whether to compute them at each level of the labels (WithSameParentLabel: that has a coarser one).
 
     Returns:
-        The metrics in one flat dict, named `Set 0 Recall @ 1`, … where there are several sets; and the sets' spaces.
+        The metrics in one flat dict, named `Set 0 Recall @ 1`, … where there are several sets, and at all levels
+        `Level 0 Recall @ 1`, … and their mean, `Level mean Recall @ 1`; and the sets' spaces, of the finest level.
 
     Raises:
         UserError: no query of a set has anything to find, or it can find nothing else.
     """
+    if all_levels:
+        return _evaluate_levels(points, k_vals, names, testing_method, validation)
     metrics: dict[str, float] = {}
     spaces = [build_space(one_set) for one_set in points]
     for position, (one_set, space) in enumerate(zip(points, spaces)):
+        prefix = f"Set {position} " if len(points) > 1 else ""
+        space.threshold = None if validation is None else _find_threshold(validation, prefix)
         if not space.has_positive.any():
             raise UserError(
                 f"{one_set.name}: no query's class is among the images that it is compared to: choose another "
@@ -850,9 +1365,49 @@ def evaluate_points(
             values = evaluate_within_parents(space, query_parents, gallery_parents, k_vals, names)
         else:
             values = evaluate_space(space, k_vals, names)
-        prefix = f"Set {position} " if len(points) > 1 else ""
         metrics |= {prefix + name: value for name, value in values.items()}
     return metrics, spaces
+
+
+def _evaluate_levels(
+    points: Sequence[RetrievalSet[Points]],
+    k_vals: Sequence[int],
+    names: Sequence[str],
+    testing_method: str,
+    validation: Mapping[str, float] | None,
+) -> tuple[dict[str, float], list[EmbeddingSpace]]:
+    """`evaluate_points` at each level of the labels."""
+    metrics: dict[str, float] = {}
+    by_level, spaces = [], []
+    for level in range(points[0].query.hierarchy.shape[1] - (testing_method == "WithSameParentLabel")):
+        at_level = [one.map(lambda part, level=level: part.at_level(level)) for one in points]  # type: ignore[misc]
+        name = f"Level {level} "
+        chosen = validation and {key.replace(name, ""): value for key, value in validation.items() if name in key}
+        of_level, found = evaluate_points(at_level, k_vals, names, testing_method, chosen)
+        metrics |= {_put_level(key, name): value for key, value in of_level.items()}
+        by_level.append(of_level)
+        spaces.append(found)
+    for key in by_level[0]:
+        metrics[_put_level(key, "Level mean ")] = nanmean([of_level[key] for of_level in by_level])
+    return metrics, spaces[0]
+
+
+def _put_level(name: str, level: str) -> str:
+    """A metric's name with its label level: `Set 0 Recall @ 1` -> `Set 0 Level 1 Recall @ 1`."""
+    return re.sub(r"^(Set \d+ )?", rf"\1{level}", name, count=1)
+
+
+def needs_validation(names: Sequence[str]) -> bool:
+    """Whether one of the metrics takes its threshold from the validation classes."""
+    return any(name.startswith("Verification") for name in names)
+
+
+def _find_threshold(validation: Mapping[str, float], prefix: str) -> float:
+    """The threshold among the metrics of the validation classes: of the set with that prefix, or the mean over sets."""
+    name = "Verification threshold"
+    if prefix + name in validation:
+        return validation[prefix + name]
+    return nanmean([value for key, value in validation.items() if key.endswith(name)])
 
 
 def evaluate(
@@ -862,6 +1417,8 @@ def evaluate(
     device: torch.device,
     names: Sequence[str] = LITERATURE,
     testing_method: str = TESTING_METHODS[0],
+    validation: Mapping[str, float] | None = None,
+    all_levels: bool = False,
 ) -> tuple[dict[str, float], list[EmbeddingSpace]]:
     """Embeds retrieval sets and computes their metrics.
 
@@ -872,8 +1429,11 @@ def evaluate(
         device: where the network is.
         names: keys of `METRICS`.
         testing_method: one of `TESTING_METHODS`.
+        validation: metrics of the validation classes, as for `evaluate_points`.
+        all_levels: whether to compute them at each level of the labels.
 
     Returns:
         The metrics and the embedding spaces, as from `evaluate_points`.
     """
-    return evaluate_points([embed_set(net, images, device) for images in sets], k_vals, names, testing_method)
+    points = [embed_set(net, images, device) for images in sets]
+    return evaluate_points(points, k_vals, names, testing_method, validation, all_levels)

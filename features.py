@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,9 +31,6 @@ from auxiliaries import (
 )
 from datasets import ImageDataset, ImageLoader, ImageSet, Loaders
 from netlib import EmbeddingNet
-
-if TYPE_CHECKING:
-    from methods import MetricLossOnly
 
 DTYPES = ("float32", "float16")
 # Flags of what an image goes through.
@@ -137,22 +134,22 @@ def draw_views(idx: np.ndarray, num_views: int, rng: np.random.Generator) -> np.
 
 
 def give_cached_loaders(
-    opt: argparse.Namespace, loaders: Loaders, method: MetricLossOnly, device: torch.device
+    opt: argparse.Namespace, loaders: Loaders, nets: Sequence[EmbeddingNet], device: torch.device
 ) -> Loaders:
-    """Loaders of features in place of images, which the method's networks take from then on.
+    """Loaders of features in place of images, which the networks take from then on.
 
     The features are computed unless they are stored already.
 
     Args:
         opt: the resolved flags.
         loaders: of the images.
-        method: what is trained, on `device`, with a frozen trunk.
+        nets: networks on `device` with the same frozen trunk.
         device: where the trunk runs.
 
     Raises:
         UserError: an image can't be read, or the features can't be stored.
     """
-    net = method.net
+    net = nets[0]
     # Validation classes are training classes of other folds: all folds share both files.
     learned = [loaders.train_eval, *_all_parts(loaders.val)]
     of_test = give_features(opt, loaders, [*learned, *_all_parts(loaders.test)], 0, net, device)
@@ -165,7 +162,8 @@ def give_cached_loaders(
         return ImageLoader(dataset, batch_size=opt.eval_bs, generator=torch.Generator(), **common)
 
     train = TrainFeatureDataset(loaders.train.dataset, of_train.values, of_train.find(loaders.train.paths))
-    net.takes_features = method.evaluated.takes_features = True
+    for one in nets:
+        one.takes_features = True
     return Loaders(
         train=ImageLoader(train, batch_sampler=train.batches, **common),
         train_eval=in_order(loaders.train_eval),
@@ -285,6 +283,7 @@ def describe(opt: argparse.Namespace, paths: Sequence[str], views: int, net: Emb
     flags = TRAIN_FLAGS if views else TEST_FLAGS
     return {
         **{name: getattr(opt, name) for name in ("arch", "pooling", "cascade_layers")},
+        **({"precision": opt.precision} if opt.precision != "fp32" else {}),
         "network": hashlib.sha256(repr(net.backbone).encode()).hexdigest(),
         "weights": weights.hexdigest(),
         "transform": {name: getattr(opt, name) for name in flags},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import auxiliaries
 import config
@@ -37,9 +39,13 @@ def evaluate_run(argv: Sequence[str]) -> dict[str, float]:
     opt = config.parse(argv)
     folder = Path(opt.evaluate) if opt.evaluate else runs.find_run(opt, config.given_flags(argv))
     opt = config.parse(argv, runs.config_file(folder))
+    if opt.eval_pca_normalize and not opt.eval_pca:
+        raise UserError("--eval_pca_normalize does nothing without --eval_pca: add that, or drop it")
+    # those of the run were for training
+    opt = config.with_flags(opt, splits_to_eval=config.given_flags(argv).get("splits_to_eval", ["test"]))
     fold_paths = runs.fold_folders(folder)
     if None in fold_paths:
-        if opt.split_scheme == "cross_validation" and opt.fold is None:
+        if opt.split_scheme != "predefined" and opt.fold is None:
             raise UserError(f"{folder} has no fold yet: --resume_training begins with the first")
         return evaluate_checkpoint(folder, opt)
     chosen = {fold: path for fold, path in fold_paths.items() if opt.fold in (None, fold)}
@@ -61,17 +67,76 @@ def evaluate_checkpoint(folder: Path, opt: argparse.Namespace) -> dict[str, floa
     opt = config.resolve(opt)
     runs.check_flags(folder, opt)
     read_evaluations(folder)  # a damaged file is reported before anything expensive
+    if evaluate.needs_validation(opt.eval_metrics) and "val" not in opt.splits_to_eval:
+        raise UserError(
+            "Verification accuracy needs a threshold from validation classes: give --splits_to_eval val test"
+        )
     metrics: dict[str, float] = {}
+    all_levels = opt.label_hierarchy_level == datasets.ALL_LEVELS
     splits = datasets.give_splits(opt)
     class_names = splits.train.class_names[0]
-    for split, sets in embed_splits(folder, opt, splits).items():
-        split_metrics, _ = evaluate.evaluate_points(sets, opt.k_vals, opt.eval_metrics, opt.testing_method)
+    by_split: dict[str, dict[str, float]] = {}
+    embedded = embed_splits(folder, opt, splits)
+    for split, sets in sorted(embedded.items(), key=lambda item: item[0] != "val"):  # whose threshold the others take
+        validation = None if split == "val" else by_split.get("val", {})
+        split_metrics, spaces = evaluate.evaluate_points(
+            sets, opt.k_vals, opt.eval_metrics, opt.testing_method, validation, all_levels
+        )
+        by_split[split] = split_metrics
         print(f"{split} | {records.format_metrics(split_metrics)}")
+        if opt.eval_every_class:
+            macro = evaluate_classes(folder, opt, split, spaces, splits.train.class_names)
+            print(f"{split}, means over classes | {records.format_metrics(macro)}")
+            split_metrics = split_metrics | macro
         metrics |= {f"{split} {name}": value for name, value in split_metrics.items()}
         if opt.eval_size_of_tsne:
             draw_tsne(folder, split, sets[0].query, class_names, opt.eval_size_of_tsne, opt.seed)
     add_evaluation(folder, opt, metrics)
     return metrics
+
+
+def evaluate_classes(
+    folder: Path,
+    opt: argparse.Namespace,
+    split: str,
+    spaces: Sequence[evaluate.EmbeddingSpace],
+    class_names: Sequence[Sequence[str]],
+) -> dict[str, float]:
+    """Writes the metrics of each class to per_class_<split>.csv; where it can't be written, a notice says so.
+
+    Args:
+        folder: the run folder.
+        opt: the resolved flags.
+        split: the split's name.
+        spaces: its sets.
+        class_names: for each level of the labels, what they stand for.
+
+    Returns:
+        Their means over classes, `Macro Recall @ 1`, …, by the names of several sets and levels as elsewhere.
+    """
+    rows: list[records.Row] = []
+    macro: dict[str, float] = {}
+    for prefix, level, space in evaluate.parts_of_spaces(
+        spaces, opt.testing_method, opt.label_hierarchy_level == datasets.ALL_LEVELS
+    ):
+        classes, sizes, means = evaluate.class_means_of_queries(space, opt.k_vals, opt.eval_metrics, opt.testing_method)
+        where = {"Part": prefix.strip()} if prefix else {}
+        for i, label in enumerate(classes):
+            values = {name: float(mean[i]) for name, mean in means.items()}
+            rows.append({**where, "Class": class_names[level][label], "Queries": int(sizes[i]), **values})
+        macro |= {f"{prefix}Macro {name}": float(mean.mean()) for name, mean in means.items()}
+    by_level: dict[str, list[float]] = {}
+    for name, value in macro.items():
+        by_level.setdefault(re.sub(r"Level \d+", "Level mean", name), []).append(value)
+    macro |= {name: float(np.mean(values)) for name, values in by_level.items()}
+    path = folder / f"per_class_{split}.csv"
+    try:
+        records.save_rows(path, rows)
+    except UserError as error:
+        notice(f"the metrics of each class are not kept: {error}")
+    else:
+        print(f"metrics of each class: {path}")
+    return macro
 
 
 EVALUATIONS_SCHEMA = {
@@ -96,7 +161,7 @@ def read_evaluations(folder: Path) -> list[dict[str, Any]]:
 
 def add_evaluation(folder: Path, opt: argparse.Namespace, metrics: Mapping[str, float]) -> None:
     """Adds an entry to a run's evaluation.json; where it can't be written, a notice says so."""
-    names = ("k_vals", "testing_method", *config.build_parser().names_with(needs="evaluate"))
+    names = ("splits_to_eval", "k_vals", "testing_method", *config.build_parser().names_with(needs="evaluate"))
     entry = {
         "settings": {name: getattr(opt, name) for name in names},
         "epoch": runs.best_state(folder)["epoch"],
@@ -113,6 +178,28 @@ def add_evaluation(folder: Path, opt: argparse.Namespace, metrics: Mapping[str, 
         print(f"also in {folder / 'evaluation.json'}")
 
 
+def save_query_results(run: runs.Run, loaders: datasets.Loaders, device: torch.device) -> None:
+    """Writes the selected network's results of each query, for comparisons: per_query.npz.
+
+    They are of the test classes (of the validation classes, where there are no others). Where the network was evaluated
+    by a process that was stopped since, it is evaluated again.
+    """
+    opt, sets = run.opt, loaders.test or loaders.val
+    kind = "test" if loaders.val and loaders.test else "val"  # by which its rows are found
+    lower_is_better = evaluate.lower_is_better(opt.eval_metric_for_best_epoch)
+    epoch = records.best_epoch(run.log.rows["val"], opt.eval_metric_for_best_epoch, lower_is_better)
+    spaces = run.spaces.get((epoch, kind))
+    if spaces is None:
+        run.method.evaluated.load_state_dict(runs.best_state(run.folder)["state_dict"])
+        embedded = [evaluate.embed_set(run.method.evaluated, images, device) for images in sets]
+        spaces = [evaluate.build_space(points) for points in embedded]
+    by_set = [evaluate.query_results(space, opt.testing_method) for space in spaces]
+    results = {name: np.concatenate([of_set[name] for of_set in by_set]) for name in by_set[0]}
+    results["weight"] /= len(spaces)
+    digest = runs.digest_sets(opt, run.splits.test or run.splits.val)
+    records.save_query_results(run.folder, results, test_set=digest, epoch=epoch)
+
+
 def embed_splits(
     folder: Path, opt: argparse.Namespace, splits: datasets.Splits
 ) -> dict[str, list[RetrievalSet[Points]]]:
@@ -121,7 +208,7 @@ def embed_splits(
     Raises:
         UserError: the run has no such splits, or no network yet.
     """
-    device = auxiliaries.pick_device(opt.gpu)
+    device = auxiliaries.pick_device(opt.gpu, opt.deterministic)
     runs.check_data(folder, opt, splits)
     loaders = datasets.give_dataloaders(opt, splits, pin_memory=device.type == "cuda")
     net = runs.load_network(folder, opt, device)
@@ -130,7 +217,7 @@ def embed_splits(
     evaluated = netlib.Trunk(net) if opt.eval_use_trunk_output else net
     training_set = RetrievalSet("train", loaders.train_eval)
     sets_by_split = {"train": [training_set], "val": loaders.val, "test": loaders.test}
-    wanted = list(dict.fromkeys(opt.splits_to_eval or ["test"]))
+    wanted = list(dict.fromkeys(opt.splits_to_eval))
     absent = [split for split in wanted if not sets_by_split[split]]
     if absent:
         raise UserError(f"--splits_to_eval {absent[0]}: these splits have no {absent[0]} classes")
@@ -144,7 +231,7 @@ def embed_splits(
         all_sets = [one for sets in embedded.values() for one in sets]
         reference = [points for one in all_sets for points in (one.query, one.gallery) if points]
     if opt.eval_pca:
-        embedded, reference = project(embedded, reference, opt.eval_pca)
+        embedded, reference = project(embedded, reference, opt.eval_pca, opt.eval_pca_normalize)
     if opt.eval_reference_set in ("compared_to_sets_combined", "compared_to_training_set"):
         gallery = union(reference)
         return {split: [RetrievalSet(one.name, one.query, gallery) for one in sets] for split, sets in embedded.items()}
@@ -155,21 +242,29 @@ def union(parts: Sequence[Points]) -> Points:
     """All images of several sets, each once."""
     paths = [path for points in parts for path in points.paths]
     _, first = np.unique(paths, return_index=True)
-    parents = None
-    if all(points.parents is not None for points in parts):
-        parents = np.concatenate([np.asarray(points.parents) for points in parts])[first]
     return Points(
         torch.cat([points.embeddings for points in parts])[torch.from_numpy(first)],
-        np.concatenate([points.labels for points in parts])[first],
-        parents,
+        np.concatenate([points.hierarchy for points in parts])[first],
         [paths[i] for i in first],
     )
 
 
 def project(
-    embedded: Mapping[str, Sequence[RetrievalSet[Points]]], reference: Sequence[Points], dim: int
+    embedded: Mapping[str, Sequence[RetrievalSet[Points]]],
+    reference: Sequence[Points],
+    dim: int,
+    normalize: bool = False,
 ) -> tuple[dict[str, list[RetrievalSet[Points]]], list[Points]]:
     """Everything on the first principal components of the reference's embeddings.
+
+    Args:
+        embedded: the sets by split.
+        reference: the images that the components are of.
+        dim: number of components.
+        normalize: whether the projected embeddings are scaled to length 1.
+
+    Returns:
+        The projected sets, and the projected reference.
 
     Raises:
         UserError: there are fewer components.
@@ -185,7 +280,7 @@ def project(
 
     def projected(points: Points) -> Points:
         values = torch.from_numpy(pca.transform(points.embeddings.cpu().numpy())).to(points.embeddings)
-        return Points(values, points.labels, points.parents, points.paths)
+        return Points(F.normalize(values, dim=1) if normalize else values, points.hierarchy, points.paths)
 
     sets = {split: [one.map(projected) for one in split_sets] for split, split_sets in embedded.items()}
     return sets, [projected(points) for points in reference]

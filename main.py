@@ -61,10 +61,10 @@ def main(opt: argparse.Namespace, folder: Path | None = None, only_check: bool =
         UserError: what the user can fix.
     """
     opt = config.resolve(opt)
-    if opt.split_scheme == "cross_validation" and opt.fold is None:
-        raise UserError("one training run is one fold of cross_validation: give --fold")
+    if opt.split_scheme != "predefined" and opt.fold is None:
+        raise UserError(f"one training run is one fold of {opt.split_scheme}: give --fold")
     runs.check_folder(folder or runs.default_folder(opt))
-    device = auxiliaries.pick_device(opt.gpu)
+    device = auxiliaries.pick_device(opt.gpu, opt.deterministic)
 
     # ================================================== Data ==========================================================
     splits = datasets.give_splits(opt)
@@ -88,7 +88,7 @@ def main(opt: argparse.Namespace, folder: Path | None = None, only_check: bool =
     with runs.open_run(opt, splits, method, device, folder) as run, records.resume_hint(run.folder):
         print_start(run, device, len(loaders.train))
         if opt.cache_features is not None:
-            loaders = features.give_cached_loaders(opt, loaders, method, device)
+            loaders = features.give_cached_loaders(opt, loaders, [method.net, method.evaluated], device)
         console = records.Console(
             opt.n_epochs, opt.eval_metric_for_best_epoch, f"{'validation' if splits.val else 'test'} classes"
         )
@@ -124,8 +124,9 @@ def main(opt: argparse.Namespace, folder: Path | None = None, only_check: bool =
             run.save(epoch, best_epoch)
 
         # ===================================== Test classes and summary ===============================================
-        if splits.val and opt.split_scheme == "cross_validation":
+        if splits.val and splits.test and "test" not in opt.splits_to_eval:
             evaluate_saved_networks(run, loaders, device)
+        inference.save_query_results(run, loaders, device)
         return summarize(run, has_val=bool(splits.val))
 
 
@@ -175,15 +176,13 @@ def train_one_epoch(
 def evaluate_epoch(
     run: runs.Run, loaders: datasets.Loaders, device: torch.device, epoch: int
 ) -> evaluate.EmbeddingSpace:
-    """Evaluates and records what may be looked at while training: the validation classes, and under predefined splits
-    the test classes, as the literature does.
+    """Evaluates and records what selects the epoch, the validation classes or, without them, the test classes, and
+    what --splits_to_eval asks for beside it.
 
     Returns:
         The embedding space of the (first) set that selects the epoch.
     """
-    watched = {"val": loaders.val or loaders.test}
-    if loaders.val and loaders.test and run.opt.split_scheme == "predefined":
-        watched["test"] = loaders.test
+    watched = loaders.watched(run.opt.splits_to_eval)
     spaces = {kind: evaluate_sets(run, sets, device, epoch, kind) for kind, sets in watched.items()}
     if run.opt.dist_measure and epoch >= 0:
         points = evaluate.embed(run.method.evaluated, loaders.train_eval, device, "training images")
@@ -198,8 +197,11 @@ def evaluate_sets(
     """Evaluates retrieval sets, as epoch -1 by the backbone alone; records a row of that kind, and returns spaces."""
     opt, start = run.opt, time.perf_counter()
     net = run.method.evaluated if epoch >= 0 else netlib.Trunk(run.method.evaluated)
-    metrics, spaces = evaluate.evaluate(net, sets, opt.k_vals, device, opt.eval_metrics, opt.testing_method)
+    validation = None if kind == "val" else run.log.row_of("val", epoch)  # chooses the threshold of verification
+    which = opt.k_vals, device, opt.eval_metrics, opt.testing_method, validation
+    metrics, spaces = evaluate.evaluate(net, sets, *which, opt.label_hierarchy_level == datasets.ALL_LEVELS)
     run.log.add(kind, {"Epochs": epoch, "Time": time.perf_counter() - start, **metrics})
+    run.spaces[epoch, kind] = spaces
     return spaces
 
 
@@ -290,7 +292,7 @@ def summarize(run: runs.Run, has_val: bool) -> dict[str, float]:
     """
     metric = run.opt.eval_metric_for_best_epoch
     lower_is_better = evaluate.lower_is_better(metric)
-    watches_test = run.opt.split_scheme == "predefined" and bool(run.splits.test)
+    watches_test = "test" in run.opt.splits_to_eval and bool(run.splits.test)
     is_pretrained = not run.opt.not_pretrained
     summary = records.build_summary(run.log.rows, metric, lower_is_better, has_val, watches_test, is_pretrained)
     auxiliaries.save_json(run.folder / "summary.json", summary)

@@ -29,6 +29,7 @@ from auxiliaries import (
     check_memory,
     check_params,
     nearest_name,
+    notice,
     number,
     parse_value,
     reason,
@@ -171,6 +172,9 @@ def add_arguments(parser: FlagParser) -> None:
     add("--accumulate", type=number(int, 1), default=1, metavar="N",
         help="step once for N batches, with the mean of their gradients; for classification losses only, and each "
         "batch keeps its own BatchNorm statistics")
+    add("--fused", action="switch", default=None, machine=True, compared=False,
+        help="update all parameters in one go, where the optimizer can: Adam, AdamW, SGD, Adagrad (default: only with "
+        "--fast)")
     # fmt: on
 
 
@@ -294,8 +298,10 @@ def optimizer_settings(opt: argparse.Namespace) -> dict[str, tuple[str, dict[str
     for part, own in of_part.items():
         name = find_class(f"--optim_params {part}.class", own.pop("class")) if "class" in own else opt.optimizer
         reserved = (*RESERVED_PARAMS, "initial_accumulator_value")  # which Adagrad takes for all parts at once
-        params = check_params(f"--optim_params {part}", own, getattr(torch.optim, name), reserved)
-        settings[part] = (name, {**(common if name == opt.optimizer else {}), **params})
+        kind = getattr(torch.optim, name)
+        params = check_params(f"--optim_params {part}", own, kind, reserved)
+        fused = {"fused": True} if opt.fused and "fused" in inspect.signature(kind).parameters else {}
+        settings[part] = (name, {**fused, **(common if name == opt.optimizer else {}), **params})
     return settings
 
 
@@ -435,6 +441,7 @@ class Optimization:
         clip_grad_value: the largest absolute value of an entry of the gradient.
         accumulate: number of batches whose mean gradient makes one step.
         steps_per_epoch: number of steps in an epoch.
+        scaler: scales the loss of a network that computes in 16 bits, so that small gradients are not lost.
     """
 
     def __init__(
@@ -446,7 +453,9 @@ class Optimization:
         clip_grad_value: float | None = None,
         accumulate: int = 1,
         steps_per_epoch: int = 1,
+        scaler: torch.amp.GradScaler | None = None,
     ):
+        self.scaler = scaler or torch.amp.GradScaler(enabled=False)
         self.names = [group["name"] for group in groups]
         by_class: dict[str, list[Group]] = {}
         for group in groups:
@@ -473,7 +482,7 @@ class Optimization:
         if self._waiting == 0:
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
-        (loss / self.accumulate if self.accumulate > 1 else loss).backward()
+        self.scaler.scale(loss / self.accumulate if self.accumulate > 1 else loss).backward()
         self._waiting += 1
         if self._waiting < self.accumulate:
             return False
@@ -487,12 +496,20 @@ class Optimization:
                 if parameter.grad is not None:
                     parameter.grad.mul_(self.accumulate / self._waiting)
         self._waiting = 0
+        scaled = [optimizer for optimizer in self.optimizers if _has_gradient(optimizer)]
+        if self.clip_grad_norm is not None or self.clip_grad_value is not None:
+            for optimizer in scaled:
+                self.scaler.unscale_(optimizer)
         if self.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
         if self.clip_grad_value is not None:
             nn.utils.clip_grad_value_(parameters, self.clip_grad_value)
         for optimizer in self.optimizers:
-            optimizer.step()
+            if optimizer in scaled:
+                self.scaler.step(optimizer)
+            else:
+                optimizer.step()  # schedules ask for it
+        self.scaler.update()
         if self.schedule.interval == "iteration":
             self._advance()
 
@@ -535,7 +552,9 @@ class Optimization:
         first, *further = [optimizer.state_dict() for optimizer in self.optimizers]
         scheduler, *more = [scheduler.state_dict() for scheduler in self.schedulers]
         schedule = {"schedule": self.schedule.describe(), "state": scheduler, **({"further": more} if more else {})}
-        return {"optimizer": first, **({"further_optimizers": further} if further else {}), "scheduler": schedule}
+        scaler = {"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}
+        further_states = {"further_optimizers": further} if further else {}
+        return {"optimizer": first, **further_states, "scheduler": schedule, **scaler}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a checkpoint's state after `state["epoch"]`; see `MetricLossOnly.load_state_dict`.
@@ -555,6 +574,8 @@ class Optimization:
                 if any(shape and shape != parameter.shape for shape in shapes):  # Adafactor's are shorter
                     raise ValueError("the optimizer's state is of other parameters")
             _check_state_names(optimizer)
+        if self.scaler.is_enabled() and "scaler" in state:
+            self.scaler.load_state_dict(dict(state["scaler"]))
         self._restore_schedule(state, [group for one in saved for group in one["param_groups"]])
 
     def _restore_schedule(self, state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
@@ -576,6 +597,11 @@ class Optimization:
             return ((row[self.schedule.metric],) for row in rows if row["Epochs"] > 0 and self.schedule.metric in row)
         per_epoch = self.steps_per_epoch if self.schedule.interval == "iteration" else 1
         return (() for _ in range(state["epoch"] * per_epoch))
+
+
+def _has_gradient(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether any of its parameters has a gradient."""
+    return any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])
 
 
 def _check_state_names(optimizer: torch.optim.Optimizer) -> None:
@@ -1230,6 +1256,10 @@ def _refuse_labels(opt: argparse.Namespace) -> None:
         )
     if opt.dist_measure:
         raise UserError(f"--dist_measure needs labels of the training images, which {name} does without: drop it")
+    if "train" in opt.splits_to_eval and opt.evaluate is None:
+        raise UserError(
+            f"--splits_to_eval train needs labels of the training images, which {name} does without: leave train out"
+        )
 
 
 def relabel(opt: argparse.Namespace, splits: Any) -> Any:
@@ -1266,6 +1296,11 @@ def build_training(
     net = netlib.networkselect(opt, load_pretrained).to(device)
     if opt.bs == 1 and any(isinstance(module, _BatchNorm) and module.training for module in net.modules()):
         raise UserError("--bs 1 leaves BatchNorm nothing to normalize over: raise --bs, or give --freeze_batchnorm")
+    if opt.grad_cache and any(isinstance(module, _BatchNorm) and module.training for module in net.backbone.modules()):
+        notice(
+            f"--grad_cache {opt.grad_cache}: BatchNorm normalizes over {opt.grad_cache} images instead of {opt.bs}, so "
+            "that gradients are not those of the whole batch; --freeze_batchnorm makes them so"
+        )
     of_net = _network_groups(opt, net)
     sized = argparse.Namespace(**{**vars(opt), "embed_dim": net.embed_dim})
     criterion, groups = losses.loss_select(opt.loss, sized, of_net, num_classes)
@@ -1276,7 +1311,7 @@ def build_training(
         network.to(device)
     groups = [*groups, *further_groups]
     _refuse_nothing_to_learn(opt, net, groups)
-    optimization = _build_optimization(opt, groups, num_batches, lower_is_better)
+    optimization = _build_optimization(opt, groups, num_batches, lower_is_better, device)
     return method(net, criterion, optimization, **further, **{name: getattr(opt, name) for name in method.flags})
 
 
@@ -1302,7 +1337,7 @@ def _network_groups(opt: argparse.Namespace, net: netlib.EmbeddingNet) -> list[G
 
 
 def _build_optimization(
-    opt: argparse.Namespace, groups: Sequence[Group], num_batches: int, lower_is_better: bool
+    opt: argparse.Namespace, groups: Sequence[Group], num_batches: int, lower_is_better: bool, device: torch.device
 ) -> Optimization:
     """Optimizers and schedule of the resolved flags.
 
@@ -1321,4 +1356,5 @@ def _build_optimization(
     schedule = Schedule(opt.scheduler, params, num_steps, opt.eval_metric_for_best_epoch, mode)
     settings = optimizer_settings(opt)
     clips = (opt.clip_grad_norm, opt.clip_grad_value)
-    return Optimization(groups, settings, schedule, *clips, opt.accumulate, steps_per_epoch)
+    scaler = torch.amp.GradScaler(device.type, enabled=opt.precision == "fp16")
+    return Optimization(groups, settings, schedule, *clips, opt.accumulate, steps_per_epoch, scaler)

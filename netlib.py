@@ -6,7 +6,8 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -18,9 +19,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 import googlenet
-from auxiliaries import FlagParser, UserError, check_memory, load_checkpoint, nearest_name, number, shown, user_path
+from auxiliaries import (
+    FlagParser,
+    UserError,
+    check_memory,
+    find_device,
+    load_checkpoint,
+    nearest_name,
+    notice,
+    number,
+    reason,
+    shown,
+    user_path,
+)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -29,6 +43,7 @@ WRAPPERS = ("state_dict", "model", "model_state_dict")
 PREFIXES = ("module.", "_orig_mod.", "model.")
 
 EMBEDDER_NORMS = ("none", "layernorm")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 POOLINGS = ("avg", "max", "avg+max", "gem", "cls")
 SIZE_ERRORS = (AssertionError, RuntimeError, ValueError)  # of networks that get images of a size that they can't take
 TIMM = "timm:"  # before the names of timm's networks
@@ -78,6 +93,20 @@ def add_arguments(parser: FlagParser) -> None:
     add("--cascade_layers", nargs="*", metavar="NAME", fixed=True,
         help="CascadedEmbeddings: modules of the backbone whose pooled outputs each get a head (default: the ends of "
         "three stages, for ResNets layer2 layer3 layer4)")
+
+    add = parser.add_argument_group("speed of the network").add_argument
+    add("--precision", choices=PRECISIONS,
+        help="of the backbone's arithmetic: bf16 or fp16 are quicker and take less memory on a GPU that has them, with "
+        "weights, embedding layer and loss still in 32 bits (default: fp32; with --fast, what the device is quick at)")
+    add("--channels_last", action="switch", default=None, machine=True, compared=False,
+        help="keep the channels of a pixel side by side in memory, which convolutions may be quicker with (default: "
+        "only with --fast)")
+    add("--compile", action="switch", default=None, machine=True, compared=False,
+        help="compile the backbone with torch.compile: the first steps take minutes, those after them are quicker "
+        "(default: only with --fast, where it pays)")
+    add("--grad_cache", type=number(int, 1), metavar="N",
+        help="run the backbone on N images at a time, and once more for their gradients, so that a large --bs takes "
+        "the memory of N images; the gradients are those of the whole batch (Gao et al., RepL4NLP 2021)")
     # fmt: on
 
 
@@ -672,9 +701,13 @@ class EmbeddingNet(nn.Module):
         freeze_trunk: whether the backbone stays as it is: in evaluation mode, without gradients.
         embedding: features `(B, features)` to embeddings `(B, D)`, see `build_embedding` (default: a linear layer).
         still: modules of the backbone that stay in evaluation mode.
+        precision: a key of `PRECISIONS`, of the backbone's arithmetic; the embedding is computed in float32.
+        channels_last: whether the backbone's weights and images have the channels of a pixel side by side.
+        chunk: number of images whose activations are in memory at once while it learns (default: the whole batch).
 
     Attributes:
         takes_features: whether it is given features that the backbone has computed before, in place of images.
+        compiles: whether the backbone is compiled when it is first run.
     """
 
     mean: torch.Tensor
@@ -692,9 +725,18 @@ class EmbeddingNet(nn.Module):
         freeze_trunk: bool = False,
         embedding: nn.Module | None = None,
         still: Sequence[nn.Module] = (),
+        precision: str = "fp32",
+        channels_last: bool = False,
+        chunk: int | None = None,
     ):
         super().__init__()
         self.backbone = backbone.requires_grad_(False) if freeze_trunk else backbone
+        self.precision, self.memory_format, self.chunk = precision, torch.contiguous_format, chunk
+        if channels_last:
+            self.memory_format = torch.channels_last
+            backbone.to(memory_format=torch.channels_last)
+        self.compiles = False
+        self._compiled: list[Callable[..., torch.Tensor]] = []  # hidden from the modules, or it would be saved as one
         self.embedding = embedding or build_embedding(num_features, embed_dim)
         self.num_features, self.embed_dim = num_features, embed_dim or num_features
         self.normalize = normalize
@@ -721,7 +763,34 @@ class EmbeddingNet(nn.Module):
             return images
         check_images(images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_trunk):
-            return self.backbone((images.contiguous() - self.mean) / self.std)
+            if self.chunk is None or len(images) <= self.chunk or not torch.is_grad_enabled():
+                return self._features(images)
+            once_more = partial(checkpoint, self._features, use_reentrant=False, context_fn=self._recomputing)
+            return torch.cat([once_more(chunk) for chunk in images.split(self.chunk)])
+
+    def _features(self, images: torch.Tensor) -> torch.Tensor:
+        pixels = (images.contiguous(memory_format=self.memory_format) - self.mean) / self.std
+        if self.precision == "fp32":
+            return self._run_backbone(pixels)
+        with torch.autocast(images.device.type, PRECISIONS[self.precision]):
+            return self._run_backbone(pixels).float()
+
+    def _recomputing(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """What is around the first run of a chunk, and around the second, which must not count in BatchNorm again."""
+        return nullcontext(), keep_statistics(self.backbone)
+
+    def _run_backbone(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Normalized images `(B, 3, H, W)` to features, by the compiled backbone where that is wanted and works."""
+        if not self.compiles:
+            return self.backbone(pixels)
+        if not self._compiled:
+            self._compiled.append(torch.compile(self.backbone))
+        try:
+            return self._compiled[0](pixels)
+        except Exception as error:  # torch.compile raises anything at all
+            self.compiles = False
+            notice(f"--compile does not work here, the run goes on without it ({reason(error)})")
+            return self.backbone(pixels)
 
     def embed_features(self, features: torch.Tensor) -> torch.Tensor:
         """The backbone's features `(B, features)` to embeddings `(B, D)`."""
@@ -765,6 +834,20 @@ class EmbeddingNet(nn.Module):
         if not backbone["params"]:
             return [embedding]
         return [backbone, embedding] if fc_lr_mul else [group("network", self, lr)]
+
+
+@contextmanager
+def keep_statistics(network: nn.Module) -> Iterator[None]:
+    """Inside the block, BatchNorm layers normalize as before, but don't update their running statistics."""
+    layers = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.training]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta):
+            layer.momentum = momentum
 
 
 class Trunk(nn.Module):
@@ -823,8 +906,12 @@ def networkselect(opt: argparse.Namespace | Mapping[str, Any], load_pretrained: 
         opt.freeze_trunk,
         embedding,
         still,
+        opt.precision or "fp32",
+        bool(opt.channels_last),
+        opt.grad_cache,
     )
     check_input(net, opt.arch, opt.crop_size)
+    net.compiles = bool(opt.compile)
     return net.eval() if is_finished else net
 
 
@@ -893,6 +980,15 @@ def refuse_contradictions(opt: argparse.Namespace) -> None:
         raise UserError(
             f"--{frozen[0]} and --{frozen[1]} contradict each other, since either says which part of the backbone "
             "learns: drop one"
+        )
+    device = find_device(opt.gpu)
+    if opt.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise UserError("--precision bf16: this GPU does not compute in bfloat16; give fp16 or fp32")
+    if opt.precision == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16 takes a CPU twenty times as long as fp32: give bf16 or fp32")
+    if opt.grad_cache is not None and opt.grad_cache >= opt.bs:
+        raise UserError(
+            f"--grad_cache {opt.grad_cache} doesn't split batches of --bs {opt.bs}: give less than that, or drop it"
         )
     if opt.cascade_layers is not None and opt.pooling == "cls":
         raise UserError("--pooling cls takes one token, and a cascade pools maps and tokens of several depths: drop it")

@@ -135,8 +135,8 @@ def _marker(num_points: int) -> str:
 
 
 def _family(name: str) -> str:
-    """The metric without its set and its k: `Set 0 Recall @ 4` -> `Recall`."""
-    return re.sub(r"^Set \d+ | @ \d+$", "", name)
+    """The metric without its set, its label level and its k: `Set 0 Recall @ 4` -> `Recall`."""
+    return re.sub(r"^(Set \d+ )?(Level (\d+|mean) )?| @ [\d.e-]+$", "", name)
 
 
 def _wrap(parts: Iterable[str], width: int) -> str:
@@ -269,7 +269,7 @@ def save_bands(path: Path, curves: Mapping[str, Sequence[tuple[int, float, float
         curves: for each label its points: epoch, mean, and half the width of the confidence interval (or NaN).
         name: the metric.
     """
-    figure = _new_figure(9, 5.5)
+    figure = _new_figure(9, 5.5 + 0.2 * max(0, len(curves) - 10))  # the legend stands below the curves
     axes = figure.add_subplot()
     for label, points in curves.items():
         epochs, mean, half = np.array(points, dtype=float).reshape(-1, 3).T
@@ -286,6 +286,165 @@ def save_bands(path: Path, curves: Mapping[str, Sequence[tuple[int, float, float
     legend = axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12))
     for text in legend.get_texts():
         text.set_parse_math(False)
+    _save(figure, path)
+
+
+# Trials of a study
+
+
+@dataclass(frozen=True)
+class TrialPoint:
+    """A trial that ended.
+
+    Attributes:
+        number: its number.
+        value: its score; NaN where it failed.
+        error: standard error of the score; 0 where it isn't known.
+        state: complete, pruned or failed.
+        values: the values that it tried, by name.
+    """
+
+    number: int
+    value: float
+    error: float
+    state: str
+    values: Mapping[str, float | str]
+
+
+def _complete(points: Sequence[TrialPoint]) -> list[TrialPoint]:
+    return [point for point in points if point.state == "complete"]
+
+
+def _limit(axes: Axes, points: Sequence[TrialPoint]) -> None:
+    """Gives the axis of scores room around those of complete trials; others, which may be far off, may be cut off."""
+    values = sorted(point.value for point in _complete(points) if math.isfinite(point.value))
+    if values:
+        worst, best = np.quantile(values, [0.1, 0.9]) if len(values) >= 10 else (values[0], values[-1])
+        span = max(best - worst, SMALLEST_RANGE * max(map(abs, values)) or 1)
+        axes.set_ylim(max(values[0], worst - span) - 0.1 * span, min(values[-1], best + span) + 0.1 * span)
+
+
+def save_history(path: Path, points: Sequence[TrialPoint], name: str, lower_is_better: bool) -> None:
+    """Draws the scores of trials in their order, with the best one so far, into an SVG.
+
+    Args:
+        path: the SVG to write.
+        points: the trials.
+        name: the score.
+        lower_is_better: whether the best score is the lowest.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure = _new_figure(8, 4.5)
+    axes = figure.add_subplot()
+    complete, pruned = _complete(points), [point for point in points if point.state == "pruned"]
+    numbers, values = [point.number for point in complete], [point.value for point in complete]
+    best = (np.minimum if lower_is_better else np.maximum).accumulate(np.array(values, dtype=float))
+    axes.vlines(numbers, [p.value - p.error for p in complete], [p.value + p.error for p in complete], "C0", alpha=0.25)
+    axes.plot(numbers, values, "o", ms=5, label="complete")
+    if pruned:
+        axes.plot(
+            [p.number for p in pruned],
+            [p.value for p in pruned],
+            "v",
+            ms=4,
+            color="0.6",
+            label="pruned, with its last score",
+        )
+    _limit(axes, points)
+    failed = [point.number for point in points if point.state == "failed"]
+    if failed:
+        bottom = axes.get_ylim()[1 if lower_is_better else 0]
+        axes.plot(failed, [bottom] * len(failed), "x", color="C3", clip_on=False, label="failed")
+    if complete:
+        ends = [*numbers, points[-1].number]
+        axes.step(ends, [*best, best[-1]], where="post", color="C1", label="best so far")
+    axes.set(
+        xlabel="trial",
+        title="scores of the trials"
+        + (", ± standard error over folds" if any(point.error for point in points) else ""),
+    )
+    axes.set_ylabel(name, parse_math=False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    _save(figure, path)
+
+
+def save_slices(
+    path: Path,
+    points: Sequence[TrialPoint],
+    names: Sequence[str],
+    logarithmic: Sequence[str],
+    score: str,
+    lower_is_better: bool,
+) -> None:
+    """Draws the trials' scores over each of the values that they tried, later ones darker, into an SVG.
+
+    Args:
+        path: the SVG to write.
+        points: the trials.
+        names: the values' names, a panel each.
+        logarithmic: those of them whose axis is logarithmic.
+        score: the score.
+        lower_is_better: whether the best score is the lowest.
+    """
+    points = _complete(points)
+    columns = min(len(names), 3)
+    rows = math.ceil(len(names) / columns)
+    figure = _new_figure(4.2 * columns + 0.8, 3.4 * rows + 0.4)
+    best = (min if lower_is_better else max)(points, key=lambda point: point.value) if points else None
+    for number, name in enumerate(names, start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        tried = [point.values[name] for point in points]
+        colors = [point.number for point in points]
+        is_text = any(isinstance(value, str) for value in tried)
+        ticks = sorted({str(value) for value in tried}) if is_text else []
+        places = [ticks.index(str(value)) if is_text else float(value) for value in tried]
+        axes.scatter(
+            places,
+            [p.value for p in points],
+            c=colors,
+            cmap="Blues",
+            vmin=-max(colors, default=0) / 2 - 1,
+            s=24,
+            edgecolors="0.4",
+            linewidths=0.4,
+        )
+        if best is not None:
+            place = places[points.index(best)]
+            axes.scatter([place], [best.value], s=110, facecolors="none", edgecolors="C1", linewidths=1.8)
+        if is_text:
+            axes.set_xticks(range(len(ticks)), [tick if len(tick) <= 20 else f"{tick[:19]}…" for tick in ticks])
+            axes.set_xlim(-0.5, len(ticks) - 0.5)
+        elif name in logarithmic:
+            axes.set_xscale("log")
+        axes.set_xlabel(name, parse_math=False)
+        axes.grid(alpha=0.3)
+        _limit(axes, points)
+        if number % columns == 1 or columns == 1:
+            axes.set_ylabel(textwrap.fill(score, 32), parse_math=False)
+    figure.suptitle("each trial by what it tried, later ones darker; a ring marks the best", fontsize="medium")
+    _save(figure, path)
+
+
+def save_importances(path: Path, importances: Mapping[str, float], score: str) -> None:
+    """Draws the share of each value in the variance of the trials' scores as bars, the largest on top, into an SVG.
+
+    Args:
+        path: the SVG to write.
+        importances: the shares by name.
+        score: the score.
+    """
+    ordered = sorted(importances.items(), key=lambda entry: entry[1])
+    figure = _new_figure(7, 1.2 + 0.4 * len(ordered))
+    axes = figure.add_subplot()
+    bars = axes.barh(range(len(ordered)), [share for _, share in ordered])
+    axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.set_yticks(range(len(ordered)), [name for name, _ in ordered])
+    axes.set_xlim(0, 1.1 * max(importances.values()))
+    axes.set_title(f"share of the variance of {score}", fontsize="medium", parse_math=False)
+    axes.grid(alpha=0.3, axis="x")
     _save(figure, path)
 
 

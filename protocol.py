@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 import auxiliaries
 import config
 import datasets
 import evaluate
+import features
 import records
 import runs
 from auxiliaries import UserError, notice
@@ -172,7 +175,7 @@ def is_finished(folder: Path, opt: argparse.Namespace) -> bool:
     if not (folder / "summary.json").exists():
         return False
     stored = runs.load_flags(folder)
-    same = {name: getattr(stored, name) for name in ("fold", "meta_testing_method")}
+    same = {name: getattr(stored, name) for name in ("fold", "meta_testing_method", "normalize_members")}
     return not _configuration_changes(stored, config.resolve(with_flags(opt, **same)))
 
 
@@ -233,25 +236,38 @@ def over_folds(metric: str, results: Sequence[Mapping[str, float]]) -> records.R
 def evaluate_concatenation(opt: argparse.Namespace, folds: Sequence[Path]) -> dict[str, float]:
     """Metrics of the test images, each embedded by the best networks of all folds, side by side."""
     opt = config.resolve(with_flags(opt, fold=0))
-    device = auxiliaries.pick_device(opt.gpu)
-    loaders = datasets.give_dataloaders(opt, datasets.give_splits(opt), pin_memory=device.type == "cuda")
-    by_fold = []
+    device = auxiliaries.pick_device(opt.gpu, opt.deterministic)
+    image_loaders = datasets.give_dataloaders(opt, datasets.give_splits(opt), pin_memory=device.type == "cuda")
+    loaders, by_fold = image_loaders, []
     for folder in folds:
         net = runs.load_network(folder, opt, device)
+        if opt.cache_features is not None:
+            loaders = features.give_cached_loaders(opt, image_loaders, [net], device)
         by_fold.append([evaluate.embed_set(net, images, device) for images in loaders.test])
-    together = [concatenate(by_network) for by_network in zip(*by_fold)]
-    metrics, _ = evaluate.evaluate_points(together, opt.k_vals, opt.eval_metrics, opt.testing_method)
+    together = [concatenate(by_network, opt.normalize_members) for by_network in zip(*by_fold)]
+    # The folds have no validation classes in common: there is no threshold for verification.
+    all_levels = opt.label_hierarchy_level == datasets.ALL_LEVELS
+    metrics, _ = evaluate.evaluate_points(together, opt.k_vals, opt.eval_metrics, opt.testing_method, {}, all_levels)
     return metrics
 
 
 def concatenate(
-    sets: Sequence[datasets.RetrievalSet[evaluate.Points]],
+    sets: Sequence[datasets.RetrievalSet[evaluate.Points]], normalize: bool
 ) -> datasets.RetrievalSet[evaluate.Points]:
-    """One set, embedded by several networks, with their embeddings `(N, D)` side by side: `(N, networks · D)`."""
-    first = sets[0].query
-    side_by_side = torch.cat([one.query.embeddings for one in sets], dim=1)
-    points = evaluate.Points(side_by_side, first.labels, first.parents, first.paths)
-    return datasets.RetrievalSet(sets[0].name, points)
+    """One set, embedded by several networks, with their embeddings `(N, D)` side by side: `(N, networks · D)`.
+
+    Args:
+        sets: the set as each network embeds it.
+        normalize: whether each network's embeddings are scaled to length 1 before.
+    """
+
+    def side_by_side(parts: Sequence[evaluate.Points]) -> evaluate.Points:
+        members = [F.normalize(part.embeddings, dim=1) if normalize else part.embeddings for part in parts]
+        return dataclasses.replace(parts[0], embeddings=torch.cat(members, dim=1))
+
+    galleries = [one.gallery for one in sets if one.gallery is not None]
+    query, gallery = side_by_side([one.query for one in sets]), side_by_side(galleries) if galleries else None
+    return datasets.RetrievalSet(sets[0].name, query, gallery)
 
 
 # Resuming a run
@@ -271,7 +287,7 @@ def resume(folder: Path, argv: Sequence[str], train_run: TrainRun) -> dict[str, 
         if is_complete and all(runs.is_trained(path, flags) for path, flags in flags_of.items()):
             notice(f"{folder} is finished: nothing is left to train, and its flags stay as they are")
             return report_finished(folder, parent_opt)
-        if opt.split_scheme == "cross_validation":  # before anything changes in one fold, all must be able to continue
+        if opt.split_scheme != "predefined":  # before anything changes in one fold, all must be able to continue
             for fold in range(parent_opt.num_training_sets) if opt.fold is None else [opt.fold]:
                 train_run(with_flags(opt, fold=fold), folder / f"fold_{fold}", only_check=True)
             runs.change_flags(folder, flags_of, parent_opt)
@@ -297,7 +313,7 @@ def _resumed_flags(folder: Path, opt: argparse.Namespace) -> dict[Path, argparse
 
 def report_finished(folder: Path, opt: argparse.Namespace) -> dict[str, float]:
     """Prints how a finished run ended, and returns its test metrics."""
-    if opt.split_scheme == "cross_validation":
+    if opt.split_scheme != "predefined":
         return write_meta_results(opt, folder)
     summary = runs.read_summary(folder)
     records.print_summary(summary)

@@ -49,14 +49,18 @@ LOGS = {
     "test": "log_test_Base.csv",
     "distances": "distance_measures_Train.csv",
     "iterations": "log_iterations.csv",
+    "train_eval": "log_train_eval_Base.csv",  # metrics of the training images
 }
+TIMED = ("train", "train_eval", "val", "test")  # kinds of rows that say how many seconds they took
 NOT_METRICS = ("Epochs", "Iteration", "Time")
+PER_QUERY = "per_query.npz"
 CONFIGURATION_COLUMNS = ("Epochs", "Time", "Configuration", "Changes", "Environment")
 
 # TensorBoard sorts groups, which are the first parts of tags, by their names: metrics come first.
 TENSORBOARD_TAGS = {
     "val": "metrics/val",
     "test": "metrics/test",
+    "train_eval": "metrics/train",
     "distances": "train",
     "train": "train",
     "iterations": "train iterations",
@@ -147,6 +151,10 @@ class Records:
                 _add_scalars(self.tensorboard, kind, rows)
         elif self.tensorboard:
             self._open_tensorboard()
+
+    def row_of(self, kind: str, epoch: int) -> Row:
+        """The row of an epoch; empty where there is none."""
+        return next((row for row in self.rows[kind] if row["Epochs"] == epoch), {})
 
     def iterations(self) -> int:
         """The number of iterations of the recorded epochs."""
@@ -356,6 +364,16 @@ def _save_csv(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
         writer.writerows(rows)
 
 
+def save_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Writes rows to a CSV file, in place of an earlier one.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    with _writing(path):
+        _save_csv(path, _columns(rows), rows)
+
+
 def _read_pixels(path: Path) -> np.ndarray:
     """A picture as `(H, W, 3)` uint8."""
     from PIL import Image
@@ -411,6 +429,97 @@ def read_configurations(folder: Path) -> list[dict[str, Any]]:
     return configurations
 
 
+TABLES = (*LOGS, "configurations")
+TYPES = ("INTEGER", "REAL", "TEXT")
+READ_TIMEOUT = 2  # seconds to wait for a run that is writing to its database
+
+
+def collect_rows(path: Path, databases: Mapping[str, Path]) -> int:
+    """Collects the rows of several runs in one SQLite file: a run's tables, each with a further column `run`.
+
+    Rows that the file has of these runs are replaced, those of others stay; so do those of a run whose database can't
+    be read, which a notice names.
+
+    Args:
+        path: the file; an existing one is continued.
+        databases: records.db of each run by the run's name.
+
+    Returns:
+        The number of runs whose rows were collected.
+
+    Raises:
+        UserError: the file can't be written, or is another program's; it stays as it was.
+    """
+    num_collected = 0
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=60)) as target, target:
+            _check_collection(path, target)
+            target.execute("BEGIN IMMEDIATE")
+            for table in TABLES:
+                target.execute(f"CREATE TABLE IF NOT EXISTS {table} (run TEXT)")
+                target.execute(f"CREATE INDEX IF NOT EXISTS {table}_by_run ON {table} (run)")
+            for run, database in databases.items():
+                try:
+                    tables = _read_tables(database)
+                except UserError as error:
+                    notice(f"no rows of {run} are collected: {error}")
+                    continue
+                num_collected += 1
+                for table in TABLES:
+                    target.execute(f"DELETE FROM {table} WHERE run = ?", [run])
+                    _insert_rows(target, table, run, *tables.get(table, ({}, [])))
+    except sqlite3.Error as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"{path} can't be written ({why}): choose another --database") from None
+    return num_collected
+
+
+def _check_collection(path: Path, database: sqlite3.Connection) -> None:
+    """Makes sure that a database, if it has any tables, is one of `collect_rows`."""
+    found = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")]
+    is_own = all(
+        name in TABLES and "run" in [column[1] for column in database.execute(f"PRAGMA table_info({name})")]
+        for name in found
+    )
+    if not is_own:
+        raise UserError(f"{path} is another program's database, or a single run's: choose another --database")
+
+
+def _read_tables(path: Path) -> dict[str, tuple[dict[str, str], list[tuple[Any, ...]]]]:
+    """Types of columns by name, and rows, of each table of a run's records.db.
+
+    Raises:
+        UserError: it is damaged, another program uses it, or it is not a run's.
+    """
+    tables = {}
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=READ_TIMEOUT)) as source:
+            _check_tables(path, source)
+            names = {name for (name,) in source.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            for table in names & {*TABLES}:
+                columns = {column[1]: column[2] for column in source.execute(f"PRAGMA table_info({table})")}
+                if "run" in map(str.lower, columns):
+                    raise UserError(f"{path} is not a run's database: its {table} has a column `run`")
+                listed = ", ".join(map(_quote, columns))
+                tables[table] = (columns, source.execute(f"SELECT {listed} FROM {table} ORDER BY rowid").fetchall())
+    except (sqlite3.Error, UnicodeError) as error:
+        raise UserError(f"{path} can't be read ({' '.join(str(error).split())})") from None
+    return tables
+
+
+def _insert_rows(
+    database: sqlite3.Connection, table: str, run: str, types: Mapping[str, str], rows: Sequence[tuple[Any, ...]]
+) -> None:
+    """Inserts a run's rows into a table, which gets the columns that it lacks."""
+    known = {column[1].lower() for column in database.execute(f"PRAGMA table_info({table})")}  # as SQL compares them
+    for name, kind in types.items():
+        if name.lower() not in known:
+            database.execute(f"ALTER TABLE {table} ADD COLUMN {_quote(name)} {kind if kind in TYPES else ''}")
+    names = ", ".join(["run", *map(_quote, types)])
+    marks = ", ".join("?" * (len(types) + 1))
+    database.executemany(f"INSERT INTO {table} ({names}) VALUES ({marks})", ((run, *row) for row in rows))
+
+
 def save_meta_rows(folder: Path, rows: Sequence[Row]) -> None:
     """Writes results over folds, in place of earlier ones: results.csv, results.json, and a table in TensorBoard.
 
@@ -441,6 +550,52 @@ def show_in_tensorboard(folder: Path, name: str, picture: Path) -> None:
         tensorboard.add_image(name, _read_pixels(picture), dataformats="HWC")
 
 
+# Results by query
+
+QUERY_ARRAYS = {"correct_at_1": "b", "ap_at_r": "f", "label": "i", "weight": "f"}  # and their kinds of values
+
+
+def save_query_results(folder: Path, results: Mapping[str, np.ndarray], **about: str | int) -> None:
+    """Writes what the selected network's figures are made of, query by query, as per_query.npz.
+
+    Args:
+        folder: the run folder.
+        results: the `QUERY_ARRAYS`, `(Q,)` each, as `evaluate.query_results` gives them.
+        about: what they are of; it is stored, too.
+    """
+    with atomic_write(folder / PER_QUERY) as beside, open(beside, "wb") as file:
+        arrays: dict[str, Any] = {**results, **{name: np.array(value) for name, value in about.items()}}
+        np.savez_compressed(file, **arrays)
+
+
+def read_query_results(folder: Path) -> dict[str, np.ndarray]:
+    """Reads what `save_query_results` wrote.
+
+    Raises:
+        UserError: the folder has no per_query.npz, or it is damaged.
+    """
+    path = folder / PER_QUERY
+    if not path.is_file():
+        raise UserError(
+            f"{folder} has no {PER_QUERY}, it is of an earlier version: move its summary.json away, and "
+            "--resume_training writes both"
+        )
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            results = {name: file[name] for name in file.files}
+        lengths = {results[name].shape for name in QUERY_ARRAYS}
+        kinds = {name: results[name].dtype.kind for name in QUERY_ARRAYS}
+        numbers = [results[name] for name in ("ap_at_r", "weight")]
+        is_intact = len(lengths) == 1 and len(lengths.pop()) == 1 and kinds == QUERY_ARRAYS
+        is_intact = is_intact and results["test_set"].dtype.kind == "U"
+        is_intact = is_intact and all(np.isfinite(one).all() and (one >= 0).all() for one in numbers)
+        if is_intact and results["weight"].any():
+            return results
+    except Exception:  # NumPy raises anything at all on a damaged file
+        pass
+    raise UserError(f"{path} is damaged: remove it and summary.json, and --resume_training writes both anew")
+
+
 # Metrics of a row
 
 
@@ -455,10 +610,13 @@ def format_metrics(row: Mapping[str, Any]) -> str:
 
 
 def mean_over_sets(metrics: Mapping[str, float], name: str) -> float:
-    """A metric, or its mean over the test sets where there are several; NaN where no metric has that name."""
+    """A metric, or its mean over test sets or label levels where there are several; NaN where none has that name."""
     if name in metrics:
         return metrics[name]
-    values = [value for key, value in metrics.items() if re.sub(r"^Set \d+ ", "", key) == name]
+    of_sets = [(re.sub(r"^Set \d+ ", "", key), value) for key, value in metrics.items()]
+    values = [value for key, value in of_sets if key == name] or [
+        value for key, value in of_sets if key == f"Level mean {name}"
+    ]
     return float(np.mean(values)) if values else math.nan
 
 
@@ -681,7 +839,7 @@ class Console:
         row = next(row for row in log.rows["val"] if row["Epochs"] == epoch)
         losses = {row["Epochs"]: row["Train Loss"] for row in log.rows["train"]}
         since = max((other["Epochs"] for other in log.rows["val"] if other["Epochs"] < epoch), default=-2)
-        timed = [other for kind in ("train", "val", "test") for other in log.rows[kind]]
+        timed = [other for kind in TIMED for other in log.rows[kind]]
         seconds = sum(other["Time"] for other in timed if since < other["Epochs"] <= epoch)
         columns = fit_columns(row, self.metric, CONSOLE_WIDTH - 28)
         if columns != self._columns or self.lines % ROWS_BELOW_HEADER == 0:
@@ -792,10 +950,11 @@ def resume_hint(folder: Path) -> Iterator[None]:
 # The summary
 
 
-def describe_selection(metric: str, has_val_classes: bool) -> str:
+def describe_selection(metric: str, has_val_classes: bool, watches_test: bool = False) -> str:
     """What selects the best epoch, and what that means for the results."""
     if has_val_classes:
-        return f"selected by {metric} on the validation classes"
+        watched = "; the test classes were watched while training, but did not select" if watches_test else ""
+        return f"selected by {metric} on the validation classes{watched}"
     return f"selected by {metric} on the test classes, as in the literature: optimistic, since these choose the epoch"
 
 
@@ -804,7 +963,7 @@ def build_summary(
     metric: str,
     lower_is_better: bool,
     has_val_classes: bool,
-    is_predefined: bool,
+    watches_test: bool,
     is_pretrained: bool = False,
 ) -> dict[str, Any]:
     """How a run ended: summary.json.
@@ -814,21 +973,22 @@ def build_summary(
         metric: the metric that selects the epoch.
         lower_is_better: whether its best value is the lowest.
         has_val_classes: whether validation classes select it; otherwise `log_rows["val"]` is of the test classes.
-        is_predefined: whether the splits are predefined, so that the test classes are evaluated while training.
+        watches_test: whether the test classes are evaluated while training.
         is_pretrained: whether the network had pretrained weights before training.
 
     Returns:
         `selection`, `metric`, `seconds`, and networks by name (`selected`, `last`, where known `best on test`,
-        `untrained` and `trunk`), each with its `epoch` and one network's metrics on `val` and `test`, as far as
-        evaluated. Beside `untrained`, which is the network before training, `initial weights` says which it had:
+        `untrained` and `trunk`), each with its `epoch` and one network's metrics on `val`, `test` and `train`, as far
+        as evaluated. Beside `untrained`, which is the network before training, `initial weights` says which it had:
         random or pretrained. `trunk` is its backbone alone.
     """
     metrics = {kind: {row["Epochs"]: metrics_of(row) for row in log_rows[kind]} for kind in ("val", "test")}
     if not has_val_classes:
         metrics = {"test": metrics["val"]}
+    metrics["train"] = {row["Epochs"]: metrics_of(row) for row in log_rows.get("train_eval", ())}
     val_rows = log_rows["val"]
     epochs = {"selected": best_epoch(val_rows, metric, lower_is_better), "last": val_rows[-1]["Epochs"]}
-    if is_predefined:
+    if watches_test:
         test_rows = log_rows["test"] if has_val_classes else val_rows
         with contextlib.suppress(UserError):  # the metric is not defined on the test classes
             epochs["best on test"] = best_epoch(test_rows, metric, lower_is_better)
@@ -838,8 +998,8 @@ def build_summary(
         name: {"epoch": epoch, **{kind: by_epoch[epoch] for kind, by_epoch in metrics.items() if epoch in by_epoch}}
         for name, epoch in epochs.items()
     }
-    seconds = sum(row["Time"] for kind in ("train", "val", "test") for row in log_rows[kind])
-    selection = describe_selection(metric, has_val_classes)
+    seconds = sum(row["Time"] for kind in TIMED for row in log_rows.get(kind, ()))
+    selection = describe_selection(metric, has_val_classes, watches_test)
     initial = {"initial weights": "pretrained" if is_pretrained else "random"} if "untrained" in networks else {}
     return {"selection": selection, "metric": metric, **networks, **initial, "seconds": seconds}
 
@@ -856,19 +1016,19 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     rows = {
         (" = ".join(names[epoch]), epoch, kind): network[kind]
         for epoch, network in by_epoch.items()
-        for kind in ("val", "test")
+        for kind in ("val", "test", "train")
         if kind in network
     }
-    first = max(len(label) for label, _, _ in rows)
-    columns = fit_columns(next(iter(rows.values())), summary["metric"], CONSOLE_WIDTH - first - 13)
+    first, width = max(len(label) for label, _, _ in rows), max(4, *(len(kind) for _, _, kind in rows))
+    columns = fit_columns(next(iter(rows.values())), summary["metric"], CONSOLE_WIDTH - first - 9 - width)
     header = "".join(f"{short_name(name):>{column_width(name)}}" for name in columns)
     hidden = len({name for metrics in rows.values() for name in metrics} - set(columns))
     selection = summary["selection"] + (f" ({hidden} more metrics in summary.json)" if hidden else "")
     print(f"\n{textwrap.fill(selection, CONSOLE_WIDTH)}")
-    print(f"{'':{first}}  epoch      {header}")
+    print(f"{'':{first}}  epoch  {'':{width}}{header}")
     for (label, epoch, kind), metrics in rows.items():
         cells = "".join(format_cell(mean_over_sets(metrics, name), name) for name in columns)
-        print(f"{label:>{first}}  {epoch:>5}  {kind:<4}{cells}")
+        print(f"{label:>{first}}  {epoch:>5}  {kind:<{width}}{cells}")
     if "untrained" in networks and networks["selected"]["epoch"] > 0:
         metric, kind = summary["metric"], "test" if "test" in networks["untrained"] else "val"
         before, after = (mean_over_sets(networks[name][kind], metric) for name in ("untrained", "selected"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import functools
 import glob
 import hashlib
 import importlib.metadata
@@ -23,9 +24,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,9 +41,12 @@ from auxiliaries import UserError, disk_advice, notice
 
 if TYPE_CHECKING:
     import datasets
+    from evaluate import EmbeddingSpace
     from methods import MetricLossOnly
 
 RUN_VERSION = 1  # of the files in a run folder; raised when older code can't continue with them
+WRITTEN_AT_THE_END = ("summary.json", records.PER_QUERY)
+TRAINS_ON_FINEST = (0, "all")  # values of --label_hierarchy_level
 STALE_AFTER = 3600  # seconds after which a folder that was being created counts as abandoned
 
 DataDescription = dict[str, dict[str, Any]]  # by set of images: number of images and classes, and a digest
@@ -61,7 +65,7 @@ METRICS_SCHEMA = {"type": "object", "minProperties": 1, "additionalProperties": 
 MODEL_SCHEMA = {
     "type": "object",
     "required": ["epoch"],
-    "properties": {"epoch": {"type": "integer"}, "val": METRICS_SCHEMA, "test": METRICS_SCHEMA},
+    "properties": {"epoch": {"type": "integer"}, **dict.fromkeys(("train", "val", "test"), METRICS_SCHEMA)},
     "anyOf": [{"required": ["val"]}, {"required": ["test"]}],
 }
 SUMMARY_SCHEMA = {
@@ -72,6 +76,7 @@ SUMMARY_SCHEMA = {
         "metric": {"type": "string"},
         "selected": MODEL_SCHEMA,
         "last": MODEL_SCHEMA,
+        "best on test": MODEL_SCHEMA,
         "seconds": NUMBER_SCHEMA,
     },
 }
@@ -133,6 +138,8 @@ class Run:
         method: what is trained.
         log: the rows so far.
         epoch: the epoch after which this process began; 0 in a new run.
+        spaces: the embedding spaces of evaluations by epoch and kind (`val` or `test`): those of the best epoch so far,
+            and of what was evaluated since the last epoch was saved.
     """
 
     folder: Path
@@ -141,12 +148,15 @@ class Run:
     method: MetricLossOnly
     log: records.Records
     epoch: int
+    spaces: dict[tuple[int, str], list[EmbeddingSpace]] = field(default_factory=dict)
 
     def save(self, epoch: int, best_epoch: int) -> None:
         """Saves everything that continuing needs, and the network as the best one if it is.
 
         Nothing counts as done before `last.pth.tar` says so; what stands elsewhere can be rebuilt from it.
         """
+        for evaluation in [evaluation for evaluation in self.spaces if evaluation[0] != best_epoch]:
+            del self.spaces[evaluation]
         self.log.flush()
         state = {
             "version": RUN_VERSION,
@@ -160,6 +170,8 @@ class Run:
             **({"lora": netlib.lora_state(self.method.evaluated)} if self.opt.lora else {}),
         }
         self._write_state(state)
+        for watcher in _watchers:
+            watcher(self, epoch)
 
     def save_history(self) -> None:
         """Adds the rows that were recorded since the last epoch was saved, those of the final evaluation."""
@@ -175,6 +187,22 @@ class Run:
         """State dicts of the last and of the selected network, by epoch."""
         states = [read_state(self.folder / name) for name in ("last.pth.tar", "checkpoint.pth.tar")]
         return {state["epoch"]: state["state_dict"] for state in states}
+
+
+_watchers: list[Callable[[Run, int], None]] = []
+
+
+@contextmanager
+def watched(watcher: Callable[[Run, int], None]) -> Iterator[None]:
+    """Inside the block, `watcher(run, epoch)` is called whenever a run of this process has saved an evaluated epoch.
+
+    What it raises ends the run there, which can be continued later.
+    """
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
 
 
 @contextmanager
@@ -218,7 +246,8 @@ def open_run(
         stack.callback(log.close)
         epoch = state["epoch"] if state else 0
         log.note_configuration(epoch, config.configuration(opt), environment)
-        auxiliaries.remove_file(folder / "summary.json")  # until this process is done
+        for name in WRITTEN_AT_THE_END:
+            auxiliaries.remove_file(folder / name)  # until this process is done
         yield Run(folder, opt, splits, method, log, epoch)
 
 
@@ -245,9 +274,8 @@ def _history_to_keep(opt: argparse.Namespace, state: Mapping[str, Any] | None) -
     """The saved rows; without those of the final evaluation, if there is more to train."""
     if state is None:
         return None
-    is_final = opt.split_scheme == "cross_validation" and state["epoch"] >= opt.n_epochs
-    is_watched = opt.split_scheme == "predefined"
-    return {kind: rows for kind, rows in state["history"].items() if kind != "test" or is_final or is_watched}
+    is_kept = state["epoch"] >= opt.n_epochs or "test" in opt.splits_to_eval
+    return {kind: rows for kind, rows in state["history"].items() if kind != "test" or is_kept}
 
 
 # Creating and describing
@@ -395,6 +423,19 @@ def _describe_images(images: datasets.ImageSet, root: str) -> dict[str, Any]:
     return {"images": len(images), "classes": images.num_classes(), "sha256": digest.hexdigest()}
 
 
+def digest_sets(opt: argparse.Namespace, sets: Sequence[datasets.RetrievalSet[datasets.ImageSet]]) -> str:
+    """A digest of retrieval sets' images and classes in their order: results of queries with the same one are pairs."""
+    root = f"{Path(opt.source_path) / opt.dataset}{os.sep}"
+    digest = hashlib.sha256()
+    for one in sets:
+        for role, images in (("query", one.query), ("gallery", one.gallery)):
+            digest.update(f"{role}\0".encode())
+            names = images.class_names[0] if images else []
+            for path, label in zip(images.paths, images.labels[:, 0].tolist()) if images else []:
+                digest.update(f"{path.removeprefix(root)}\0{names[label]}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
 def read_data(folder: Path) -> DataDescription | None:
     """The description of the data that a run was trained on; None for a run of a version that had none.
 
@@ -515,8 +556,13 @@ def read_configuration(folder: Path) -> dict[str, Any]:
     values = config.read_yaml(config_file(folder))
     if not isinstance(values, dict):
         raise UserError(f"{folder / 'config.yaml'} is damaged: it is not a mapping of flags")
-    defaults = {name: config.get_default(name) for name in config.build_parser().names_with(stored=True)}
-    return {**defaults, **config.MEANT_BEFORE, **values}
+    return {**_stored_defaults(), **config.MEANT_BEFORE, **values}
+
+
+@functools.cache  # a comparison reads a thousand configurations
+def _stored_defaults() -> dict[str, Any]:
+    """What the flags of a configuration are by default."""
+    return {name: config.get_default(name) for name in config.build_parser().names_with(stored=True)}
 
 
 def compared_flags(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -534,8 +580,8 @@ def read_summary(folder: Path) -> dict[str, Any]:
     path = folder / "summary.json"
     summary = auxiliaries.load_json(path)
     auxiliaries.check_schema(path, summary, SUMMARY_SCHEMA, "--resume_training writes it anew")
-    for network in (summary["selected"], summary["last"]):
-        for kind in network.keys() & {"val", "test"}:
+    for network in (summary[name] for name in ("selected", "last", "best on test") if name in summary):
+        for kind in network.keys() & {"train", "val", "test"}:
             network[kind] = {name: math.nan if value is None else value for name, value in network[kind].items()}
     return summary
 
@@ -569,6 +615,12 @@ def check_flags(folder: Path, opt: argparse.Namespace) -> None:
     """
     stored = load_flags(folder)
     fixed = config.build_parser().names_with(fixed=True)
+    if opt.evaluate is not None:
+        fixed.remove("splits_to_eval")  # it says what to evaluate now
+        if stored.label_hierarchy_level in TRAINS_ON_FINEST and opt.label_hierarchy_level in TRAINS_ON_FINEST:
+            fixed.remove("label_hierarchy_level")
+    if stored.split_shuffle == 0:  # then the seed says which classes are in which set
+        fixed.append("seed")
     changed = [name for name in config.changed_flags(stored, opt) if name in fixed]
     if changed:
         name = changed[0]
@@ -614,7 +666,7 @@ def read_state(file: Path) -> dict[str, Any]:
 
 
 NEEDED_COLUMNS = {
-    **{"train": ("Time", "Train Loss", "Iterations"), "val": ("Time",), "test": ("Time",)},
+    **{"train": ("Time", "Train Loss", "Iterations"), "val": ("Time",), "test": ("Time",), "train_eval": ("Time",)},
     **{"iterations": ("Iteration",), "distances": ()},
 }
 
@@ -718,7 +770,8 @@ def change_flags(folder: Path, flags_of: Mapping[Path, argparse.Namespace], opt:
     print(f"changed flags, kept in {kept}: {as_flags(changes)}")
     for path, flags in flags_of.items():
         write_flags(path, flags)
-        auxiliaries.remove_file(path / "summary.json")  # it was of other flags
+        for name in WRITTEN_AT_THE_END:
+            auxiliaries.remove_file(path / name)  # it was of other flags
     if folder not in flags_of:
         config.save_config(folder / "config.yaml", config.configuration(opt))
 

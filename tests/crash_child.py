@@ -227,6 +227,14 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Weights, criterion, optimizer and all rows are equal, bit for bit."""
+    one, two = (auxiliaries.load_checkpoint(path / "last.pth.tar") for path in (folder, other))
+    for key in ("epoch", "best_epoch", "metrics", "state_dict", "criterion", "optimizer"):
+        assert same(one[key], two[key]), key
+    assert rows_of(folder) == rows_of(other)
+
+
 def differences(folder: Path, reference: Path) -> list[str]:
     """In what two finished runs differ."""
     found = []

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import re
+import sqlite3
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +16,8 @@ import yaml
 from scipy import stats
 
 import compare
+import records
+import significance
 from auxiliaries import UserError, save_json
 
 FLAGS = {"dataset": "tiny", "arch": "resnet18", "loss": "marginloss", "lr": 1e-5, "num_training_sets": 2}
@@ -311,13 +317,21 @@ def test_markdown_csv_and_json_say_the_same(
         "| loss triplet | 1 | 1 | 0.5500 | 0.5500 | 30.0 |",
     ]
     what = "Mean over seeds ± half of its 95 % confidence interval."
-    assert capsys.readouterr().out.splitlines() == [what, "", *table]
+    told = [
+        "Differences in Recall @ 1 to loss marginloss, the best by Recall @ 1, with 95 % confidence intervals:",
+        "",
+        f"- no difference can be told between loss marginloss and loss triplet: +0.0500; {compare.ONE_PAIR}",
+    ]
+    assert capsys.readouterr().out.splitlines() == [what, "", *table, "", *told]
     compare.main([*runs, "--csv", "--svg", str(tmp_path / "curves.svg")])
     printed = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert [float(row["test Recall @ 1, last"]) for row in printed] == [row["test Recall @ 1, last"] for row in rows]
     compare.main([*runs, "--json", "--svg", str(tmp_path / "curves.svg")])
     found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)  # NaN is not JSON
-    assert found[0] == rows[0]
+    assert found == [
+        {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in row.items()}
+        for row in rows
+    ]
     assert found[1]["CI 95 %, last"] is None
 
 
@@ -327,3 +341,372 @@ def test_bad_input_is_one_sentence(runs: list[str], tmp_path: Path, capsys: pyte
     with pytest.raises(UserError, match="none of the folders holds a finished run"):
         compare.main([*runs, "--metric", "Recal @ 1"])
     assert "it has no Recal @ 1 (did you mean Recall @ 1?)" in capsys.readouterr().err
+
+
+# Which differences hold
+
+
+def make_group(folder: Path, loss: str, recalls: list[float], **flags: object) -> list[str]:
+    """Runs of one configuration, one for each seed."""
+    return [
+        str(make_run(folder / f"{loss}_{seed}", [recall], loss=loss, seed=seed, **flags))
+        for seed, recall in enumerate(recalls)
+    ]
+
+
+@pytest.fixture
+def groups(tmp_path: Path) -> list[str]:
+    """Three configurations of five seeds: a good one, one that is a little worse in every seed, and one like it."""
+    seeds = np.array([0.60, 0.66, 0.55, 0.63, 0.58])
+    noise = np.array([0.001, -0.002, 0.0, 0.003, -0.002])
+    folders = make_group(tmp_path, "good", seeds.tolist())
+    folders += make_group(tmp_path, "worse", (seeds - 0.02 + noise).tolist())
+    return folders + make_group(tmp_path, "alike", (seeds - 0.001 + 5 * noise[::-1]).tolist())
+
+
+def compared(tmp_path: Path, folders: list[str], *flags: str) -> dict[str, dict[str, Any]]:
+    """The rows of a comparison by label."""
+    rows = compare.main([*folders, "--svg", str(tmp_path / "curves.svg"), *flags])
+    return {row["Configuration"]: row for row in rows}
+
+
+def test_groups_are_compared_in_pairs_of_seeds(
+    groups: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The seeds differ by far more than the configurations do, which unpaired intervals would not see through."""
+    rows = compared(tmp_path, groups)
+    worse = rows["loss worse"]
+    pairs = np.array([[0.60, 0.66, 0.55, 0.63, 0.58], [0.581, 0.638, 0.53, 0.613, 0.558]])
+    wanted = stats.ttest_rel(pairs[1], pairs[0])
+    interval = wanted.confidence_interval(0.95)
+    assert worse["Difference"] == pytest.approx(-0.02)
+    assert (worse["Difference from"], worse["Difference to"]) == pytest.approx((interval.low, interval.high))
+    assert worse["p"] == pytest.approx(wanted.pvalue)
+    assert worse["p, Wilcoxon"] == pytest.approx(stats.wilcoxon(pairs[0], pairs[1]).pvalue)
+    assert worse["p, Holm"] == pytest.approx(3 * wanted.pvalue)  # of all pairs of three configurations
+    assert rows["loss good"]["In words"] == "the reference"
+    words = "loss good is better than loss worse: +0.0200 [0.0174, 0.0226], p < 0.001 (Holm < 0.001; Wilcoxon 0.062)"
+    assert worse["In words"] == f"{words}; over 5 seeds"
+    assert str(rows["loss alike"]["In words"]).startswith(
+        "no difference can be told between loss good and loss alike: +0"
+    )
+    told = capsys.readouterr().out.splitlines()[8:]
+    assert told[2:4] == [f"- {rows[f'loss {name}']['In words']}" for name in ("worse", "alike")]
+    assert told[5].startswith(
+        "Holm's p-values hold for the comparisons of all 3 pairs, since the figures chose the ref"
+    )
+
+
+def test_a_reference_that_is_named_in_advance(
+    groups: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = compared(tmp_path, groups, "--reference", "worse")
+    assert rows["loss worse"]["In words"] == "the reference"
+    assert rows["loss good"]["Difference"] == pytest.approx(0.02)
+    assert rows["loss good"]["p, Holm"] == pytest.approx(2 * float(str(rows["loss good"]["p"])))
+    assert "Holm's p-values hold for 2 comparisons together." in capsys.readouterr().out
+    for name, words in (
+        ("wors", ""),
+        ("loss", "is part of 3 labels: give one of loss good; loss worse; loss alike"),
+        ("loss goud", r"is no label \(did you mean loss good\?\): give one of"),
+    ):
+        if words:
+            with pytest.raises(UserError, match=f"--reference {name} {words}"):
+                compared(tmp_path, groups, "--reference", name)
+        else:
+            compared(tmp_path, groups, "--reference", name)
+
+
+def test_metrics_of_which_less_is_better_are_compared_so(tmp_path: Path) -> None:
+    for loss, values in (("low", [0.1, 0.12, 0.13]), ("high", [0.3, 0.33, 0.31])):
+        for seed, value in enumerate(values):
+            folder = make_run(tmp_path / f"{loss}_{seed}", [0.5], loss=loss, seed=seed)
+            metrics = {"Recall @ 1": 0.5, "Alignment": value}
+            write_summary(folder, {name: {"test": metrics} for name in ("selected", "last")})
+    rows = compared(tmp_path, [str(path) for path in tmp_path.glob("*_*")], "--metric", "Alignment")
+    assert rows["loss low"]["In words"] == "the reference"
+    assert str(rows["loss high"]["In words"]).startswith("loss low is better than loss high: -0.1967 [-0.2")
+
+
+def test_one_seed_is_compared_over_its_folds(tmp_path: Path) -> None:
+    recalls = {"good": [0.60, 0.64, 0.62], "bad": [0.50, 0.55, 0.51]}
+    folders = [
+        make_folds(tmp_path / loss, [[recall] for recall in by_fold], loss=loss, seed=3, num_training_partitions=4)
+        for loss, by_fold in recalls.items()
+    ]
+    bad = compared(tmp_path, folders)["loss bad"]
+    wanted = significance.paired_over_folds([-0.10, -0.09, -0.11], 4)
+    assert (bad["Difference from"], bad["p"]) == pytest.approx((wanted.low, wanted.p))
+    assert str(bad["In words"]).endswith(
+        "over 3 folds of one seed, corrected for the training classes that folds share"
+    )
+    # with a second seed, pairs are means over folds
+    folders += [
+        make_folds(tmp_path / f"{loss}2", [[recall + 0.01 * (loss == "bad")] for recall in by_fold], loss=loss, seed=4)
+        for loss, by_fold in recalls.items()
+    ]
+    for folder in folders[2:]:
+        for path in Path(folder).glob("fold_*/config.yaml"):
+            path.write_text(path.read_text() + "num_training_partitions: 4\n")
+    bad = compared(tmp_path, folders)["loss bad"]
+    assert (bad["Difference"], bad["p"]) == pytest.approx((-0.095, stats.ttest_1samp([-0.1, -0.09], 0).pvalue))
+    assert str(bad["In words"]).endswith("; over 2 seeds")
+
+
+def write_results(folder: Path, correct: np.ndarray, labels: np.ndarray, test_set: str = "ab") -> Path:
+    """per_query.npz, and a summary of the same figures."""
+    arrays = {"correct_at_1": correct, "ap_at_r": correct.astype(np.float32) / 2, "label": labels.astype(np.int32)}
+    arrays["weight"] = np.full(len(labels), 1 / len(labels))
+    records.save_query_results(folder, arrays, test_set=test_set, epoch=1)
+    metrics = {"Recall @ 1": float(correct.mean()), "MAP@R": float(correct.mean()) / 2, "NMI": 0.5}
+    write_summary(folder, {name: {"test": metrics} for name in ("selected", "last")})
+    return folder
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> list[str]:
+    """Two single runs with results by query of 30 classes."""
+    rng, labels = np.random.default_rng(0), np.repeat(np.arange(30), 20)
+    good, bad = rng.random(600) < 0.8, rng.random(600) < 0.6
+    runs_of = {"good": (make_run(tmp_path / "good", [0.5], loss="good", seed=1), good)}
+    runs_of["bad"] = (make_run(tmp_path / "bad", [0.5], loss="bad", seed=2), bad)
+    return [str(write_results(folder, correct, labels)) for folder, correct in runs_of.values()]
+
+
+def test_single_runs_are_compared_by_their_queries(pair: list[str], tmp_path: Path) -> None:
+    results = [np.load(Path(folder) / "per_query.npz") for folder in pair]
+    by_query = results[1]["correct_at_1"].astype(float) - results[0]["correct_at_1"]
+    wanted = significance.bootstrap_over_classes(results[0]["label"], results[0]["weight"], by_query)
+    bad = compared(tmp_path, pair)["loss bad"]
+    assert (bad["Difference"], bad["Difference from"], bad["p"]) == (wanted.mean, wanted.low, wanted.p)
+    assert str(bad["In words"]).startswith("loss good is better than loss bad: +0.")
+    assert str(bad["In words"]).endswith("over 30 test classes, drawn anew; the seed's variance is left out")
+    assert compared(tmp_path, pair, "--metric", "MAP@R")["loss bad"]["Difference"] == pytest.approx(wanted.mean / 2)
+    words = str(compared(tmp_path, pair, "--metric", "NMI")["loss bad"]["In words"])
+    assert "runs keep results by query of Recall @ 1, Precision @ 1, MAP@R only: train with two seeds" in words
+
+
+def test_single_runs_whose_queries_cannot_be_compared_say_why(pair: list[str], tmp_path: Path) -> None:
+    bad, labels = Path(pair[1]), np.repeat(np.arange(30), 20)
+
+    def words() -> str:
+        return str(compared(tmp_path, pair)["loss bad"]["In words"])
+
+    write_results(bad, np.zeros(600, bool), labels, test_set="cd")
+    assert "their queries are different ones, or stand in another order" in words()
+    summary = (bad / "summary.json").read_text()
+    write_results(bad, np.ones(600, bool), labels)
+    (bad / "summary.json").write_text(summary)
+    assert "per_query.npz has another Recall @ 1 than summary.json: remove both" in words()
+    (bad / "per_query.npz").write_bytes(b"PK")
+    assert "per_query.npz is damaged: remove it and summary.json" in words()
+    (bad / "per_query.npz").unlink()
+    assert "has no per_query.npz, it is of an earlier version: move its summary.json away" in words()
+    for folder in pair:
+        write_results(Path(folder), np.arange(40) % 4 < 2 + (folder == pair[0]), np.arange(40) % 5)
+    assert "5 test classes are too few to draw from, 20 are needed: train with two seeds or more" in words()
+
+
+def test_sentences_name_what_differs() -> None:
+    labels = "bs 80, loss triplet, tau [30, 55]", "bs 80, loss npair, tau [30, 60]"
+    assert compare.differing_parts(*labels) == ("loss triplet, tau [30, 55]", "loss npair, tau [30, 60]")
+    assert compare.differing_parts("loss a", "loss a, lr 1") == ("loss a", "lr 1")
+
+
+def test_too_few_pairs_have_no_interval(groups: list[str], tmp_path: Path) -> None:
+    def words(*chosen: str) -> str:
+        folders = [folder for folder in groups if Path(folder).name in chosen]
+        (row,) = (row for row in compared(tmp_path, folders).values() if row["In words"] != "the reference")
+        assert np.isnan([row["Difference from"], row["p"], row["p, Holm"]]).all()
+        return str(row["In words"])
+
+    assert words("good_0", "good_1", "worse_0").endswith(f"+0.0190; {compare.ONE_PAIR}")
+    no_seed = "can't be compared: they share no seed: train both with two seeds or more in common"
+    assert words("good_0", "good_1", "worse_2", "worse_3").endswith(no_seed)
+    for name in ("worse_0", "worse_1"):
+        make_run(tmp_path / f"more{name}", [0.5 + 0.1 * (name == "worse_1")], loss="more", seed=int(name[-1]))
+        make_run(tmp_path / f"less{name}", [0.4 + 0.1 * (name == "worse_1")], loss="less", seed=int(name[-1]))
+    folders = [str(path) for kind in ("more", "less") for path in sorted(tmp_path.glob(f"{kind}*"))]
+    assert "all 2 seeds have the same difference" in str(compared(tmp_path, folders)["loss less"]["In words"])
+    for path in tmp_path.glob("less*"):
+        write_data(path, digest="other")
+    assert "they were tested on different images" in str(compared(tmp_path, folders)["loss less"]["In words"])
+
+
+@pytest.mark.parametrize("num_folds", [1, 4])
+def test_configurations_that_do_not_differ_are_seldom_called_different(num_folds: int) -> None:
+    """From rows to Holm's p-values: pairs of seeds, or of correlated folds of one seed."""
+    rng, called = np.random.default_rng(num_folds), 0
+    seeds = range(1 if num_folds > 1 else 5)
+    for _ in range(1000):
+        rows = []
+        for label in "ab":
+            classes = rng.normal(size=4)  # how much each quarter of the training classes helps
+            for seed in seeds:
+                values = (classes.sum() - classes)[:num_folds] + rng.normal(0, 0.5, num_folds)
+                values = values if num_folds > 1 else rng.normal(size=1)
+                common = {"partitions": 4, "test data": None, "folder": Path("none")}
+                folds = {fold: {**common, "selected": float(value)} for fold, value in enumerate(values)}
+                rows.append({"Configuration": label, "seed": seed, "folds": folds})
+        comparison = compare.compare_with(rows, "a", "Recall @ 1", is_chosen=True)["b"]
+        assert comparison.holm >= 0
+        called += comparison.holm < 0.05
+    assert called <= 70
+
+
+def test_selection_optimism_is_per_run_and_on_average(
+    groups: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, gain in ((groups[0], 0.01), (groups[1], 0.03)):
+        val, test, higher = ({"Recall @ 1": value} for value in (0.7, 0.6, 0.6 + gain))
+        networks: dict[str, Any] = {"selected": {"val": val, "test": test}, "last": {"val": val, "test": test}}
+        write_summary(Path(folder), {**networks, "best on test": {"val": val, "test": higher}})
+    rows = compared(tmp_path, groups)
+    assert rows["loss good"]["Selection optimism"] == pytest.approx(0.02)
+    assert rows["loss good"]["Selection optimism by run"] == {
+        groups[0]: pytest.approx(0.01),
+        groups[1]: pytest.approx(0.03),
+    }
+    assert np.isnan(float(str(rows["loss worse"]["Selection optimism"])))
+    out = capsys.readouterr().out
+    assert "Selection optimism: +0.0200 on average of 2 run(s). By so much Recall @ 1 on the test classes" in out
+    assert f"| {groups[1]} | +0.0300 |" in out
+    summary = json.loads((Path(groups[0]) / "summary.json").read_text())  # a run without validation classes has none
+    for name in ("selected", "last", "best on test"):
+        del summary[name]["val"]
+    save_json(Path(groups[0]) / "summary.json", summary)
+    assert list(compared(tmp_path, groups)["loss good"]["Selection optimism by run"]) == [groups[1]]
+
+
+# Columns and forms
+
+
+def test_columns_are_chosen_and_sorted(groups: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for position, folder in enumerate(groups):
+        values = {"Recall @ 1": 0.5 + 0.01 * position, "MAP@R": 0.3 - 0.01 * position, "Alignment": 0.1 * position}
+        write_summary(Path(folder), {name: {"test": values} for name in ("selected", "last")}, seconds=30 - position)
+    rows = compared(tmp_path, groups, "--metrics", "MAP@R", "Alignment", "Recall @ 1", "--sort", "Recall @ 1")
+    assert list(rows) == ["loss alike", "loss worse", "loss good"]
+    assert [name for name in rows["loss good"] if "test" in name] == [
+        *("test MAP@R, selected", "test MAP@R, last"),
+        *("test Alignment, selected", "test Recall @ 1, selected"),
+    ]
+    assert "| loss good | 5 | 5 | 0.2800 ± 0.0196 | 0.2800 ± 0.0196 | 0.2000 ± 0.1963 |" in capsys.readouterr().out
+    for column, wanted in (("Alignment", "good"), ("Seconds", "alike"), ("Configuration", "alike"), ("MAP@R", "good")):
+        flags = ("--metrics", "Recall @ 1", "MAP@R", "Alignment", "--sort", column)
+        assert next(iter(compared(tmp_path, groups, *flags))) == f"loss {wanted}"
+    assert list(compared(tmp_path, groups, "--sort", "p"))[-1] == "loss alike"  # the reference has no p-value
+    with pytest.raises(
+        UserError, match=r"--sort Secons is no column \(did you mean Seconds\?\); the columns are Config"
+    ):
+        compared(tmp_path, groups, "--sort", "Secons")
+    with pytest.raises(
+        UserError, match="--metrics MAP@5: none of the runs has it; --evaluate computes further metrics"
+    ):
+        compared(tmp_path, groups, "--metrics", "Recall @ 1", "MAP@5")
+
+
+def test_all_forms_carry_what_can_be_told(
+    groups: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = {row["In words"] for row in compared(tmp_path, groups).values() if row["In words"] != "the reference"}
+    for form in ("--csv", "--json", "--latex"):
+        capsys.readouterr()
+        compared(tmp_path, groups, form)
+        out = capsys.readouterr().out
+        assert all(str(sentence) in out for sentence in words)
+    compared(tmp_path, groups, "--csv")
+    printed = list(csv.DictReader(capsys.readouterr().out.splitlines()[-4:]))
+    assert float(printed[1]["Difference"]) == pytest.approx(-0.02)
+    with pytest.raises(UserError, match="not allowed with"):
+        compared(tmp_path, groups, "--csv", "--latex")
+
+
+def test_latex_is_a_tabular_of_plain_latex(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [
+        str(
+            make_run(
+                tmp_path / f"{seed}{loss[0]}", [0.5 + 0.1 * (loss == "a_b&50%") + 0.01 * seed], loss=loss, seed=seed
+            )
+        )
+        for loss in ("a_b&50%", r"c#{d}^~\\$")
+        for seed in (0, 1, 2)
+    ]
+    compared(tmp_path, folders, "--latex")
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("%")]
+    assert lines[0] == r"\begin{tabular}{lrrrrrrr}"
+    assert lines[-1] == r"\end{tabular}"
+    assert lines.count(r"\hline") == 3
+    body = [line for line in lines if line.endswith(r" \\")]
+    assert len(body) == 3
+    assert {len(re.findall(r"(?<!\\)&", line)) for line in body} == {7}
+    assert r"loss a\_b\&50\%" in body[1]
+    assert r"loss c\#\{d\}\textasciicircum{}\textasciitilde{}\textbackslash{}\textbackslash{}\$" in body[2]
+    assert body[1].count(r"\textbf{0.6100 $\pm$ 0.0248}") == 2
+    assert r"\textbf" not in body[2]
+    assert all(line.count("$") % 2 == line.count(r"\$") % 2 for line in body)
+    text = re.sub(r"\\(textbf|textasciicircum|textasciitilde|textbackslash|pm)|\\[&%$#_{}]|\\\\", "", "".join(body))
+    assert not set(text) & set("\\%#_^~")
+    assert text.count("{") == text.count("}")
+
+
+# All rows in one database
+
+
+def make_database(folder: Path, rows: list[dict[str, float]]) -> None:
+    log = records.Records(folder, {"val": rows}, tensorboard=False)
+    log.note_configuration(0, {"lr": 1e-5}, {})
+    log.close()
+
+
+def collected(path: Path, table: str = "val") -> list[tuple[object, ...]]:
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        return database.execute(f'SELECT run, Epochs, "Recall @ 1" FROM {table} ORDER BY run, Epochs').fetchall()
+
+
+def test_rows_of_many_runs_are_collected_in_one_database(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for position, folder in enumerate(runs[:3]):
+        further = {"NMI": 0.5} if position else {"Loss a": 0.1, "nmi": 0.4}
+        make_database(Path(folder), [{"Epochs": 1, "Time": 1.0, "Recall @ 1": 0.1 * position, **further}])
+    path = tmp_path / "out" / "all.db"
+    path.parent.mkdir()
+    compared(tmp_path, runs, "--database", str(path))
+    assert collected(path) == [("../a", 1, 0.0), ("../b", 1, 0.1), ("../c", 1, 0.2)]
+    said = capsys.readouterr().err
+    assert f"{runs[3]} has no records.db: no rows of it are collected" in said
+    assert f"the rows of 3 run(s) are in {path}" in said
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        assert database.execute("SELECT COUNT(*) FROM configurations").fetchone() == (3,)
+        assert database.execute('SELECT "NMI", "Loss a" FROM val ORDER BY run').fetchall() == [
+            *((0.4, 0.1), (0.5, None), (0.5, None)),
+        ]
+
+    # again, from another folder: a run's rows are replaced, those of others stay, and damaged or locked files are named
+    make_database(Path(runs[0]), [{"Epochs": epoch, "Time": 1.0, "Recall @ 1": 0.9} for epoch in (1, 2)])
+    (Path(runs[1]) / "records.db").write_bytes(b"SQLite format 3\0" + bytes(200))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(records, "READ_TIMEOUT", 0)
+    with contextlib.closing(sqlite3.connect(Path(runs[2]) / "records.db", isolation_level=None)) as busy:
+        busy.execute("BEGIN EXCLUSIVE")
+        compared(tmp_path, ["a", "b", "c"], "--database", "out/all.db")
+    assert collected(path) == [("../a", 1, 0.9), ("../a", 2, 0.9), ("../b", 1, 0.1), ("../c", 1, 0.2)]
+    said = capsys.readouterr().err
+    assert "no rows of ../b are collected: b/records.db" in said
+    assert "no rows of ../c are collected: c/records.db can't be read (database is locked)" in said
+
+
+def test_a_database_of_something_else_is_refused_and_kept(runs: list[str], tmp_path: Path) -> None:
+    make_database(Path(runs[0]), [])
+    own, text = Path(runs[0]) / "records.db", tmp_path / "text.db"
+    text.write_text("no database at all, but text " * 50)
+    for path, words in (
+        (own, "is another program's database, or a single run's: choose another --database"),
+        (text, r"can't be written \(file is not a database\): choose another --database"),
+        (tmp_path / "none" / "all.db", r"can't be written \(unable to open database file\)"),
+    ):
+        before = path.read_bytes() if path.exists() else None
+        with pytest.raises(UserError, match=words):
+            compared(tmp_path, runs, "--database", str(path))
+        assert (path.read_bytes() if path.exists() else None) == before

@@ -2224,6 +2224,182 @@ def test_splits_with_too_few_classes_are_refused_for_every_fold(
         assert_one_sentence(str(error.value), words, "--test_size", "--num_training_partitions", "and two are needed:")
 
 
+def classes_of(images: ImageSet) -> list[int]:
+    return sorted(set(images.labels[:, 0].tolist()))
+
+
+def test_shuffled_classes_are_cut_as_sorted_ones() -> None:
+    images = numbered_images([2 + i % 3 for i in range(17)])
+    order = np.random.default_rng(5).permutation(17).tolist()
+    test = [order[(8 + i) % 17] for i in range(8)]
+    others = [label for label in order if label not in test]
+    parts = [others[:3], others[3:5], others[5:7], others[7:]]
+    for fold in range(4):
+        splits = class_disjoint_splits(images, fold, 0.5, 0.5, 4, shuffle_seed=5)
+        assert classes_of(splits.test[0].query) == sorted(test)
+        assert classes_of(splits.val[0].query) == sorted(parts[fold])
+        assert classes_of(splits.train) == sorted(set(others) - set(parts[fold]))
+        whole = [*splits.train.paths, *splits.val[0].query.paths, *splits.test[0].query.paths]
+        assert sorted(whole) == sorted(images.paths)
+
+
+def test_the_seed_shuffles_classes_unless_another_one_is_given(tmp_path: Path) -> None:
+    touch(tmp_path / "many" / "images", *(f"{i:02d}/{j}.jpg" for i in range(20) for j in range(2)))
+
+    def test_classes(*flags: str) -> list[int]:
+        return classes_of(given("many", tmp_path, *CV, *flags).test[0].query)
+
+    plain = test_classes()
+    assert plain == test_classes("--seed", "3") == list(range(10, 20))
+    by_seed = [test_classes("--split_shuffle", "--seed", seed) for seed in "123"]
+    assert len({*map(tuple, by_seed), tuple(plain)}) == 4
+    assert test_classes("--split_shuffle", "3") == test_classes("--split_shuffle", "3", "--seed", "1") == by_seed[2]
+    assert test_classes("--split_shuffle", "0", "--seed", "2") == by_seed[1]
+
+
+CV = ["--split_scheme", "cross_validation", "--fold", "0"]
+
+
+def test_folds_in_the_order_of_the_reality_check() -> None:
+    """On CUB, by the numbers of its classes; and by a loop, where classes can't be divided evenly."""
+    cub = make_image_set([f"{i}.jpg" for i in range(400)], [f"{i // 2:03d}" for i in range(400)])
+    blocks = []
+    for fold in range(4):
+        splits = class_disjoint_splits(cub, fold, 0.5, 0.5, 4, fold_order="reality_check")
+        assert classes_of(splits.test[0].query) == list(range(100, 200))
+        assert sorted([*classes_of(splits.train), *classes_of(splits.val[0].query)]) == list(range(100))
+        blocks.append(classes_of(splits.val[0].query))
+    assert blocks == [list(range(start, start + 25)) for start in (75, 0, 25, 50)]
+
+    images = numbered_images([2] * 23)  # 11 are for testing, 12 remain, of which int(23 / 5 / 2) validate
+    for fold, begin in enumerate([0, 2, 4, 7, 9]):  # int(fold / 5 * 12)
+        others = [*range(11), 22]
+        training = [others[(begin + i) % 12] for i in range(10)]
+        splits = class_disjoint_splits(images, fold, 0.5, 0.5, 5, fold_order="reality_check")
+        assert classes_of(splits.train) == sorted(training)
+        assert classes_of(splits.val[0].query) == sorted(set(others) - set(training))
+
+
+def write_large_in_shop(root: Path) -> list[tuple[str, str, str]]:
+    """Ten training items and six to test on, of four images each: (name, item, part)."""
+    rows = []
+    for item in range(16):
+        for image in range(4):
+            part = "train" if item < 10 else ("query", "gallery")[image % 2]
+            rows.append((f"img/MEN/Denim/id_{item:08d}/0{image}.jpg", f"id_{item:08d}", part))
+    touch(root, *(name for name, _, _ in rows))
+    lines = "".join(f"{name} {item} {part}\n" for name, item, part in rows)
+    write(root / "Eval/list_eval_partition.txt", f"64\nimage_name item_id evaluation_status\n{lines}")
+    return rows
+
+
+@pytest.mark.parametrize("flags", [[], ["--split_shuffle"], ["--fold_order", "reality_check"]])
+def test_validation_inside_the_training_classes_keeps_query_and_gallery(flags: list[str], tmp_path: Path) -> None:
+    rows = write_large_in_shop(tmp_path / "in-shop")
+    scheme = ["--split_scheme", "predefined_with_validation", "--num_training_partitions", "5"]
+    validated: list[str] = []
+    for fold in range(4):
+        splits = given("in-shop", tmp_path, *scheme, *flags, "--fold", str(fold))
+        (val,), (test,) = splits.val, splits.test
+        assert (val.gallery, val.name, test.name) == (None, "val", "test")
+        for images, part in ((test.query, "query"), (test.gallery, "gallery")):
+            expected = [str(tmp_path / "in-shop" / name) for name, _, kind in rows if kind == part]
+            assert images is not None
+            assert sorted(images.paths) == sorted(expected)
+        items = [{path.split("/")[-2] for path in images.paths} for images in (splits.train, val.query)]
+        assert not items[0] & items[1]
+        assert items[0] | items[1] == {item for _, item, part in rows if part == "train"}
+        assert (len(items[1]), len(splits.train), len(val.query)) == (2, 32, 8)
+        assert splits.train.class_names == test.query.class_names
+        validated += items[1]
+    assert len(validated) == len(set(validated)) == 8
+
+
+def test_validation_images_of_the_dataset_count_as_training_images() -> None:
+    images = numbered_images([2] * 12)
+    parts = [images.subset(np.isin(images.labels[:, 0], chosen)) for chosen in (range(4), range(4, 8), range(8, 12))]
+    whole = Splits(parts[1], val=[RetrievalSet("val", parts[0])], test=[RetrievalSet("test", parts[2])])
+    first, second = (datasets.validation_splits(whole, fold, 2) for fold in (0, 1))
+    assert classes_of(first.val[0].query) == classes_of(second.train) == [0, 1, 2, 3]
+    assert classes_of(second.val[0].query) == classes_of(first.train) == [4, 5, 6, 7]
+    assert first.test is second.test is whole.test
+    with pytest.raises(UserError) as error:
+        datasets.validation_splits(whole, 0, 5)
+    assert_one_sentence(str(error.value), "leaves 1 validation class(es) of 8 training classes")
+    with pytest.raises(UserError, match="needs test images of the dataset's own: choose cross_validation"):
+        datasets.validation_splits(Splits(parts[0], val=[RetrievalSet("val", parts[1])]), 0, 2)
+
+
+@pytest.mark.parametrize("seed", [None, 4])
+@pytest.mark.parametrize(
+    ("sizes", "test_size", "start", "partitions"),
+    [([16] * 6, 0.5, 0.5, 4), ([7, 12, 9, 10, 5, 31], 0.3, 0.9, 3), ([5] * 8, 0.5, 0.0, 2), ([11, 13], 0.25, 0.6, 4)],
+)
+def test_every_class_is_in_every_set_of_a_closed_set(
+    sizes: list[int], test_size: float, start: float, partitions: int, seed: int | None
+) -> None:
+    images = numbered_images(sizes)
+    folds = [
+        datasets.closed_set_splits(images, fold, test_size, start, partitions, shuffle_seed=seed)
+        for fold in range(partitions)
+    ]
+    validated: list[str] = []
+    for splits in folds:
+        sets = {"train": splits.train, "val": splits.val[0].query, "test": splits.test[0].query}
+        paths = [path for chosen in sets.values() for path in chosen.paths]
+        assert sorted(paths) == sorted(images.paths)  # none twice, none lost
+        assert sets["test"].paths == folds[0].test[0].query.paths
+        for label, size in enumerate(sizes):
+            count = {name: int((chosen.labels[:, 0] == label).sum()) for name, chosen in sets.items()}
+            assert abs(count["test"] - size * test_size) < 1
+            assert abs(count["val"] - (size - count["test"]) / partitions) < 1
+            assert min(count.values()) > 0
+        assert abs(len(sets["test"]) - len(images) * test_size) < 1
+        validated += sets["val"].paths
+    assert sorted(validated + list(folds[0].test[0].query.paths)) == sorted(images.paths)
+    # the larger partitions of a class don't all fall to the first fold
+    counts = [len(splits.val[0].query) for splits in folds]
+    assert max(counts) - min(counts) <= max(1, len(sizes) // 2)
+    other = datasets.closed_set_splits(images, 0, test_size, start, partitions, shuffle_seed=5)
+    assert other.test[0].query.paths != folds[0].test[0].query.paths
+    if seed is None:
+        for label, size in enumerate(sizes):
+            mine = [path for path, (one,) in zip(images.paths, images.labels) if one == label]
+            test = [path for path in folds[0].test[0].query.paths if path in mine]
+            assert test == sorted(mine[(int(size * start) + i) % size] for i in range(len(test)))
+
+
+def test_closed_set_of_a_dataset_is_told_without_alarm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    touch(tmp_path / "many" / "images", *(f"{i}/{j}.jpg" for i in range(3) for j in range(12)))
+    scheme = ["--split_scheme", "closed_set", "--num_training_partitions", "3"]
+    splits = given("many", tmp_path, *scheme, "--fold", "2")
+    assert [len(images) for images in (splits.train, splits.val[0].query, splits.test[0].query)] == [12, 6, 18]
+    assert capsys.readouterr().err == ""
+
+
+CLOSED, VALIDATED = ["--split_scheme", "closed_set"], ["--split_scheme", "predefined_with_validation"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([*CLOSED, "--fold_order", "reality_check"], ["--fold_order reality_check is an order of classes"]),
+        ([*CLOSED, "--test_size", "0"], ["class 0 has only 6", "--test_size 0 "]),
+        ([*CLOSED, "--num_training_partitions", "5"], ["class 0 has only 6", "--num_training_partitions 5"]),
+        ([*VALIDATED, "--test_start_idx", "0.2"], ["--test_start_idx 0.2 contradicts", "keeps the test images"]),
+        ([*VALIDATED, "--test_size", "0"], ["--test_size 0 leaves no test classes"]),
+        ([*VALIDATED, "--num_training_partitions", "6"], ["leaves 1 validation class(es) of 10 training classes"]),
+        ([*CV[:2], "--fold_order", "up"], ["--fold_order up is unknown", "partition, reality_check"]),
+        ([*CV[:2], "--split_shuffle", "-1"], ["--split_shuffle", "-1 is not at least 0"]),
+    ],
+)
+def test_flags_that_a_split_scheme_does_not_ask_are_refused(flags: list[str], words: list[str], tmp_path: Path) -> None:
+    touch(tmp_path / "many" / "images", *(f"{i}/{j}.jpg" for i in range(20) for j in range(6)))
+    with pytest.raises(UserError) as error:
+        given("many", tmp_path, *flags, "--fold", "0")
+    assert_one_sentence(str(error.value), *words)
+
+
 @pytest.mark.parametrize("dataset", ["in-shop", "vehicle_id", "online_products", "birds"])
 def test_a_pool_has_every_image_once_sorted_by_class(dataset: str, tmp_path: Path) -> None:
     WRITE[dataset](tmp_path / dataset)
@@ -2493,12 +2669,13 @@ def test_what_is_known_of_flags_is_declared_with_them() -> None:
     parser = FlagParser()
     datasets.add_arguments(parser)
     machine = ["source_path", "download", "download_url", "check_images", "kernels"]
-    cross_validation = ["test_start_idx", "num_training_partitions", "num_training_sets", "fold"]
+    cross_validation = ["test_start_idx", "num_training_partitions", "num_training_sets", "fold", "split_shuffle"]
+    cross_validation += ["fold_order"]
     assert parser.names_with(machine=True) == machine
     assert parser.names_with(compared=False) == [*machine, "eval_bs", "num_training_sets", "fold"]
     assert parser.names_with(needs="cross_validation") == cross_validation
     fixed = ["dataset", "split_scheme", "test_size", "test_start_idx", "num_training_partitions", "fold"]
-    assert parser.names_with(fixed=True) == [*fixed, "label_hierarchy_level"]
+    assert parser.names_with(fixed=True) == [*fixed, "split_shuffle", "fold_order", "label_hierarchy_level"]
 
 
 RANDOM_TRANSFORMS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import random
 import sys
@@ -14,7 +15,13 @@ import numpy as np
 import pytest
 import torch
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
+from sklearn.metrics import (
+    adjusted_mutual_info_score,
+    ndcg_score,
+    normalized_mutual_info_score,
+    roc_auc_score,
+    roc_curve,
+)
 from sklearn.metrics.cluster import pair_confusion_matrix
 from torch import nn
 
@@ -36,7 +43,7 @@ def _notices_come_again() -> None:
     evaluate._notice_once.cache_clear()
 
 
-RETRIEVAL = ["Recall @ 1", "Precision @ 1", "R-precision", "MAP@R", "mAP"]
+RETRIEVAL = ["Recall @ 1", "Precision @ 1", "MRR", "R-precision", "MAP@R", "mAP", "nDCG", "H-AP"]
 
 
 def perfect_space(sizes: Sequence[int]) -> EmbeddingSpace:
@@ -56,7 +63,7 @@ def clustered_space(labels: Sequence[int] | np.ndarray, clusters: Sequence[int] 
 
 
 @pytest.mark.parametrize("sizes", CLASS_SIZES.values(), ids=CLASS_SIZES)
-@pytest.mark.parametrize("name", ["NMI", "AMI", "F1", "Recall @ 4", *RETRIEVAL])
+@pytest.mark.parametrize("name", ["NMI", "AMI", "F1", "Recall @ 4", "ROC AUC", "Verification accuracy", *RETRIEVAL])
 def test_a_perfect_embedding_scores_one(sizes: list[int], name: str) -> None:
     assert evaluate_space(perfect_space(sizes), [4], list(evaluate.METRICS))[name] == pytest.approx(1)
 
@@ -81,7 +88,7 @@ def exact_ahead(space: EmbeddingSpace, tie: float = evaluate.TIE) -> tuple[np.nd
     """`num_negatives_ahead` and `precisions` by differences in float64, one query at a time; 0 without a positive."""
     query, gallery = space.query.double().numpy(), space.gallery.double().numpy()
     ahead = np.zeros(len(query), np.int64)
-    precisions = {name: np.zeros(len(query)) for name in ("r_precision", "map_at_r", "map")}
+    precisions = {name: np.zeros(len(query)) for name in ("r_precision", "map_at_r", "map", "dcg")}
     for i in np.flatnonzero(space.has_positive):
         distances = np.sqrt(np.square(gallery - query[i]).sum(axis=1))
         is_positive = space.gallery_labels == space.query_labels[i]
@@ -95,6 +102,7 @@ def exact_ahead(space: EmbeddingSpace, tie: float = evaluate.TIE) -> tuple[np.nd
         precisions["r_precision"][i] = within_r.mean()
         precisions["map_at_r"][i] = (precision * within_r).mean()
         precisions["map"][i] = precision.mean()
+        precisions["dcg"][i] = (1 / np.log2(1 + found + counts)).sum()
     return ahead, precisions
 
 
@@ -218,6 +226,8 @@ def test_no_metric_depends_on_the_size_of_the_embeddings(exponent: int) -> None:
         evaluate_space(EmbeddingSpace(x, labels), [1, 4], list(evaluate.METRICS))
         for x in (points, points * np.float32(2.0**exponent))
     )
+    threshold = scaled.pop("Verification threshold")
+    assert threshold == pytest.approx(usual.pop("Verification threshold") * 2.0**exponent)
     assert usual == pytest.approx(scaled, rel=1e-9)
 
 
@@ -549,7 +559,7 @@ UNDEFINED: dict[str, tuple[list[list[float]], list[int], dict[str, float]]] = {
     "one point": (
         [[1, 0]],
         [1],
-        {name: NAN for name in evaluate.METRICS if name != "Recall"} | {"Recall @ 1": NAN},
+        dict.fromkeys(evaluate.chosen_metrics([1], list(evaluate.METRICS)), NAN),
     ),
     # Intra / Inter has nothing to compare with.
     "equal points": (
@@ -610,7 +620,7 @@ def test_a_metric_of_ones_own_needs_one_row(monkeypatch: pytest.MonkeyPatch) -> 
 def naive_retrieval(space: EmbeddingSpace) -> dict[str, float]:
     """Retrieval metrics by sorting each query's gallery, wrong items first where distances tie, without the query."""
     query, gallery = space.query.double().numpy(), space.gallery.double().numpy()
-    results: dict[str, list[float]] = {name: [] for name in (*RETRIEVAL, "Recall @ 5")}
+    results: dict[str, list[float]] = {name: [] for name in (*RETRIEVAL, "Recall @ 5", "Precision @ 5")}
     for i, label in enumerate(space.query_labels):
         own = [place for place in [int(space.query_in_gallery[i])] if place >= 0]
         right = np.delete(space.gallery_labels == label, own)
@@ -626,6 +636,11 @@ def naive_retrieval(space: EmbeddingSpace) -> dict[str, float]:
         results["R-precision"].append(hits[:r].mean())
         results["MAP@R"].append(precision[:r].sum() / r)
         results["mAP"].append(precision.sum() / r)
+        results["H-AP"].append(precision.sum() / r)
+        results["MRR"].append(1 / (1 + hits.argmax()))
+        results["Precision @ 5"].append(hits[:5].mean())
+        discounts = 1 / np.log2(np.arange(len(hits)) + 2)
+        results["nDCG"].append((hits * discounts).sum() / discounts[:r].sum())
     return {name: float(np.mean(values)) for name, values in results.items()}
 
 
@@ -645,7 +660,7 @@ def test_precisions_agree_with_sorting(
     labels = rng.integers(0, classes, 90)
     labels[0] = classes  # a query without a positive
     space = EmbeddingSpace(points, labels)
-    metrics = evaluate_space(space, [5], ["Recall", *RETRIEVAL])
+    metrics = evaluate_space(space, [5], ["Recall", "Precision", *RETRIEVAL])
     assert metrics == pytest.approx(naive_retrieval(space), abs=1e-12)
 
 
@@ -673,11 +688,12 @@ def test_queries_may_be_a_part_of_the_gallery_in_any_order(
     space = EmbeddingSpace(points[where], labels[where], points, labels, where)
     assert space.has_positive.tolist() == [bool((labels == labels[i]).sum() > 1) for i in where]
     assert space.num_positives.tolist() == [(labels == labels[i]).sum() - 1 for i in where]
-    metrics = evaluate_space(space, [5], ["Recall", *RETRIEVAL])
+    metrics = evaluate_space(space, [5], ["Recall", "Precision", *RETRIEVAL])
     if make is not duplicates:  # of which equal distances may round differently in float64
         assert metrics == pytest.approx(naive_retrieval(space), abs=1e-12)
     whole = EmbeddingSpace(points, labels)
     np.testing.assert_array_equal(space.num_negatives_ahead, whole.num_negatives_ahead[where])
+    whole.count_at(space.counted_k)
     for name in space.precisions:
         np.testing.assert_allclose(space.precisions[name], whole.precisions[name][where], rtol=1e-12, err_msg=name)
 
@@ -707,7 +723,9 @@ def test_some_queries_may_be_in_the_gallery_and_others_not(
     space = EmbeddingSpace(points[where], labels[where], points[items], labels[items], place)
     num_positives = [(labels[items] == labels[i]).sum() - (i in items) for i in where]
     assert space.num_positives.tolist() == num_positives
-    assert evaluate_space(space, [5], ["Recall", *RETRIEVAL]) == pytest.approx(naive_retrieval(space), abs=1e-12)
+    assert evaluate_space(space, [5], ["Recall", "Precision", *RETRIEVAL]) == pytest.approx(
+        naive_retrieval(space), abs=1e-12
+    )
     order = np.concatenate([where[::2], items])  # of all points, each once
     np.testing.assert_array_equal(space.points, points[order])
     np.testing.assert_array_equal(space.labels, labels[order])
@@ -789,7 +807,8 @@ def test_a_metric_that_is_not_defined_in_one_coarser_class_is_averaged_over_the_
 
 def make_points(chosen: np.ndarray) -> Points:
     points, labels, parents = hierarchy(160)
-    return Points(torch.from_numpy(points[chosen]), labels[chosen], parents[chosen], [f"{i}.png" for i in chosen])
+    levels = np.stack([labels, parents], axis=1)[chosen]
+    return Points(torch.from_numpy(points[chosen]), levels, [f"{i}.png" for i in chosen])
 
 
 def test_metrics_of_several_sets_by_either_testing_method() -> None:
@@ -819,6 +838,86 @@ def test_parents_of_a_gallery_are_its_own() -> None:
     place = np.where(queries < 40, -1, queries - 40)
     space = EmbeddingSpace(points[queries], labels[queries], points[items], labels[items], place)
     assert metrics == evaluate.evaluate_within_parents(space, parents[queries], parents[items], [2], ["mAP"])
+
+
+@pytest.mark.parametrize("testing_method", evaluate.TESTING_METHODS)
+@pytest.mark.parametrize("num_sets", [1, 2])
+def test_metrics_of_all_levels_are_those_of_each_and_their_mean(testing_method: str, num_sets: int) -> None:
+    points, labels, _ = hierarchy(160)
+    columns = np.stack([labels, labels % 6, labels % 2], axis=1)
+    parts = [np.arange(0, 90), np.arange(90, 160)][:num_sets]
+    sets = [
+        RetrievalSet("a", Points(torch.from_numpy(points[part]), columns[part], [f"{i}.png" for i in part]))
+        for part in parts
+    ]
+    names = ["Recall", "NMI", "MAP@R"]
+    metrics, spaces = evaluate.evaluate_points(sets, [2], names, testing_method, all_levels=True)
+    levels = range(3 if testing_method == "GlobalEmbeddingSpace" else 2)
+    expected: dict[str, float] = {}
+    for position, part in enumerate(parts):
+        prefix = f"Set {position} " if num_sets > 1 else ""
+        for level in levels:
+            own = EmbeddingSpace(points[part], columns[part, level])
+            if testing_method == "GlobalEmbeddingSpace":
+                values = evaluate_space(own, [2], names)
+            else:
+                coarser = columns[part, level + 1]
+                values = evaluate.evaluate_within_parents(own, coarser, coarser, [2], names)
+            expected |= {f"{prefix}Level {level} {name}": value for name, value in values.items()}
+        for name in ("NMI", "Recall @ 1", "Recall @ 2", "MAP@R"):
+            of_levels = [expected[f"{prefix}Level {level} {name}"] for level in levels]
+            expected[f"{prefix}Level mean {name}"] = float(np.mean(of_levels))
+    assert metrics == pytest.approx(expected)
+    assert [space.query_labels.tolist() for space in spaces] == [columns[part, 0].tolist() for part in parts]
+    assert evaluate.lower_is_better("Set 1 Level mean EER")
+    assert not evaluate.lower_is_better("Level 1 Recall @ 4")
+    assert evaluate.metric_name("Level 1 FNMR @ 1e-3") == "Level 1 FNMR @ 0.001"
+
+
+def test_each_level_has_the_threshold_of_its_own_validation_classes() -> None:
+    points, labels, parents = hierarchy(160)
+    sets = [RetrievalSet("a", make_points(np.arange(160)))]
+    told = {"Level 0 Verification threshold": 0.5, "Level 1 Verification threshold": 1.5, "Recall @ 1": 9.0}
+    names = ["Verification accuracy"]
+    metrics, _ = evaluate.evaluate_points(sets, [1], names, validation=told, all_levels=True)
+    for level, column in enumerate((labels, parents)):
+        distances = torch.cdist(torch.from_numpy(points).double(), torch.from_numpy(points).double())
+        upper = torch.triu(torch.ones_like(distances), diagonal=1).bool()
+        same, near = torch.from_numpy(column[:, None] == column), distances <= 0.5 + level
+        accuracy = (near[upper & same].double().mean() + (~near[upper & ~same]).double().mean()) / 2
+        assert metrics[f"Level {level} Verification accuracy"] == pytest.approx(float(accuracy))
+
+
+@pytest.mark.parametrize("testing_method", evaluate.TESTING_METHODS)
+def test_metrics_of_each_class_by_a_loop_over_queries(testing_method: str) -> None:
+    points, labels, parents = hierarchy(120)
+    queries, items = np.arange(0, 70), np.arange(50, 120)
+    place = np.where(queries < 50, -1, queries - 50)
+    columns = np.stack([labels, parents], axis=1)
+    space = EmbeddingSpace(points[queries], columns[queries], points[items], columns[items], place)
+    names = ["NMI", "EER", "Recall", "Precision", "MRR", "R-precision", "MAP@R", "mAP", "nDCG", "H-AP"]
+    classes, sizes, means = evaluate.class_means_of_queries(space, [3], names, testing_method)
+    assert list(means) == [*("Recall @ 1", "Recall @ 3", "Precision @ 1", "Precision @ 3"), *names[4:]]
+    found: dict[int, list[dict[str, float]]] = {}
+    for query in queries:
+        others = [i for i in items if i != query]
+        if testing_method == "WithSameParentLabel":
+            others = [i for i in others if parents[i] == parents[query]]
+        positives = [i for i in others if labels[i] == labels[query]]
+        if not positives or (testing_method != "GlobalEmbeddingSpace" and len(set(labels[others])) < 2):
+            continue
+        # alone with what it searches
+        alone = EmbeddingSpace(points[[query]], columns[[query]], points[others], columns[others])
+        found.setdefault(int(labels[query]), []).append(evaluate_space(alone, [3], names[2:]))
+    assert classes.tolist() == sorted(found)
+    assert sizes.tolist() == [len(found[label]) for label in sorted(found)]
+    for name, values in means.items():
+        expected = [np.mean([one[name] for one in found[label]]) for label in sorted(found)]
+        assert values == pytest.approx(expected), name
+    if testing_method == "GlobalEmbeddingSpace":
+        whole = evaluate_space(space, [3], names[2:])
+        for name, values in means.items():
+            assert np.average(values, weights=sizes) == pytest.approx(whole[name])
 
 
 def test_sets_that_cannot_be_evaluated_are_one_sentence() -> None:
@@ -865,6 +964,9 @@ def test_a_set_that_is_its_own_gallery_finds_what_it_finds_without_one() -> None
     assert own == two
 
 
+FNMRS = ["FNMR @ 0.001", "FNMR @ 0.01"]
+
+
 @pytest.mark.parametrize(
     ("k_vals", "names", "expected"),
     [
@@ -873,6 +975,13 @@ def test_a_set_that_is_its_own_gallery_finds_what_it_finds_without_one() -> None
         ([10, 1, 10], ["MAP@R", "Recall", "NMI"], ["NMI", "Recall @ 1", "Recall @ 10", "MAP@R"]),
         ([1], ["Alignment", "Precision @ 1"], ["Recall @ 1", "Precision @ 1", "Alignment"]),
         ([], [], ["Recall @ 1"]),
+        ([2], ["Precision", "FNMR", "EER"], ["Recall @ 1", "Precision @ 1", "Precision @ 2", "EER", *FNMRS]),
+        (
+            [2],
+            ["FNMR @ 0.5", "Recall @ 9", "Precision @ 3"],
+            [*("Recall @ 1", "Recall @ 9", "Precision @ 3"), "FNMR @ 0.5"],
+        ),
+        ([2], ["Verification accuracy"], ["Recall @ 1", "Verification accuracy", "Verification threshold"]),
     ],
 )
 def test_chosen_metrics_are_named_in_the_tables_order(k_vals: list[int], names: list[str], expected: list[str]) -> None:
@@ -891,6 +1000,8 @@ def test_chosen_metrics_are_named_in_the_tables_order(k_vals: list[int], names: 
     [
         *[(name, False) for name in ("NMI", "F1", "AMI", "R-precision", "MAP@R", "mAP", "Precision @ 1", "Recall @ 4")],
         *[(name, True) for name in ("Rho-spectrum", "Uniformity", "Alignment", "Intra / Inter")],
+        *[("EER", True), ("FNMR @ 0.01", True), ("Set 2 FNMR @ 1e-05", True), ("ROC AUC", False), ("MRR", False)],
+        *[("Verification accuracy", False), ("Verification threshold", False), ("H-AP", False), ("nDCG", False)],
         *[("Set 0 Recall @ 4", False), ("Set 12 Alignment", True), ("Set 0 Intra / Inter", True)],
         *[("Train Loss", False), ("Mean rank", True), ("Set 1 Mean rank", True), ("Rank @ 10", True)],
         *[("Set 3 Rank @ 1", True), ("Rank @ best", False), ("Own Alignment", False)],
@@ -914,6 +1025,7 @@ def test_agrees_with_accuracy_calculator(with_gallery: bool) -> None:
         "r_precision": "R-precision",
         "mean_average_precision_at_r": "MAP@R",
         "mean_average_precision": "mAP",
+        "mean_reciprocal_rank": "MRR",
     }
     calculator = AccuracyCalculator(include=tuple(names), k=len(points[gallery]) - (not with_gallery))
     tensors = [torch.from_numpy(part) for part in (points[query], labels[query], *given)]
@@ -1015,3 +1127,265 @@ def test_embedded_sets_keep_labels_parents_and_paths(images: datasets.ImageSet) 
         assert embedded.parents is loader.parents is None
         assert list(embedded.paths) == list(loader.paths)
     assert evaluate.embed_set(ColorNet(), RetrievalSet("all", query), torch.device("cpu")).gallery is None
+
+
+def all_pairs(space: EmbeddingSpace) -> tuple[np.ndarray, np.ndarray]:
+    """Squared distances of all pairs by differences in float64, and whether a pair is of one class."""
+    query, gallery = space.query.double().numpy(), space.gallery.double().numpy()
+    rows, columns = np.nonzero(np.arange(len(gallery)) != space.query_in_gallery[:, None])
+    squared = np.square(query[rows] - gallery[columns]).sum(axis=1)
+    return squared, space.query_labels[rows] == space.gallery_labels[columns]
+
+
+def in_cells(squared: np.ndarray) -> np.ndarray:
+    """Rounds down what pairs are compared by, as `PairCounts` says."""
+    return (squared.astype(np.float32).view(np.int32) >> 4 << 4).view(np.float32)
+
+
+def verification_by_roc(squared: np.ndarray, is_positive: np.ndarray, fmr: float) -> dict[str, float]:
+    """ROC AUC, EER and FNMR by scikit-learn's curve through all pairs."""
+    false, true, _ = roc_curve(is_positive, -squared, drop_intermediate=False)
+    grid = np.linspace(0, 1, 100_001)
+    missed = 1 - np.interp(grid, false, true)
+    return {
+        "ROC AUC": roc_auc_score(is_positive, -squared),
+        "EER": grid[np.abs(grid - missed).argmin()],
+        f"FNMR @ {fmr}": 1 - true[false <= fmr].max(),
+    }
+
+
+VERIFICATION = ["ROC AUC", "EER", "FNMR @ 0.02"]
+
+
+@pytest.mark.parametrize("tiles", [(16, 32), (512, 2048)], ids=str)
+@pytest.mark.parametrize("kind", ["Gaussian", "unit", "without negatives", "integers", "duplicates", "mostly zeros"])
+def test_verification_equals_the_curve_through_all_pairs(
+    kind: str, tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "QUERY_TILE", tiles[0])
+    monkeypatch.setattr(evaluate, "GALLERY_TILE", tiles[1])
+    compared = 0
+    for case in range(6):
+        space = random_space(kind, np.random.default_rng([list(KINDS).index(kind), case]))
+        squared, is_positive = all_pairs(space)
+        metrics = evaluate_space(space, [1], VERIFICATION)
+        del metrics["Recall @ 1"]
+        if not is_positive.any() or is_positive.all():
+            assert all(map(math.isnan, metrics.values()))
+            continue
+        compared += 1
+        cells = in_cells(squared)  # products may differ in the last of their 53 bits
+        assert metrics == pytest.approx(verification_by_roc(cells, is_positive, 0.02), abs=1.1e-5)
+        assert metrics["ROC AUC"] == pytest.approx(roc_auc_score(is_positive, -cells), abs=1e-12)
+        assert metrics["ROC AUC"] == pytest.approx(roc_auc_score(is_positive, -squared), abs=2e-6)
+        fewer = evaluate.fnmr_at_fmr(space, 0.02)
+        assert fewer == pytest.approx(verification_by_roc(cells, is_positive, 0.02)["FNMR @ 0.02"], abs=1e-12)
+        num_pairs = len(squared) / (1 + (space.gallery is space.query))  # each once
+        assert space.pairs.positives.sum() + space.pairs.negatives.sum() == num_pairs
+    assert compared >= 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_verification_stands_any_embeddings(kind: str) -> None:
+    """Even where many pairs are as near to each other as float32 tells."""
+    for case in range(3):
+        space = random_space(kind, np.random.default_rng([list(KINDS).index(kind), case, 1]))
+        squared, is_positive = all_pairs(space)
+        if is_positive.any() and not is_positive.all():
+            assert evaluate.roc_auc(space) == pytest.approx(roc_auc_score(is_positive, -squared), abs=0.02)
+
+
+def test_equal_points_are_equally_distant_whatever_tile_they_are_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "QUERY_TILE", 64)
+    monkeypatch.setattr(evaluate, "GALLERY_TILE", 37)
+    rng = np.random.default_rng(0)
+    points = unit(rng.normal(size=(3, 48)))[rng.integers(0, 3, 300)].astype(np.float32)
+    space = EmbeddingSpace(points, rng.integers(0, 4, 300))
+    assert len(space.pairs.starts) <= 4  # 0, and the distances of three points
+    assert space.pairs.starts[0] == 0
+
+
+def test_verification_of_a_worked_example() -> None:
+    """Pairs of one class at the distances 1 and 1.5; others at 0.5, 1.5, 2 and 3."""
+    space = EmbeddingSpace(np.array([[0], [1], [1.5], [3]], np.float32), np.array([1, 1, 2, 2]))
+    assert evaluate.roc_auc(space) == pytest.approx((3 + 2.5) / 8)
+    assert evaluate.equal_error_rate(space) == pytest.approx(1 / 3)  # between FMR 1/4, FNMR 1/2 and FMR 1/2, FNMR 0
+    assert [evaluate.fnmr_at_fmr(space, fmr) for fmr in (0.2, 0.25, 0.49, 0.5)] == [1, 0.5, 0.5, 0]
+    assert evaluate.verification_threshold(space) == pytest.approx(1.75, abs=1e-5)  # between 1.5 and 2
+    assert evaluate.verification_accuracy(space) == 1 - (0.5 + 0) / 2
+    for threshold, accuracy in ((0.4, 0.5), (0.6, 0.375), (1.2, 0.625), (2.5, 0.625), (9, 0.5), (math.nan, math.nan)):
+        space.threshold = threshold
+        assert evaluate.verification_accuracy(space) == pytest.approx(accuracy, nan_ok=True)
+        assert evaluate.verification_threshold(space) == pytest.approx(threshold, nan_ok=True)
+
+
+def test_the_best_threshold_is_the_one_that_a_loop_finds() -> None:
+    points, labels = gaussian(np.random.default_rng(5), 80)
+    space = EmbeddingSpace(points, labels)
+    squared, is_positive = all_pairs(space)
+    distances = np.sqrt(squared)
+
+    def accuracy(threshold: float) -> float:
+        accepted = distances <= threshold
+        return 1 - (accepted[~is_positive].mean() + (~accepted)[is_positive].mean()) / 2
+
+    best = evaluate.verification_threshold(space)
+    assert accuracy(best) == pytest.approx(max(accuracy(threshold) for threshold in distances), abs=1e-12)
+    assert evaluate.verification_accuracy(space) == pytest.approx(accuracy(best), abs=1e-12)
+
+
+def test_a_threshold_of_validation_classes_is_applied_to_others() -> None:
+    sets = [
+        RetrievalSet(name, make_points(part)) for name, part in (("val", np.arange(70)), ("test", np.arange(70, 160)))
+    ]
+    names = ["Verification accuracy"]
+    val, _ = evaluate.evaluate_points(sets[:1], [1], names)
+    test, (space,) = evaluate.evaluate_points(sets[1:], [1], names, validation=val)
+    own, _ = evaluate.evaluate_points(sets[1:], [1], names)
+    assert test["Verification threshold"] == val["Verification threshold"] != own["Verification threshold"]
+    squared, is_positive = all_pairs(space)
+    accepted = np.sqrt(squared) <= val["Verification threshold"]
+    by_hand = 1 - (accepted[~is_positive].mean() + (~accepted)[is_positive].mean()) / 2
+    assert test["Verification accuracy"] == pytest.approx(by_hand, abs=1e-12)
+    assert test["Verification accuracy"] < own["Verification accuracy"]
+
+    both, _ = evaluate.evaluate_points(sets, [1], names, validation=val | {"Set 1 Verification threshold": 2.5})
+    assert (both["Set 0 Verification threshold"], both["Set 1 Verification threshold"]) == (
+        pytest.approx((val["Verification threshold"] + 2.5) / 2),
+        2.5,
+    )
+    unknown, _ = evaluate.evaluate_points(sets[1:], [1], names, validation={})
+    assert math.isnan(unknown["Verification accuracy"])
+    within, _ = evaluate.evaluate_points(sets[1:], [1], names, "WithSameParentLabel", val)
+    assert within["Verification threshold"] == pytest.approx(val["Verification threshold"])
+
+
+LEVELS = 3
+
+
+def naive_hierarchical(space: EmbeddingSpace) -> dict[str, float]:
+    """nDCG and H-AP by their definitions: every item with every item before it, less relevant ones first in ties."""
+    query, gallery = space.query.double().numpy(), space.gallery.double().numpy()
+    results: dict[str, list[float]] = {"nDCG": [], "H-AP": []}
+    for i in np.flatnonzero(space.has_positive):
+        kept = np.arange(len(gallery)) != space.query_in_gallery[i]
+        shared = (space.gallery_hierarchy[kept] == space.query_hierarchy[i]).sum(axis=1)
+        distances = np.square(gallery[kept] - query[i]).sum(axis=1)
+        shared = shared[np.lexsort((shared, distances))]
+        discounts = 1 / np.log2(np.arange(len(shared)) + 2)
+        ideal = ((2.0 ** np.sort(shared)[::-1] - 1) * discounts).sum()
+        results["nDCG"].append(((2.0**shared - 1) * discounts).sum() / ideal)
+        relevance = dict.fromkeys(range(LEVELS + 1), 0.0)
+        largest = math.inf
+        for level in range(LEVELS, 0, -1):
+            if (shared == level).any():
+                largest = relevance[level] = min(largest, level / (shared == level).sum())
+        rel = [relevance[level] for level in shared]
+        total = 0.0
+        for rank, one in enumerate(rel, start=1):
+            if one:
+                total += (one + sum(min(one, other) for other in rel[: rank - 1])) / rank
+        results["H-AP"].append(total / sum(rel))
+    return {name: float(np.mean(values)) for name, values in results.items()}
+
+
+@pytest.mark.parametrize("mode", ["self", "gallery", "some queries in the gallery"])
+@pytest.mark.parametrize("make", [gaussian, integers, duplicates])
+def test_metrics_of_a_hierarchy_equal_their_definitions(
+    make: Callable[[np.random.Generator, int], Data], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "QUERY_TILE", 16)
+    monkeypatch.setattr(evaluate, "GALLERY_TILE", 32)
+    monkeypatch.setattr(evaluate, "MAX_POSITIVES", 300)  # so that large classes are compared in parts
+    rng = np.random.default_rng(7)
+    points, labels = make(rng, 120)
+    centers = rng.integers(-2, 3, (labels.max() + 1, points.shape[1]))
+    points = (points + (centers[labels] if make is not duplicates else 0)).astype(np.float32)
+    levels = np.stack([labels, labels % 7, labels % 7 // 3], axis=1)
+    space = EmbeddingSpace(points, levels)
+    if mode == "gallery":
+        space = EmbeddingSpace(points[:40], levels[:40], points[40:], levels[40:])
+    elif mode != "self":
+        where = rng.permutation(120)[:40]
+        items = np.setdiff1d(np.arange(120), where[::2])
+        place = np.array([items.tolist().index(i) if i in items else -1 for i in where])
+        space = EmbeddingSpace(points[where], levels[where], points[items], levels[items], place)
+    metrics = evaluate_space(space, [1], ["nDCG", "H-AP"])
+    expected = naive_hierarchical(space)
+    assert 0.1 < expected["H-AP"] < 0.95
+    tolerance = 5e-3 if make is duplicates else 1e-12  # equal distances may round differently in float64
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=tolerance)
+
+
+def test_ndcg_agrees_with_scikit_learn() -> None:
+    rng = np.random.default_rng(1)
+    points, labels = gaussian(rng, 150)
+    labels[:2] = labels.max() + 1  # nobody is alone
+    levels = np.stack([labels, labels // 4], axis=1)
+    space = EmbeddingSpace(points[:30], levels[:30], points[30:], levels[30:])
+    distances = np.square(points[:30, None].astype(float) - points[None, 30:]).sum(axis=2)
+    shared = (levels[:30, None] == levels[None, 30:]).sum(axis=2)
+    counted = space.has_positive
+    expected = ndcg_score(2.0 ** shared[counted] - 1, -distances[counted])
+    assert evaluate.normalized_dcg(space) == pytest.approx(expected, abs=1e-12)
+
+
+def test_hierarchical_ap_of_a_worked_example() -> None:
+    """The query's gallery by distance: its family, its class, another family, its class, its family."""
+    levels = np.array([[1, 5], [2, 5], [1, 5], [3, 6], [1, 5], [2, 5]])
+    space = EmbeddingSpace(np.zeros((1, 1), np.float32), levels[:1], np.arange(1, 6)[:, None], levels[1:])
+    fine, coarse = 2 / 2, 1 / 2  # of two items each
+    gained = coarse / 1 + (fine + coarse) / 2 + (fine + coarse + fine) / 4 + 4 * coarse / 5
+    assert evaluate.hierarchical_ap(space) == pytest.approx(gained / (2 * fine + 2 * coarse))
+    gains = np.array([1, 3, 0, 3, 1]) / np.log2(np.arange(2, 7))
+    ideal = np.array([3, 3, 1, 1, 0]) / np.log2(np.arange(2, 7))
+    assert evaluate.normalized_dcg(space) == pytest.approx(gains.sum() / ideal.sum())
+    assert evaluate.mean_reciprocal_rank(space) == 1 / 2
+
+
+def test_with_one_level_hierarchical_ap_is_map() -> None:
+    points, labels = gaussian(np.random.default_rng(2), 200)
+    metrics = evaluate_space(EmbeddingSpace(points, labels), [1], ["mAP", "H-AP"])
+    assert metrics["H-AP"] == pytest.approx(metrics["mAP"], abs=1e-14)
+
+
+def test_a_hierarchy_whose_classes_are_in_several_is_refused() -> None:
+    points = np.zeros((4, 2), np.float32)
+    space = EmbeddingSpace(points, np.array([[1, 1], [1, 2], [2, 2], [2, 2]]))
+    with pytest.raises(UserError, match="a class of label level 0 belongs to several classes of level 1"):
+        evaluate.hierarchical_ap(space)
+
+
+def test_precision_at_k_beyond_the_gallery_and_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    count = EmbeddingSpace._count_negatives
+
+    def counted(self: EmbeddingSpace, nearest_only: bool) -> Any:
+        passes.append(nearest_only)
+        return count(self, nearest_only)
+
+    monkeypatch.setattr(EmbeddingSpace, "_count_negatives", counted)
+    space = perfect_space([3] * 4)
+    metrics = evaluate_space(space, [2, 5], ["Precision", "mAP", "R-precision", "MRR"])
+    assert [metrics[f"Precision @ {k}"] for k in (1, 2, 5)] == pytest.approx([1, 1, 2 / 5])
+    assert passes == [True, False]
+    assert evaluate.precision_at_k(space, 1000) == pytest.approx(2 / 11)
+    assert evaluate.precision_at_k(space, 4) == pytest.approx(2 / 4)
+    assert passes == [True, False, False, False]
+
+
+@pytest.mark.parametrize("text", ["Recall @ 0", "Recall @ x", "Recall @ ", "mAP @ 3", "FNMR @ 1", "FNMR @ 0"])
+def test_names_with_a_number_that_is_none_of_theirs(text: str) -> None:
+    assert text not in evaluate.MetricNames()
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a metric: "):
+        evaluate.metric_name(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("FNMR @ 1e-3", "FNMR @ 0.001"), ("FNMR @ 0.00001", "FNMR @ 1e-05"), ("Precision @ 010", "Precision @ 10")],
+)
+def test_numbers_in_names_are_written_as_columns_have_them(text: str, name: str) -> None:
+    assert evaluate.metric_name(text) == name
+    assert name in evaluate.MetricNames()
+    assert list(evaluate.chosen_metrics([2], [name])) == ["Recall @ 1", name]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def build(argv: list[str]) -> tuple[methods.MetricLossOnly, datasets.Loaders, da
     opt = config.resolve(config.parse(argv))
     loaders = datasets.give_dataloaders(opt, datasets.give_splits(opt))
     method = methods.build_training(opt, loaders.train.dataset.num_classes, CPU)
-    return method, loaders, features.give_cached_loaders(opt, loaders, method, CPU)
+    return method, loaders, features.give_cached_loaders(opt, loaders, [method.net, method.evaluated], CPU)
 
 
 def files(tmp_path: Path) -> list[Path]:
@@ -102,28 +103,35 @@ def test_views_are_random_transforms_drawn_by_epoch_and_position(cached: Callabl
     assert set(shown[0]) == {0, 1, 2}
 
 
-def test_the_trunk_runs_once_per_image(cached: Callable[..., list[str]], tmp_path: Path) -> None:
-    seen: list[int] = []
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of images that trunks have run on, call by call."""
+    numbers: list[int] = []
+    row = netlib.find_arch("shufflenet_v2_x0_5")
 
-    def count(module: torch.nn.Module, images: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        seen.append(len(images[0]))
+    def counted(*args: Any) -> tuple[torch.nn.Module, int]:
+        backbone, num_features = row.build(*args)
+        backbone.register_forward_hook(lambda module, images, out: numbers.append(len(images[0])))
+        return backbone, num_features
 
-    build_arch = netlib.find_arch(config.parse(cached()).arch).build
-    with pytest.MonkeyPatch.context() as patch:
+    monkeypatch.setitem(netlib.ARCHS, "shufflenet_v2_x0_5", netlib.Arch(counted, row.crop_size, row.resize))
+    return numbers
 
-        def counted(*args: object) -> tuple[torch.nn.Module, int]:
-            backbone, num = build_arch(*args)
-            backbone.register_forward_hook(count)
-            return backbone, num
 
-        row = netlib.find_arch(config.parse(cached()).arch)
-        patch.setitem(netlib.ARCHS, "shufflenet_v2_x0_5", netlib.Arch(counted, row.crop_size, row.resize))
-        first = main.command(cached())
-        assert sum(seen) == 48 + 1  # and the check that the network takes such images
-        seen.clear()
-        assert main.command(cached("--savename", "again")) == first
-        assert sum(seen) == 1
+def test_the_trunk_runs_once_per_image(seen: list[int], cached: Callable[..., list[str]], tmp_path: Path) -> None:
+    first = main.command(cached())
+    assert sum(seen) == 48 + 1  # and the check that the network takes such images
+    seen.clear()
+    assert main.command(cached("--savename", "again")) == first
+    assert sum(seen) == 1
     assert len(files(tmp_path)) == 1
+
+
+def test_the_concatenation_of_folds_reads_the_features_too(seen: list[int], source: Path, tmp_path: Path) -> None:
+    more = (*CROSS, *FROZEN, "--cache_path", str(tmp_path / "cache"), "--meta_testing_method", "ConcatenateEmbeddings")
+    main.command(training_flags(source, tmp_path, *more, "--savename", "run"))
+    assert [count for count in seen if count > 1] == [8] * 8
+    assert (tmp_path / "cv" / "run" / "meta" / "results.json").exists()
 
 
 def test_folds_share_the_files_and_go_on_bit_for_bit(source: Path, tmp_path: Path) -> None:
@@ -222,7 +230,7 @@ def test_every_method_goes_on_bit_for_bit(source: Path, tmp_path: Path, name: st
 
 @pytest.mark.parametrize(
     "more",
-    [["--seed", "2"], ["--crop_size", "40"], ["--exif_orientation"], ["--arch", "resnet18"]],
+    [["--seed", "2"], ["--crop_size", "40"], ["--exif_orientation"], ["--arch", "resnet18"], ["--precision", "bf16"]],
 )
 def test_what_changes_features_makes_another_file(
     cached: Callable[..., list[str]], tmp_path: Path, more: list[str]

@@ -11,7 +11,20 @@ import pytest
 from conftest import ROOT
 
 MODULES = {path.stem: path for path in ROOT.glob("*.py")}
-HEAVY = ("torchvision", "matplotlib", "pandas", "sklearn", "scipy", "faiss", "tensorboard", "torch.utils.tensorboard")
+HEAVY = (
+    *(
+        "torchvision",
+        "matplotlib",
+        "pandas",
+        "sklearn",
+        "scipy",
+        "faiss",
+        "tensorboard",
+        "torch.utils.tensorboard",
+        "optuna",
+    ),
+    *("timm", "peft", "optuna"),
+)
 
 
 def imported_siblings(path: Path) -> set[str]:
@@ -62,7 +75,8 @@ def test_nobody_imports_main_but_those_who_start_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [["main.py", "--help"], ["main.py", "--lerning_rate", "1"], ["compare.py", "--help"]]
+    "command",
+    [["main.py", "--help"], ["main.py", "--lerning_rate", "1"], ["compare.py", "--help"], ["tune.py", "--help"]],
 )
 def test_a_start_imports_nothing_heavy(command: list[str]) -> None:
     """What a start has to cost is `import torch`; a data-loading worker imports the same."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +18,15 @@ from sklearn.decomposition import PCA
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import auxiliaries
+import config
 import datasets
 import evaluate
 import inference
 import main
+import records
 import runs
 from auxiliaries import UserError
+from records import read_query_results as read_results
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_pictures")]
 
@@ -117,6 +121,10 @@ def test_evaluation_on_principal_components(copied: Path) -> None:
     found = evaluated(copied, "--eval_pca", "3")
     assert found != metrics_by_hand("test", torch.from_numpy(points), images)
     assert found == pytest.approx(expected)
+    scaled = projected / projected.norm(dim=1, keepdim=True)
+    found = evaluated(copied, "--eval_pca", "3", "--eval_pca_normalize")
+    assert found == pytest.approx(metrics_by_hand("test", scaled, images))
+    assert found != pytest.approx(expected)
     with pytest.raises(UserError, match="--eval_pca 17 is more than 24 embeddings of dimension 16"):
         evaluated(copied, "--eval_pca", "17")
 
@@ -139,7 +147,8 @@ REFUSED: Sequence[tuple[list[str], str]] = [
         "was trained with --arch shufflenet_v2_x0_5, which must stay the same: drop the flag",
     ),
     (["--evaluate", "nowhere"], "nowhere is not a run folder"),
-    (["--splits_to_eval", "test"], "--splits_to_eval says how to --evaluate"),
+    (["--evaluate", "--eval_pca_normalize"], "--eval_pca_normalize does nothing without --eval_pca"),
+    (["--eval_pca_normalize"], "--eval_pca_normalize says how to --evaluate"),
     (["--eval_reference_set", "compared_to_self"], "--eval_reference_set says how to --evaluate"),
     (["--no-eval_normalize_embeddings"], "--eval_normalize_embeddings says how to --evaluate"),
     (["--eval_use_trunk_output"], "--eval_use_trunk_output says how to --evaluate"),
@@ -216,3 +225,92 @@ def test_evaluations_of_another_form_are_one_sentence(copied: Path, content: str
     (copied / "evaluation.json").write_text(content)
     with pytest.raises(UserError, match=r"evaluation\.json is damaged .*move it away"):
         evaluated(copied)
+
+
+def figures_of(results: dict[str, np.ndarray]) -> tuple[float, float]:
+    """Recall @ 1 and MAP@R from results by query."""
+    weight = results["weight"]
+    return float((weight * results["correct_at_1"]).sum()), float((weight * results["ap_at_r"]).sum())
+
+
+def test_results_by_query_are_what_the_summary_is_made_of(finished: Path, crossed: CrossValidated) -> None:
+    for folder in (finished, *crossed.folds):
+        images, results = datasets.give_splits(runs.load_flags(folder)).test[0].query, read_results(folder)
+        summary = runs.read_summary(folder)["selected"]
+        space = evaluate.EmbeddingSpace(embed_by_hand(folder, images), images.labels[:, 0])
+        recall, map_at_r = summary["test"]["Recall @ 1"], evaluate.map_at_r(space)
+        assert figures_of(results) == (pytest.approx(recall), pytest.approx(map_at_r))
+        assert results["correct_at_1"].mean() == pytest.approx(recall)  # each query has a positive
+        assert results["label"].tolist() == images.labels[:, 0].tolist()
+        assert results["epoch"] == summary["epoch"]
+        assert (folder / "per_query.npz").stat().st_size < 3000
+    digests = {str(read_results(folder)["test_set"]) for folder in crossed.folds}
+    assert len(digests) == 1  # folds are tested on the same images
+    assert digests != {str(read_results(finished)["test_set"])}
+
+
+def test_results_by_query_of_parts_that_count_alike(tmp_path: Path) -> None:
+    """Several sets, one with a gallery, and queries with nothing to find; then figures within coarser classes."""
+    rng = np.random.default_rng(0)
+    labels, points = np.r_[np.arange(40) % 7, 8], torch.from_numpy(rng.normal(size=(41, 4)))
+    hierarchy = np.stack([labels, labels % 3], axis=1)
+    spaces = [evaluate.EmbeddingSpace(points, hierarchy)]
+    spaces += [evaluate.EmbeddingSpace(points[:15], hierarchy[:15], points[18:], hierarchy[18:])]
+    for space in spaces:
+        found = figures_of(evaluate.query_results(space))
+        assert found == (pytest.approx(evaluate.recall_at_k(space, 1)), pytest.approx(evaluate.map_at_r(space)))
+        found = figures_of(evaluate.query_results(space, "WithSameParentLabel"))
+        parents = space.query_hierarchy[:, 1], space.gallery_hierarchy[:, 1]
+        wanted = evaluate.evaluate_within_parents(space, *parents, [1], ["Recall", "MAP@R"])
+        assert found == (pytest.approx(wanted["Recall @ 1"]), pytest.approx(wanted["MAP@R"]))
+
+
+def test_results_by_query_of_several_sets(
+    small_flags: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = datasets.read_splits("tiny", config.parse(small_flags()).source_path)
+    images = whole.test[0].query
+    query, gallery = images.subset(np.arange(len(images)) % 3 == 0), images.subset(np.arange(len(images)) % 3 > 0)
+    sets = [datasets.RetrievalSet("a", images), datasets.RetrievalSet("b", query, gallery)]
+    row = datasets.DatasetSpec(lambda _: datasets.Splits(whole.train, test=sets), made_here=True)
+    monkeypatch.setitem(datasets.DATASETS, "two", row)
+    metrics = main.command(small_flags("--dataset", "two", "--eval_metrics", "MAP@R"))
+    wanted = [records.mean_over_sets(metrics, name) for name in ("Recall @ 1", "MAP@R")]
+    results = read_results(tmp_path / "results/two/run")
+    assert figures_of(results) == pytest.approx(wanted)
+    assert len(results["label"]) == len(images) + len(query)
+
+
+def test_results_by_query_are_written_anew_on_resuming(copied: Path, go_on: Run) -> None:
+    before = read_results(copied)
+    for name in ("summary.json", "per_query.npz"):  # as if the process had been stopped before its end
+        (copied / name).unlink()
+    go_on("--resume_training")
+    after = read_results(copied)
+    assert all(np.array_equal(after[name], before[name]) for name in before)
+
+    (copied / "per_query.npz").write_bytes(b"half")
+    with pytest.raises(UserError, match=r"per_query\.npz is damaged: remove it and summary\.json, and --resume_tr"):
+        read_results(copied)
+    go_on("--resume_training", "--n_epochs", "3")
+    after, summary = read_results(copied), runs.read_summary(copied)["selected"]
+    assert (after["epoch"], figures_of(after)[0]) == (summary["epoch"], pytest.approx(summary["test"]["Recall @ 1"]))
+
+
+@pytest.mark.parametrize("change", [{"label": np.zeros(3)}, {"weight": None}, {"weight": np.full(2, np.nan)}])
+def test_results_by_query_of_another_form_are_refused(tmp_path: Path, change: dict[str, np.ndarray | None]) -> None:
+    arrays: dict[str, Any] = {
+        "correct_at_1": np.ones(2, bool),
+        "ap_at_r": np.ones(2),
+        "label": np.ones(2, int),
+        "weight": np.ones(2),
+    }
+    np.savez(tmp_path / "per_query.npz", test_set=np.array("ab"), **arrays)
+    assert set(read_results(tmp_path)) == {*arrays, "test_set"}
+    changed: dict[str, Any] = {name: array for name, array in {**arrays, **change}.items() if array is not None}
+    np.savez(tmp_path / "per_query.npz", test_set=np.array("ab"), **changed)
+    with pytest.raises(UserError, match="is damaged"):
+        read_results(tmp_path)
+    (tmp_path / "per_query.npz").unlink()
+    with pytest.raises(UserError, match=r"has no per_query\.npz, it is of an earlier version: move its summary\.json"):
+        read_results(tmp_path)

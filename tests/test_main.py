@@ -78,6 +78,34 @@ def results(tmp_path: Path) -> Path:
     return tmp_path / "results" / "tiny"
 
 
+VERIFIED = ["--eval_metrics", "Verification accuracy", "--eval_metric_for_best_epoch", "EER"]
+
+
+@pytest.mark.parametrize("watched", [["val"], ["val", "test"]], ids=str)
+def test_the_threshold_of_verification_is_that_of_the_validation_classes(
+    small_flags: Flags, results: Path, watched: list[str]
+) -> None:
+    flags = small_flags(*FOLD, "1", "--n_epochs", "2", "--lr", "1e-2", "--iterations_per_epoch", "1", *VERIFIED)
+    metrics = run([*flags, "--splits_to_eval", *watched])
+    val, test = (rows_of(results / "run" / f"log_{kind}_Base.csv") for kind in ("val", "test"))
+    assert list(val[0])[2:] == ["Recall @ 1", "EER", "Verification accuracy", "Verification threshold"]
+    chosen = {row["Epochs"]: row["Verification threshold"] for row in val}
+    assert len(set(chosen.values())) == 2
+    assert {row["Epochs"]: row["Verification threshold"] for row in test}.items() <= chosen.items()
+    summary = auxiliaries.load_json(results / "run" / "summary.json")["selected"]
+    epochs = sorted((float(row["EER"]), int(row["Epochs"])) for row in val)
+    assert summary["epoch"] == epochs[0][1]  # lower is better
+    assert summary["test"]["Verification threshold"] == summary["val"]["Verification threshold"]
+    assert metrics == summary["test"]
+
+    evaluation = ["--evaluate", str(results / "run"), "--splits_to_eval", "test", "val"]
+    again = main.command(evaluation)
+    for split in ("val", "test"):
+        assert again[f"{split} Verification accuracy"] == pytest.approx(summary[split]["Verification accuracy"])
+    with pytest.raises(UserError, match="needs a threshold from validation classes: give --splits_to_eval val test"):
+        main.command(evaluation[:2])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("loss", "sampling"), PAIRS)
 def test_every_loss_and_sampling_trains(small_flags: Flags, results: Path, loss: str, sampling: str | None) -> None:
@@ -97,7 +125,12 @@ def test_run_folder_holds_what_its_readme_lists(small_flags: Flags, results: Pat
     folder = results / "run"
     rows = re.findall(r"^\|([^|]*`[^|]*)\|", (ROOT / "Training_Results/README.md").read_text(), re.MULTILINE)
     listed = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
-    of_other_runs = {"log_test_Base.csv", "evaluation.json", *(name for name in listed if "<" in name)}
+    of_other_runs = {
+        "log_test_Base.csv",
+        "log_train_eval_Base.csv",
+        "evaluation.json",
+        *(name for name in listed if "<" in name),
+    }
     assert of_other_runs <= listed
     assert names_in(folder) - {"git.diff"} == listed - of_other_runs - {"git.diff"}  # of a changed tree
 
@@ -450,7 +483,7 @@ def test_summary_of_a_run_with_validation_classes_has_one_models_rows(
     expected = {"selected": 2, "last": 3, "best on test": 3, "untrained": 0, "trunk": -1}
     for name, epoch in expected.items():
         assert summary[name] == {"epoch": epoch, "val": told["val"][epoch + 1], "test": told["test"][epoch + 1]}
-    assert summary["selection"] == "selected by Recall @ 1 on the validation classes"
+    assert summary["selection"].startswith("selected by Recall @ 1 on the validation classes; the test classes were")
     assert epochs_of(folder / "log_test_Base.csv") == [-1, 0, 1, 2, 3]
 
 
@@ -492,6 +525,192 @@ def test_a_fold_looks_at_its_test_classes_once_it_has_been_trained(
     assert "best on test" not in summary
     by_epoch = {row["Epochs"]: row["Recall @ 1"] for row in rows_of(results / "run" / "log_test_Base.csv")}
     assert by_epoch == {"2": "0.3", "3": "0.8"}
+
+
+def test_watched_test_classes_do_not_select(small_flags: Flags, results: Path, script: Any) -> None:
+    told = {
+        "val": scores("Recall @ 1", 0.2, 0.9, 0.5),
+        "test": scores("Recall @ 1", 0.8, 0.3, 0.7),
+        "train": scores("Recall @ 1", 0.9, 0.8, 0.95),
+    }
+    script(told)
+    flags = small_flags(*FOLD, "1", "--n_epochs", "3", "--iterations_per_epoch", "1", "--patience", "5")
+    assert run([*flags, "--splits_to_eval", "train", "test"]) == {"Recall @ 1": 0.3}
+    summary = auxiliaries.load_json(results / "run" / "summary.json")
+    expected = {kind: rows[1] for kind, rows in told.items()}
+    assert summary["selected"] == {"epoch": 2, **expected}
+    assert summary["best on test"]["epoch"] == 1
+    assert summary["selection"].endswith("the test classes were watched while training, but did not select")
+    for kind in ("test", "train_eval"):
+        assert epochs_of(results / "run" / records.LOGS[kind]) == [1, 2, 3]
+    best = auxiliaries.load_checkpoint(results / "run" / "checkpoint.pth.tar")
+    assert (best["epoch"], best["opt"]["splits_to_eval"]) == (2, ["train", "test"])
+
+
+def test_watching_changes_no_training_and_is_resumed(small_flags: Flags, results: Path) -> None:
+    flags = small_flags(*FOLD, "0", "--n_epochs", "2", "--lr", "1e-3", "--iterations_per_epoch", "2")
+    run(flags)
+    watch = [*flags, "--splits_to_eval", "train", "val", "test"]
+    metrics = run([*watch, "--savename", "watched"])
+    run([*watch, "--savename", "stopped", "--n_epochs", "1"])
+    opt = config.parse([*watch, "--savename", "stopped"], runs.config_file(results / "stopped"))
+    assert main.main(opt, results / "stopped") == metrics
+    states = [auxiliaries.load_checkpoint(results / name / "last.pth.tar") for name in ("run", "watched", "stopped")]
+    for name, weight in states[0]["state_dict"].items():
+        assert all(torch.equal(weight, state["state_dict"][name]) for state in states[1:])
+    for kind in ("val", "test", "train_eval"):
+        plain, watched, stopped = (
+            [{k: v for k, v in row.items() if k != "Time"} for row in state["history"][kind]] for state in states
+        )
+        assert watched == stopped
+        assert len(watched) == 2
+        assert all(row in watched for row in plain)
+    # the training images, embedded by the last network
+    net = netlib.networkselect(opt := config.resolve(config.parse(watch)))
+    net.load_state_dict(states[1]["state_dict"])
+    loader = datasets.give_dataloaders(opt, datasets.give_splits(opt)).train_eval
+    space = evaluate.EmbeddingSpace(evaluate.embed(net, loader, torch.device("cpu")), loader.labels)
+    assert states[1]["history"]["train_eval"][-1]["Recall @ 1"] == evaluate.recall_at_k(space, 1)
+    with pytest.raises(UserError, match=r"was trained with --splits_to_eval .*must stay the same"):
+        main.main(config.parse([*flags, "--savename", "watched"]), results / "watched")
+
+
+@pytest.fixture
+def two_levels(small_flags: Flags, monkeypatch: pytest.MonkeyPatch) -> datasets.Splits:
+    """The dataset `leveled`: that of the small flags, with two classes in each coarser one."""
+    whole = datasets.read_splits("tiny", config.parse(small_flags()).source_path)
+
+    def add_level(images: datasets.ImageSet) -> datasets.ImageSet:
+        fine = images.labels[:, 0]
+        return datasets.ImageSet(images.paths, np.stack([fine, fine // 2], 1), [*images.class_names, list("abcd")])
+
+    splits = whole.map(add_level)
+    monkeypatch.setitem(datasets.DATASETS, "leveled", datasets.DatasetSpec(partial(keep, splits), made_here=True))
+    return splits
+
+
+def test_all_label_levels_are_evaluated_and_one_selects(
+    small_flags: Flags, tmp_path: Path, two_levels: datasets.Splits
+) -> None:
+    flags = small_flags("--dataset", "leveled", "--n_epochs", "2", "--iterations_per_epoch", "1")
+    finest = run([*flags, "--savename", "finest", "--eval_metrics", "Recall", "MAP@R"])
+    select = ["--label_hierarchy_level", "all", "--eval_metric_for_best_epoch", "Level 1 MAP@R"]
+    metrics = run([*flags, *select, "--savename", "all"])
+    folder = tmp_path / "results" / "leveled"
+    names = ["NMI", "F1", *(f"Recall @ {k}" for k in (1, 2, 4, 8)), "MAP@R"]
+    assert list(metrics) == [f"Level {level} {name}" for level in (0, 1, "mean") for name in names]
+    for name in names:
+        mean = (metrics[f"Level 0 {name}"] + metrics[f"Level 1 {name}"]) / 2
+        assert metrics[f"Level mean {name}"] == pytest.approx(mean)
+    summary = auxiliaries.load_json(folder / "all" / "summary.json")
+    by_epoch = {int(row["Epochs"]): float(row["Level 1 MAP@R"]) for row in rows_of(folder / "all" / "log_val_Base.csv")}
+    assert summary["selected"]["epoch"] == max(by_epoch, key=by_epoch.__getitem__)
+    assert list(by_epoch) == [1, 2]
+    # training is that of the finest level, and --evaluate evaluates its network at all levels, too
+    states = [auxiliaries.load_checkpoint(folder / name / "last.pth.tar") for name in ("finest", "all")]
+    assert all(torch.equal(value, states[1]["state_dict"][name]) for name, value in states[0]["state_dict"].items())
+    found = inference.evaluate_run(["--evaluate", str(folder / "finest"), "--label_hierarchy_level", "all"])
+    assert {name: found[f"test Level 0 {name}"] for name in finest} == pytest.approx(finest)
+    again = inference.evaluate_run(["--evaluate", str(folder / "all"), "--label_hierarchy_level", "0"])
+    assert list(again) == [f"test {name}" for name in names]
+    other = config.parse(["--label_hierarchy_level", "all"], runs.config_file(folder / "finest"))
+    with pytest.raises(UserError, match="was trained with --label_hierarchy_level 0, which must stay the same"):
+        main.main(other, folder / "finest")
+
+
+def test_the_mean_over_levels_selects_by_a_plain_name(small_flags: Flags, tmp_path: Path, two_levels: Any) -> None:
+    flags = small_flags("--dataset", "leveled", "--iterations_per_epoch", "1", "--label_hierarchy_level", "all")
+    metrics = run([*flags, "--testing_method", "GlobalEmbeddingSpace", "--scheduler", "ReduceLROnPlateau"])
+    summary = auxiliaries.load_json(tmp_path / "results" / "leveled" / "run" / "summary.json")
+    assert records.mean_over_sets(metrics, summary["metric"]) == metrics["Level mean Recall @ 1"]
+    within = run([*flags, "--testing_method", "WithSameParentLabel", "--savename", "within"])
+    assert {name.split(" ")[1] for name in within} == {"0", "mean"}  # the coarsest level has no parents
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--label_hierarchy_level", "all"], "--label_hierarchy_level all: the labels of tiny have a single level"),
+        (["--label_hierarchy_level", "any"], "any is not an integer, nor is it all"),
+        (["--eval_metric_for_best_epoch", "Level 1 NMI"], "--eval_metric_for_best_epoch Level 1 NMI is unknown"),
+        (
+            ["--dataset=leveled", "--label_hierarchy_level=all", "--eval_metric_for_best_epoch=Level 2 NMI"],
+            "--eval_metric_for_best_epoch Level 2 NMI does not exist: leveled is evaluated at levels 0 to 1",
+        ),
+    ],
+)
+def test_levels_that_are_not_there_are_refused(
+    small_flags: Flags, two_levels: datasets.Splits, flags: list[str], words: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        run(small_flags(*flags))
+    assert words in str(error.value)
+
+
+def test_a_level_of_one_class_is_refused(
+    small_flags: Flags, two_levels: datasets.Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def coarsen(images: datasets.ImageSet) -> datasets.ImageSet:
+        return datasets.ImageSet(images.paths, images.labels // (1, 2), images.class_names)
+
+    splits = two_levels.map(coarsen)  # all test classes are of one
+    monkeypatch.setitem(datasets.DATASETS, "leveled", datasets.DatasetSpec(partial(keep, splits), made_here=True))
+    with pytest.raises(UserError, match="all images of leveled, test, are of one class at level 1"):
+        run(small_flags("--dataset", "leveled", "--label_hierarchy_level", "all"))
+
+
+def test_metrics_of_every_class_are_written(small_flags: Flags, tmp_path: Path, two_levels: datasets.Splits) -> None:
+    flags = small_flags("--dataset", "leveled", "--iterations_per_epoch", "1", "--eval_metrics", "NMI", "Recall", "mAP")
+    run(flags)
+    folder = tmp_path / "results" / "leveled" / "run"
+    every = ["--evaluate", str(folder), "--eval_every_class", "--splits_to_eval", "train", "test"]
+    found = inference.evaluate_run([*every, "--label_hierarchy_level", "all"])
+    net = runs.load_network(folder, opt := runs.load_flags(folder), torch.device("cpu"))
+    loader = datasets.give_dataloaders(opt, two_levels).test[0].query
+    points, labels = evaluate.embed(net, loader, torch.device("cpu")), loader.hierarchy
+    nearest = torch.cdist(points.double(), points.double()).fill_diagonal_(torch.inf).argmin(dim=1).numpy()
+    rows = rows_of(folder / "per_class_test.csv")
+    columns = ["Part", "Class", "Queries", *(f"Recall @ {k}" for k in (1, 2, 4, 8)), "mAP"]
+    assert [list(row) for row in rows] == [columns] * 6
+    expected = [(level, label) for level in (0, 1) for label in np.unique(labels[:, level])]
+    recalls: dict[int, list[float]] = {0: [], 1: []}
+    for row, (level, label) in zip(rows, expected):
+        queries = np.flatnonzero(labels[:, level] == label)
+        assert (row["Part"], row["Class"]) == (f"Level {level}", two_levels.train.class_names[level][label])
+        assert int(row["Queries"]) == len(queries)
+        recalls[level].append(float((labels[nearest[queries], level] == label).mean()))
+        assert float(row["Recall @ 1"]) == pytest.approx(recalls[level][-1])
+    for level, values in recalls.items():
+        assert found[f"test Level {level} Macro Recall @ 1"] == pytest.approx(np.mean(values))
+    mean = np.mean([np.mean(values) for values in recalls.values()])
+    assert found["test Level mean Macro Recall @ 1"] == pytest.approx(mean)
+    assert len(rows_of(folder / "per_class_train.csv")) == 6
+    entry = inference.read_evaluations(folder)[-1]
+    assert entry["metrics"] == found
+    assert entry["settings"]["eval_every_class"] is True
+    inference.evaluate_run([*every, "--testing_method", "WithSameParentLabel"])
+    assert [row["Class"] for row in rows_of(folder / "per_class_test.csv")] == [f"class_{i}" for i in range(4, 8)]
+    with pytest.raises(UserError, match="--eval_every_class says how to --evaluate a finished run"):
+        main.command([*flags, "--savename", "other", "--eval_every_class"])
+
+
+def test_every_split_scheme_trains_and_resumes(small_flags: Flags, results: Path) -> None:
+    """Splits that are shuffled by the seed, and training that is stopped after an epoch and continued."""
+    for scheme in ("predefined_with_validation", "closed_set"):
+        flags = [*small_flags("--lr", "1e-3", "--bs", "4", "--samples_per_class", "2", "--iterations_per_epoch", "1")]
+        flags += ["--split_scheme", scheme, "--num_training_partitions", "2", "--split_shuffle", "--fold", "1"]
+        flags += ["--test_size", "0.34"] if scheme == "closed_set" else []
+        whole = run([*flags, "--savename", scheme, "--n_epochs", "2"])
+        run([*flags, "--savename", f"{scheme}_2"])
+        opt = config.parse([*flags, "--n_epochs", "2"], runs.config_file(results / f"{scheme}_2"))
+        assert main.main(opt, results / f"{scheme}_2") == whole
+        summary = auxiliaries.load_json(results / scheme / "summary.json")
+        assert summary["selection"] == "selected by Recall @ 1 on the validation classes"
+        assert summary["selected"]["test"] == whole
+        found = inference.evaluate_run(["--evaluate", str(results / scheme)])
+        assert {name.removeprefix("test "): value for name, value in found.items()} == pytest.approx(whole)
+        with pytest.raises(UserError, match="was trained with --seed 1, which must stay the same"):
+            main.main(config.parse([*flags, "--seed", "2", "--savename", scheme]), results / scheme)
 
 
 def test_a_run_folder_says_with_what_it_was_made(small_flags: Flags, results: Path) -> None:
@@ -573,6 +792,8 @@ def test_metrics_within_parents_need_coarser_labels(small_flags: Flags, tmp_path
         (["--savename", "a/b"], "not a folder name"),
         (["--dataset", "tinyy"], "no images were found in"),
         (["--fold", "0"], "--fold needs --split_scheme cross_validation"),
+        (["--splits_to_eval", "train", "test"], "--splits_to_eval train test needs validation classes to select the"),
+        (["--splits_to_eval", "all"], "--splits_to_eval all is unknown; it takes one of train, val, test"),
         (["--num_training_sets", "5"], "--num_training_sets 5 is more than --num_training_partitions 4"),
         ([*FOLD, "2"], "--fold 2 does not exist: with --num_training_sets 2, folds are 0 to 1"),
         (FOLD[:-1], "one training run is one fold of cross_validation: give --fold"),
@@ -583,7 +804,7 @@ def test_metrics_within_parents_need_coarser_labels(small_flags: Flags, tmp_path
         (["--test_start_idx", "1"], "--test_start_idx: 1 is not below 1"),
         (["--test_start_idx", "-0.1"], "--test_start_idx: -0.1 is not at least 0"),
         (["--eval_metric_for_best_epoch", "MAP@"], "MAP@ is unknown (did you mean MAP@R?); it takes one of NMI, F1"),
-        (["--eval_metric_for_best_epoch", "Recall @ 0"], "Recall @ 0 is unknown (did you mean Recall @ "),
+        (["--eval_metric_for_best_epoch", "Recall @ 0"], "Recall @ 0 is not a metric: 0 is not at least 1"),
         (["--savename", "x" * 201], "is longer than 200 bytes"),
         (["--learning_rate", "1"], "unknown flag --learning_rate (did you mean --lr?)"),
         (["--batch-size", "1"], "unknown flag --batch-size (did you mean --bs?)"),
@@ -591,6 +812,14 @@ def test_metrics_within_parents_need_coarser_labels(small_flags: Flags, tmp_path
         (["--wandb"], "unknown flag --wandb: main.py --help"),
         (["--savename", "a\udcff"], "is not valid text: it has a NUL character or is not UTF-8"),
         (["--eval_metrics", "MAP"], "--eval_metrics MAP is unknown (did you mean mAP?)"),
+        (["--eval_metrics", "FNMR @ 2"], "--eval_metrics: FNMR @ 2 is not a metric: 2 is not below 1"),
+        (["--eval_metrics", "mAP @ 5"], "--eval_metrics: mAP @ 5 is not a metric: mAP takes no number"),
+        (
+            ["--eval_metrics", "Verification accuracy"],
+            "Verification accuracy needs validation classes, which choose",
+        ),
+        (["--eval_metric_for_best_epoch", "Precision"], "Precision is unknown (did you mean Precision @ "),
+        (["--eval_metric_for_best_epoch", "Verification threshold"], "Verification threshold is unknown"),
         (["--label_hierarchy_level", "3"], "--label_hierarchy_level 3 does not exist"),
         (["--patience", "0"], "--patience: 0 is not at least 1"),
         (["--save_interval", "0"], "--save_interval: 0 is not at least 1"),
@@ -627,6 +856,14 @@ def test_a_flag_that_needs_another_one_is_refused_without(
 ) -> None:
     with pytest.raises(UserError, match=f"--{flag} does nothing without --{needed}: add that, or drop --{flag}"):
         main.command(small_flags(f"--{flag}", value))
+
+
+@pytest.mark.parametrize("flags", [["--split_shuffle"], ["--fold_order=reality_check"], ["--no-normalize_members"]])
+def test_flags_of_folds_are_refused_without(small_flags: Flags, flags: list[str]) -> None:
+    name = flags[0].removeprefix("--no-").removeprefix("--").split("=")[0]
+    schemes = "cross_validation, predefined_with_validation or closed_set"
+    with pytest.raises(UserError, match=f"^--{name} needs --split_scheme {schemes}: predefined splits have no folds$"):
+        main.command(small_flags(*flags))
 
 
 def test_ctrl_c_while_modules_load_leaves_no_traceback(tmp_path: Path) -> None:

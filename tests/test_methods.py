@@ -994,6 +994,7 @@ def test_every_method_names_flags_that_there_are(name: str) -> None:
         ),
         (["UnsupervisedByAugmentation", "--batch_sampler", "shuffled"], "and --batch_sampler class_balanced"),
         (["UnsupervisedByAugmentation", "--dist_measure"], "--dist_measure needs labels of the training images"),
+        (["UnsupervisedByAugmentation", "--splits_to_eval", "train"], "--splits_to_eval train needs labels of the"),
         (["S2SD", "--loss", "crossentropy", "--accumulate", "2"], "--accumulate needs a loss of single images, which"),
         (["CascadedEmbeddings"], "chooses pairs itself, by their distances, which --loss .* give --loss contrastive"),
         (["CascadedEmbeddings", "--loss", "contrastive", "--sampling", "distance"], "which --sampling can't take"),

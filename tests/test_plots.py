@@ -185,6 +185,12 @@ def test_bands_are_means_with_their_intervals(tmp_path: Path) -> None:
     assert "never in common" in svg_texts(tmp_path / "bands.svg")
 
 
+def test_curves_have_room_above_the_legend_of_many_configurations(figures: list[Figure], tmp_path: Path) -> None:
+    save_bands(tmp_path / "bands.svg", {f"lr {i}": [(1, 0.5, 0.1), (2, 0.6, 0.1)] for i in range(60)}, "MAP@R")
+    (axes,) = figures[0].axes
+    assert axes.get_window_extent().height > 200  # pixels
+
+
 def test_the_best_value_of_a_metric_may_be_its_lowest_and_is_never_nan(tmp_path: Path) -> None:
     rows: list[Row] = [
         {"Epochs": epoch, "Set 0 Alignment": alignment, "Set 0 Recall @ 1": recall}

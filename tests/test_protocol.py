@@ -17,8 +17,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CROSS, ROOT, CrossValidated, Metrics, Run, csv_rows, embed_by_hand, make_tree, training_flags
-from crash_child import rows_of, same
+from conftest import (
+    CROSS,
+    ROOT,
+    CrossValidated,
+    Metrics,
+    Run,
+    csv_rows,
+    embed_by_hand,
+    make_tree,
+    save_image,
+    training_flags,
+)
+from crash_child import assert_same_run, rows_of
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -41,14 +52,6 @@ def configurations(folder: Path) -> list[tuple[int, dict[str, Any]]]:
     rows = database.execute("SELECT Epochs, Changes FROM configurations ORDER BY rowid").fetchall()
     database.close()
     return [(epoch, json.loads(changes)) for epoch, changes in rows]
-
-
-def assert_same_run(folder: Path, other: Path) -> None:
-    """Weights, criterion, optimizer and all rows are equal, bit for bit."""
-    one, two = (auxiliaries.load_checkpoint(path / "last.pth.tar") for path in (folder, other))
-    for key in ("epoch", "best_epoch", "metrics", "state_dict", "criterion", "optimizer"):
-        assert same(one[key], two[key]), key
-    assert rows_of(folder) == rows_of(other)
 
 
 def scores(patch: pytest.MonkeyPatch, *values: float) -> None:
@@ -167,12 +170,67 @@ def test_meta_results_are_printed_as_one_table(
 
 def test_concatenated_embeddings_by_hand(crossed: CrossValidated) -> None:
     images = crossed.splits[0].test[0].query
-    together = torch.cat([embed_by_hand(fold, images) for fold in crossed.folds], dim=1)
+    members = [torch.nn.functional.normalize(embed_by_hand(fold, images), dim=1) for fold in crossed.folds]
+    together = torch.cat(members, dim=1)
     assert together.shape == (32, 48)
     expected = evaluate.evaluate_space(evaluate.EmbeddingSpace(together, images.labels[:, 0]), [1, 2, 4, 8])
     rows = auxiliaries.load_json(crossed.folder / "meta" / "results.json")
     found = {row["Metric"]: row["Mean"] for row in rows if row["Network"] == "ConcatenateEmbeddings"}
     assert found == pytest.approx(expected)
+
+
+def in_shop_tree(root: Path) -> None:
+    """Eight training items and four to test on, of four images each, half of which are queries."""
+    rows = []
+    for item in range(12):
+        for image in range(4):
+            name, part = f"img/MEN/Denim/id_{item:08d}/0{image}.jpg", ("query", "gallery")[image % 2]
+            rows.append(f"{name} id_{item:08d} {part if item > 7 else 'train'}\n")
+            save_image(root / name, np.random.default_rng((item, image)), tint=item)
+    (root / "Eval").mkdir()
+    text = f"{len(rows)}\nimage_name item_id evaluation_status\n{''.join(rows)}"
+    (root / "Eval/list_eval_partition.txt").write_text(text)
+
+
+def test_folds_inside_the_training_classes_are_tested_on_query_and_gallery(tmp_path: Path) -> None:
+    """And concatenated with members of length 1 or as they are, as the flag, or what was meant before it, says."""
+    in_shop_tree(tmp_path / "in-shop")
+    start = ["--dataset", "in-shop", "--savename", "run", "--n_epochs", "1", "--loss", "npair"]
+    scheme = ["--split_scheme", "predefined_with_validation", "--num_training_sets", "2"]
+    meta = ["--meta_testing_method", "ConcatenateEmbeddings"]
+    main.command([*training_flags(tmp_path, tmp_path, *start, *scheme), *meta])
+    folder = tmp_path / "in-shop" / "run"
+    folds = [folder / "fold_0", folder / "fold_1"]
+    (test,) = datasets.give_splits(runs.load_flags(folds[0])).test
+    assert test.gallery is not None
+    query, gallery = ([embed_by_hand(fold, images) for fold in folds] for images in (test.query, test.gallery))
+    assert not torch.allclose(query[0].norm(dim=1), torch.ones(8), atol=0.1)
+    labels = test.query.labels[:, 0], test.gallery.labels[:, 0]
+
+    def by_hand(normalize: bool) -> Metrics:
+        q, g = (
+            torch.cat([part / part.norm(dim=1, keepdim=True) if normalize else part for part in parts], dim=1)
+            for parts in (query, gallery)
+        )
+        space = evaluate.EmbeddingSpace(q, labels[0], g, labels[1])
+        return evaluate.evaluate_space(space, [1, 10, 20, 30, 50])
+
+    def found() -> Metrics:
+        rows = auxiliaries.load_json(folder / "meta" / "results.json")
+        return {row["Metric"]: row["Mean"] for row in rows if row["Network"] == "ConcatenateEmbeddings"}
+
+    assert found() == pytest.approx(by_hand(True))
+    again = ["--save_path", str(tmp_path), "--savename", "run", "--resume_training"]
+    main.command([*again, "--no-normalize_members"])
+    assert found() == pytest.approx(by_hand(False))
+    assert by_hand(False) != by_hand(True)
+    main.command(again)
+    assert found() == pytest.approx(by_hand(True))
+    for path in (folder, *folds):  # as an earlier version wrote it
+        config_file = path / "config.yaml"
+        config_file.write_text(config_file.read_text().replace("normalize_members: true\n", ""))
+    main.command(again)
+    assert found() == pytest.approx(by_hand(False))
 
 
 def test_folds_may_run_one_by_one(source: Path, tmp_path: Path, crossed: CrossValidated) -> None:

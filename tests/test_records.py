@@ -1149,7 +1149,9 @@ def summary_rows() -> dict[str, list[Row]]:
 def test_a_summary_with_validation_classes() -> None:
     selection = describe_selection("Recall @ 1", has_val_classes=True)
     assert selection == "selected by Recall @ 1 on the validation classes"
-    summary = build_summary(summary_rows(), "Recall @ 1", False, has_val_classes=True, is_predefined=True)
+    selection = describe_selection("Recall @ 1", has_val_classes=True, watches_test=True)
+    assert selection.endswith("validation classes; the test classes were watched while training, but did not select")
+    summary = build_summary(summary_rows(), "Recall @ 1", False, has_val_classes=True, watches_test=True)
     assert list(summary.items()) == [
         ("selection", selection),
         ("metric", "Recall @ 1"),
@@ -1164,15 +1166,30 @@ def test_a_summary_with_validation_classes() -> None:
     assert pretrained == {**summary, "initial weights": "pretrained"}
 
 
+def test_a_summary_with_metrics_of_training_images(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = summary_rows()
+    rows["train_eval"] = [{"Epochs": epoch, "Time": 2.0, "Recall @ 1": 0.1 + epoch / 4} for epoch in (1, 2, 3)]
+    summary = build_summary(rows, "Recall @ 1", False, has_val_classes=True, watches_test=False)
+    assert summary["selected"]["train"] == {"Recall @ 1": 0.6}
+    assert summary["seconds"] == 44.0
+    print_summary(summary)
+    assert capsys.readouterr().out.splitlines()[2:6] == [
+        "           epoch            R@1",
+        " selected      2  val    0.6000",
+        " selected      2  test   0.3000",
+        " selected      2  train  0.6000",
+    ]
+
+
 def test_a_summary_where_the_test_classes_select() -> None:
     rows = {**summary_rows(), "test": []}
     rows["val"] = rows["val"][1:]  # the untrained network was not evaluated
-    summary = build_summary(rows, "Recall @ 1", False, has_val_classes=False, is_predefined=True)
+    summary = build_summary(rows, "Recall @ 1", False, has_val_classes=False, watches_test=True)
     assert "on the test classes, as in the literature: optimistic" in summary["selection"]
     assert summary["selected"] == summary["best on test"] == {"epoch": 2, "test": {"Recall @ 1": 0.6}}
     assert summary["last"] == {"epoch": 3, "test": {"Recall @ 1": 0.5}}
     assert not {"untrained", "initial weights"} & summary.keys()
-    summary = build_summary(rows, "Recall @ 1", True, has_val_classes=False, is_predefined=False)
+    summary = build_summary(rows, "Recall @ 1", True, has_val_classes=False, watches_test=False)
     assert summary["selected"] == {"epoch": 1, "test": {"Recall @ 1": 0.2}}
     assert "best on test" not in summary
 
@@ -1181,7 +1198,7 @@ def test_a_summary_of_a_fold(capsys: pytest.CaptureFixture[str]) -> None:
     """Its test classes were evaluated for the last and the selected network only."""
     rows = summary_rows()
     rows["test"] = rows["test"][2:]
-    summary = build_summary(rows, "Recall @ 1", False, has_val_classes=True, is_predefined=False)
+    summary = build_summary(rows, "Recall @ 1", False, has_val_classes=True, watches_test=False)
     assert "best on test" not in summary
     assert summary["untrained"] == {"epoch": 0, "val": {"Recall @ 1": 0.95}}
     print_summary(summary)
