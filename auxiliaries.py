@@ -1,4 +1,4 @@
-"""What any training script needs: errors, flag types, seeds, device, locks and atomic files.
+"""What any training script needs: errors, ranks, flag types, seeds, device, locks and atomic files.
 
 Knows no dataset, loss or metric, and imports no sibling module.
 """
@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import difflib
 import errno
+import functools
 import inspect
 import json
 import math
@@ -20,6 +21,7 @@ import secrets
 import shutil
 import signal
 import sys
+import tempfile
 import textwrap
 import time
 import typing
@@ -28,11 +30,13 @@ import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 try:
@@ -54,22 +58,32 @@ def notice(text: str) -> None:
     print(f"notice: {text}", file=sys.stderr, flush=True)
 
 
-def run_command(command: Callable[[], object]) -> NoReturn:
+def run_command(command: Callable[[], object], takes_ranks: bool = False) -> NoReturn:
     """Runs `command` as a program: a `UserError` becomes one line and exit code 2, Ctrl-C exit code 130.
 
     Text that the terminal can't show is escaped, and a reader that goes away, as in `| head`, stops nothing.
+
+    Args:
+        command: the program.
+        takes_ranks: whether it can be started by torchrun as several processes, of which the first one prints.
     """
     sys.stdout, sys.stderr = _SturdyStream(sys.stdout), _SturdyStream(sys.stderr)
+    terminal = sys.stderr
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as programs set it while modules load
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        start_ranks(takes_ranks)
         command()
+        stop_ranks()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if _speaks_first():
+            print(f"error: {error}", file=terminal, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; what was saved is kept", file=sys.stderr)
         sys.exit(130)
+    finally:
+        sys.stderr = terminal  # for the traceback of a bug
     sys.exit(0)
 
 
@@ -100,6 +114,232 @@ class _SturdyStream:
     def _abandon(self) -> None:
         # The file descriptor goes to the null device, too: Python flushes the stream once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+# Ranks: the processes that make one run together, as torchrun starts them
+
+RANKS_WAIT = timedelta(hours=2)  # for each other, as while the first one downloads; a process that died is noticed
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that make a run together.
+
+    Attributes:
+        number: its rank, from 0.
+        count: number of processes.
+        local: its number among those of its machine, from 0.
+        local_count: number of processes of its machine.
+    """
+
+    number: int = 0
+    count: int = 1
+    local: int = 0
+    local_count: int = 1
+
+
+_ranks = Ranks()
+_store: Any = None  # what all ranks can read and write
+_is_alone = False  # whether the first rank does something that the others only wait for
+
+
+def ranks() -> Ranks:
+    """This process among those that make a run together; by default it is alone."""
+    return _ranks
+
+
+def start_ranks(takes_ranks: bool = True) -> None:
+    """Joins the other processes, where torchrun started several. From then on only the first one prints and writes.
+
+    Raises:
+        UserError: the program can't be started by torchrun, or the others can't be reached.
+    """
+    global _ranks, _store
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "LOCAL_RANK" not in os.environ:
+        return
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    joined = Ranks(*(int(os.environ[name]) for name in names))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    with _together():
+        _store, *_ = next(dist.rendezvous("env://", timeout=RANKS_WAIT))
+        if not takes_ranks:
+            raise UserError(f"{Path(sys.argv[0]).name} is not made for torchrun, which main.py is: start it by python")
+        store = dist.PrefixStore("ranks", _store)
+        dist.init_process_group(
+            backend, store=store, rank=joined.number, world_size=joined.count, timeout=RANKS_WAIT
+        )
+    _ranks = joined
+    if joined.number:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the end)
+
+
+def stop_ranks() -> None:
+    """Waits for the other ranks, and leaves them."""
+    global _ranks, _store
+    if _ranks.count > 1:
+        wait_for_ranks()
+        dist.destroy_process_group()
+    _ranks, _store = Ranks(), None
+
+
+def _speaks_first() -> bool:
+    """Whether no other rank has told yet why the run ends: most errors are met by all of them."""
+    if _store is None:
+        return True
+    try:
+        return _store.add("told", 1) == 1
+    except RuntimeError:  # it is gone
+        return _ranks.number == 0
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """What goes wrong inside the block goes wrong because another rank ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(
+            f"another process of this run ended, or can't be reached ({reason(error)}): see what it says, and continue "
+            "with --resume_training"
+        ) from None
+
+
+def is_first_rank() -> bool:
+    """Whether this is the process that prints and writes."""
+    return _ranks.number == 0
+
+
+def wait_for_ranks() -> None:
+    """Returns once all ranks are here."""
+    if _ranks.count > 1:
+        with _together():
+            dist.all_reduce(torch.zeros(1))
+
+
+def from_first_rank(value: Any) -> Any:
+    """The first rank's value, on all ranks."""
+    if _ranks.count == 1:
+        return value
+    values = [value]
+    with _together():
+        dist.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]
+
+
+def by_first_rank(function: Callable[..., Any]) -> Any:
+    """Makes a function one that the first rank alone calls, once all ranks have arrived there.
+
+    All of them return what it returned, or raise the `UserError` that it raised. So what depends on the disk, which the
+    first rank writes to, is decided in one place.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        global _is_alone
+        if _ranks.count == 1 or _is_alone:
+            return function(*args, **kwargs)
+        wait_for_ranks()
+        value = error = None
+        if is_first_rank():
+            _is_alone = True
+            try:
+                value = function(*args, **kwargs)
+            except UserError as raised:
+                error = raised
+            finally:
+                _is_alone = False
+        value, error = from_first_rank((value, error))
+        if error is not None:
+            raise error
+        return value
+
+    return call
+
+
+def share(count: int) -> slice:
+    """Which of `count` things are this rank's: as many as the other ranks have, or one more or less."""
+    return slice(*(number * count // _ranks.count for number in (_ranks.number, _ranks.number + 1)))
+
+
+class _GatheredRows(torch.autograd.Function):
+    """The rows of all ranks; each rank takes its own part of the gradient back, since all compute the same loss."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, count: int) -> torch.Tensor:
+        ctx.own = share(count)
+        longest = -(-count // _ranks.count)
+        padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
+        parts = [torch.empty_like(padded) for _ in range(_ranks.count)]
+        with _together():
+            dist.all_gather(parts, padded)
+        sizes = [(number + 1) * count // _ranks.count - number * count // _ranks.count for number in range(len(parts))]
+        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return gradients[0][ctx.own], None
+
+
+def gather_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """All `count` rows, of which each rank has its `share`; each computes the whole loss, and gets its gradient."""
+    return rows if _ranks.count == 1 else _GatheredRows.apply(rows, count)
+
+
+def _all_in_one(tensors: Iterable[torch.Tensor], exchange: Callable[[torch.Tensor], object]) -> None:
+    """Exchanges tensors between ranks, those of a kind as one."""
+    by_kind: dict[Any, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        by_kind.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for group in by_kind.values():
+        joined = torch.cat([tensor.reshape(-1) for tensor in group])
+        with _together():
+            exchange(joined)
+        for tensor, part in zip(group, joined.split([tensor.numel() for tensor in group])):
+            tensor.copy_(part.view_as(tensor))
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Iterable[torch.Tensor], of_shares: Collection[int]) -> None:
+    """Makes the gradients the same on all ranks.
+
+    Args:
+        parameters: all that learn.
+        of_shares: the ids of those whose gradient on a rank is that of the rank's images: it becomes the sum over
+            ranks. The others' gradients are of the whole batch on every rank already; they become those of the first
+            rank, so that errors of rounding don't drive the ranks apart.
+    """
+    if _ranks.count == 1:
+        return
+    learning = [parameter for parameter in parameters if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in learning if parameter.grad is not None]
+    for parameter, gradient in zip(learning, gradients):
+        if id(parameter) not in of_shares and not is_first_rank():
+            gradient.zero_()
+    _all_in_one(gradients, dist.all_reduce)
+
+
+@torch.no_grad()
+def copy_from_first_rank(tensors: Iterable[torch.Tensor]) -> None:
+    """Makes tensors those of the first rank."""
+    if _ranks.count > 1:
+        _all_in_one(tensors, lambda joined: dist.broadcast(joined, 0))
+
+
+@contextmanager
+def drawing_apart(position: int, device: torch.device) -> Iterator[None]:
+    """Inside the block each rank draws other random numbers; after it all go on with the same ones, as before it.
+
+    Args:
+        position: counts the blocks since the generators were seeded.
+        device: where numbers are drawn.
+    """
+    if _ranks.count == 1:
+        yield
+        return
+    entropy = [torch.initial_seed(), position, _ranks.number]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
+        yield
 
 
 MAX_NAME = 255  # bytes of a file's name
@@ -589,8 +829,13 @@ def seeded(*numbers: int) -> Iterator[None]:
 
 
 def find_device(gpu: int) -> torch.device:
-    """The CUDA device with that number, or the CPU for -1 and where there is no CUDA device."""
-    return torch.device("cuda", gpu) if gpu >= 0 and torch.cuda.is_available() else torch.device("cpu")
+    """The CUDA device with that number, or the CPU for -1 and where there is no CUDA device.
+
+    Of several ranks on a machine, the first one has that device, and the others those after it.
+    """
+    if gpu < 0 or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", gpu + _ranks.local)
 
 
 def pick_device(gpu: int, deterministic: bool = True) -> torch.device:
@@ -610,11 +855,15 @@ def pick_device(gpu: int, deterministic: bool = True) -> torch.device:
         torch.set_num_threads(cpu_cores() - cpu_cores() // 4)
         keep_freed_memory()
         return device
-    if gpu >= torch.cuda.device_count():
+    last = torch.cuda.device_count() - 1
+    if gpu > last:
+        raise UserError(f"--gpu {gpu} does not exist: this machine has CUDA devices 0 to {last}")
+    if gpu + _ranks.local > last:
         raise UserError(
-            f"--gpu {gpu} does not exist: this machine has CUDA devices 0 to {torch.cuda.device_count() - 1}"
+            f"{_ranks.local_count} processes on this machine need a CUDA device each, from --gpu {gpu} on, and the last "
+            f"one is {last}: give torchrun --nproc_per_node {last + 1 - gpu}"
         )
-    torch.cuda.set_device(gpu)
+    torch.cuda.set_device(device)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, not deterministic
     return device
 
@@ -644,12 +893,15 @@ def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tens
 
 
 def cpu_cores() -> int:
-    """The number of cores that this process may use, by its affinity and its control group's quota."""
+    """The number of cores that this process may use, by its affinity and its control group's quota.
+
+    Ranks on one machine share them.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, math.ceil(int(quota) / int(period)))
-    return max(1, cores)
+    return max(1, cores // _ranks.local_count)
 
 
 def default_workers(device: torch.device) -> int:
@@ -725,9 +977,15 @@ def to_builtin(value: Any) -> Any:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Gives a path to write to, which takes the place of `path` once the block ends without an error.
 
+    Of several ranks, the first one writes it; what another writes is thrown away.
+
     Raises:
         UserError: the file can't be written; what stood at `path` is untouched.
     """
+    if not is_first_rank():
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / path.name
+        return
     beside = path.with_name(f".part-{secrets.token_hex(6)}-{path.name}")  # unique on a shared disk, too
     try:
         yield beside
@@ -744,7 +1002,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def locked(folder: Path, name: str = ".lock", wait: bool = False) -> Iterator[None]:
     """Keeps other processes out of a folder; the lock ends with this process, however that ends.
 
-    A process holds it once: leaving a block inside a block gives the lock up.
+    A process holds it once: leaving a block inside a block gives the lock up. Of several ranks, the first one has it.
 
     Args:
         folder: an existing folder.
@@ -754,6 +1012,9 @@ def locked(folder: Path, name: str = ".lock", wait: bool = False) -> Iterator[No
     Raises:
         UserError: another process has it, or the folder can't be written to.
     """
+    if not is_first_rank():
+        yield
+        return
     try:
         file = open(folder / name, "w")  # noqa: SIM115 (closed below)
     except OSError as error:
@@ -842,10 +1103,18 @@ def remove_file(path: Path) -> None:
     Raises:
         UserError: it can't be removed.
     """
+    if not is_first_rank():
+        return
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path} can't be removed ({error.strerror}): {disk_advice(error)}") from None
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder with all that is in it, as far as it is there and can be removed."""
+    if is_first_rank():
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from methods import MetricLossOnly
 
 RUN_VERSION = 1  # of the files in a run folder; raised when older code can't continue with them
-WRITTEN_AT_THE_END = ("summary.json", records.PER_QUERY)
 TRAINS_ON_FINEST = (0, "all")  # values of --label_hierarchy_level
 STALE_AFTER = 3600  # seconds after which a folder that was being created counts as abandoned
 
@@ -246,8 +245,7 @@ def open_run(
         stack.callback(log.close)
         epoch = state["epoch"] if state else 0
         log.note_configuration(epoch, config.configuration(opt), environment)
-        for name in WRITTEN_AT_THE_END:
-            auxiliaries.remove_file(folder / name)  # until this process is done
+        auxiliaries.remove_file(folder / "summary.json")  # until this process is done
         yield Run(folder, opt, splits, method, log, epoch)
 
 
@@ -770,8 +768,7 @@ def change_flags(folder: Path, flags_of: Mapping[Path, argparse.Namespace], opt:
     print(f"changed flags, kept in {kept}: {as_flags(changes)}")
     for path, flags in flags_of.items():
         write_flags(path, flags)
-        for name in WRITTEN_AT_THE_END:
-            auxiliaries.remove_file(path / name)  # it was of other flags
+        auxiliaries.remove_file(path / "summary.json")  # it was of other flags
     if folder not in flags_of:
         config.save_config(folder / "config.yaml", config.configuration(opt))
 

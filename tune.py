@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
+import json
 import math
 import random
 import re
@@ -89,13 +90,22 @@ def add_arguments(parser: FlagParser) -> None:
         help="give every trial a --seed of its own, so that no value is chosen for its luck with one seed")
     add("--tune_on_test", action="switch",
         help="score trials on the test classes where there are no validation classes, and mark the result as that")
-    add("--storage", metavar="URL",
+    add("--storage", type=_storage, metavar="URL",
         help="where Optuna keeps the study, such as postgresql://user@host/name, for machines that share no disk "
         f"(default: {JOURNAL} in the study's folder)")
     add("--reproductions", type=_reproductions, metavar="N|A,B",
         help="train the best trial's flags with N other seeds; A,B: only reproductions A up to, not including, B, so "
         "that several machines can share them")
     # fmt: on
+
+
+def _storage(text: str) -> str:
+    """An argparse type: a URL of a storage that outlives this process."""
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a URL: it has a NUL character")
+    if re.match(r"sqlite(\+\w+)?:(/{0,3}$|.*:memory:|.*mode=memory)", text):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is a database in memory, which ends with this command")
+    return text
 
 
 def _reproductions(text: str) -> range:
@@ -259,7 +269,7 @@ def make_parameter(name: str, tuned: Tuned) -> Parameter:
     if tuned.kind == "CHOICE":
         return _make_choice(name, typed, tuned)
     if len(tuned.values) != 2:
-        raise UserError(f"{typed} takes two bounds, such as 0.1 1, not {shown(' '.join(tuned.values))}")
+        raise UserError(f"{typed} takes two bounds, such as 0.1 1, not {shown(' '.join(tuned.values) or 'nothing')}")
     low, high = (_read_bound(flag, key, typed, text) for text in tuned.values)
     if tuned.kind == "INT_BAYESIAN" and not (low == int(low) and high == int(high)):
         raise UserError(f"{typed} takes two integers, not {shown(' '.join(tuned.values))}")
@@ -291,7 +301,7 @@ def _read_bound(flag: str, key: str, typed: str, text: str) -> float:
 def _make_choice(name: str, typed: str, tuned: Tuned) -> Parameter:
     flag, _, key = name.partition(".")
     if len(tuned.values) < 2:
-        raise UserError(f"{typed} takes two choices or more, not {shown(' '.join(tuned.values))}")
+        raise UserError(f"{typed} takes two choices or more, not {shown(' '.join(tuned.values) or 'nothing')}")
     if len(set(tuned.values)) < len(tuned.values):
         raise UserError(f"{typed} has the same choice twice: {shown(' '.join(tuned.values))}")
     for text in tuned.values:
@@ -424,9 +434,8 @@ def study_folder(opt: argparse.Namespace) -> Path:
     """
     folder = runs.default_folder(opt)
     runs.check_folder(folder)
-    own = (JOURNAL, f"{JOURNAL}.lock", LOCKS)
-    others = [path.name for path in folder.iterdir() if path.name not in own] if folder.is_dir() else []
-    if folder.is_file() or (others and "study.yaml" not in others):
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if folder.is_file() or (names - {LOCKS} and not names & {JOURNAL, "study.yaml"}):
         raise UserError(f"{folder} exists and is not a study: choose another --savename")
     return folder
 
@@ -540,11 +549,10 @@ def open_study(
     try:
         (folder / LOCKS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} can't be created ({error.strerror}): choose another --save_path") from None
+        why = f"({error.strerror}): {auxiliaries.disk_advice(error)} (--save_path, --savename)"
+        raise UserError(f"{folder / LOCKS} can't be created {why}") from None
     with locked(folder / LOCKS, "claim", wait=True):
-        identity = folder / LOCKS / "identity"
-        if not identity.exists():
-            identity.write_text(secrets.token_hex(8), encoding="utf-8")
+        identity = read_identity(folder / LOCKS / "identity")
         storage = open_journal(folder, name) if remote is None else remote
         with storage_errors(search.own.storage):
             study = optuna.create_study(
@@ -563,7 +571,22 @@ def open_study(
             if known != definition:
                 study.set_user_attr("definition", definition)
             describe_study(folder, study)
-    return study, identity.read_text(encoding="utf-8")
+    return study, identity
+
+
+def read_identity(file: Path) -> str:
+    """What a file says that names a study's folder; it is made where there is none.
+
+    Raises:
+        UserError: it can't be read or written.
+    """
+    if not file.exists():
+        with auxiliaries.atomic_write(file) as beside:
+            beside.write_text(secrets.token_hex(8), encoding="utf-8")
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        raise UserError(f"{file} can't be read: remove it") from None
 
 
 def find_changes(folder: Path, known: Mapping[str, Any], now: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -588,9 +611,10 @@ def find_changes(folder: Path, known: Mapping[str, Any], now: Mapping[str, Any])
     if changed:
         name = changed[0]
         was = known.get(name, known["flags"].get(name))
+        with_flag = f"{'with' if was else 'without'} --{name}" if isinstance(was, bool) else f"with --{name} {shown(was)}"
         raise UserError(
-            f"{folder} is a study with --{name} {shown(was)}, and its trials must share that: give the same flags, or "
-            "choose another --savename"
+            f"{folder} is a study {with_flag}, and its trials must share that: give the same flags, or choose another "
+            "--savename"
         )
     return [
         {"date": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "parameter": name, "from": before[name]["bounds"], "to": bounds}
@@ -649,15 +673,21 @@ def open_journal(folder: Path, name: str) -> optuna.storages.BaseStorage:
 
 
 def mend_journal(file: Path, lock: optuna.storages.journal.JournalFileOpenLock) -> None:
-    """Cuts off a last line that was not written to its end, as on a full disk: the next one would continue it."""
+    """Cuts off a last line that was not written to its end, as on a full disk: the next one would continue it.
+
+    Raises:
+        ValueError: the last line is not one of a journal, which Optuna would only find out later.
+    """
     if not file.exists():
         return
     lock.acquire()
     try:
         with open(file, "rb+") as journal:
             content = journal.read()
-            if content and not content.endswith(b"\n"):
-                journal.truncate(content.rfind(b"\n") + 1)
+            end = content.rfind(b"\n") + 1
+            journal.truncate(end)
+            if end:
+                json.loads(content[content.rfind(b"\n", 0, end - 1) + 1 : end])
     finally:
         lock.release()
 
@@ -679,6 +709,8 @@ def storage_errors(url: str | None) -> Iterator[None]:
         if url is not None:
             where = f"--storage {shown(re.sub('//[^@/]*@', '//…@', url))}"
         why = auxiliaries.reason(cause if isinstance(cause, Exception) else error)
+        if isinstance(error, ImportError):
+            raise UserError(f"{where} needs a Python package that is not installed ({why}): install it") from None
         raise UserError(
             f"{where} can't be reached or used ({why}): see to it, and give the same command again"
         ) from None
@@ -877,8 +909,12 @@ def train(session: Session, opt: argparse.Namespace, folder: Path, watcher: Call
     """
     resolved = config.resolve(opt)
     if folder.exists():
+        try:
+            before = runs.load_flags(folder)
+        except UserError as error:
+            raise Unusable(f"{error}: move it away") from None
         ignored = {*config.build_parser().names_with(machine=True), *config.build_parser().names_with(compared=False)}
-        changed = config.changed_flags(runs.load_flags(folder), resolved).keys() - (ignored - {"seed"})
+        changed = config.changed_flags(before, resolved).keys() - (ignored - {"seed"})
         if changed:
             raise Unusable(f"{folder} holds another run, with another --{min(changed)}: move it away")
     else:
@@ -921,7 +957,7 @@ class Watcher:
         if run.opt.fold not in (None, 0):
             return
         with storage_errors(self.session.search.own.storage):
-            reported = self.session.study._storage.get_trial(self.trial._trial_id).intermediate_values
+            reported = self.session.trials()[self.trial.number].intermediate_values
             for row in run.log.rows["val"]:
                 value = records.mean_over_sets(row, self.session.metric)
                 if row["Epochs"] > 0 and row["Epochs"] not in reported and math.isfinite(value):
@@ -951,7 +987,7 @@ def worst_value(session: Session) -> float:
     """
     seen = [value for trial in session.trials() for value in (trial.value, *trial.intermediate_values.values())]
     known = [value for value in seen if value is not None and math.isfinite(value)]
-    return max(known, default=1.0) if session.lower_is_better else min(0.0, *known, 0.0)
+    return max(known, default=1.0) if session.lower_is_better else min([0.0, *known])
 
 
 def best_trial(session: Session) -> optuna.trial.FrozenTrial:
@@ -1211,7 +1247,8 @@ def print_results(session: Session, results: Mapping[str, Any]) -> None:
         if luck[f"mean of {name}"] is not None:
             of = "a model of all trials" if name == "model" else "the mean of its reproductions"
             mean, above = luck[f"mean of {name}"], luck[f"above {name}"]
-            print(f"      {of} has {mean:.4f} there: {above:+.4f} of the best is likely to be luck")
+            part = f"{above:.4f} of the best" if above >= 0.00005 else "nothing of it"
+            print(f"      {of} is {mean:.4f} there: {part} is likely to be luck")
     if results["test"]:
         print("\nmetrics of the best trial on the test classes" + (", means over folds" if session.has_folds else ""))
         rows = [{"Metric": name, "Value": f"{value:.4f}"} for name, value in results["test"].items()]
@@ -1226,7 +1263,7 @@ def print_results(session: Session, results: Mapping[str, Any]) -> None:
 def print_reproductions(session: Session, reproductions: Mapping[str, Any]) -> None:
     """Prints what the best flags reach with other seeds, beside the network before training and its trunk."""
     count = len(reproductions["folders"])
-    print(f"with {count} other seeds: mean ± half of its 95 % confidence interval\n")
+    print(f"\nwith {count} other {'seed' if count == 1 else 'seeds: mean ± half of its 95 % confidence interval'}\n")
     by_metric: dict[tuple[str, str], records.Row] = {}
     for row in reproductions["rows"]:
         half = "" if math.isnan(row["CI 95 %"]) else f" ± {row['CI 95 %']:.4f}"
