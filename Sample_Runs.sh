@@ -15,6 +15,7 @@ runs() {
     local npair="--loss npair --sampling npair"
     local proxynca="--loss proxynca"
     local photographs="--dataset caltech101 --arch timm:tf_efficientnet_lite0 --freeze_trunk --cache_features --n_epochs 20 --save_interval 4"
+    local study="--dataset caltech101 --arch timm:tf_efficientnet_lite0 --freeze_trunk --cache_features --split_scheme cross_validation --n_epochs 8 --save_interval 2 --eval_metrics Recall MAP@R --eval_metric_for_best_epoch MAP@R --no-pictures --no-tensorboard --lr~LOG_BAYESIAN~ 1e-6 1e-2"
     local rc="--config reality_check"
     local demo="--dataset glyphs --arch resnet18 --not_pretrained --check_untrained_accuracy --savename demo"
     cat <<TABLE
@@ -64,6 +65,9 @@ reality_check-multi_similarity            $rc reality_check_multi_similarity
 reality_check-multi_similarity_miner      $rc reality_check_multi_similarity_miner
 reality_check-soft_triple                 $rc reality_check_soft_triple
 benchmark-losses                          benchmark_losses.py --savename losses $photographs
+tune-margin                               tune.py --savename margin $study --loss marginloss --margin~BAYESIAN~ 0.05 0.5 --beta~BAYESIAN~ 0.6 1.4
+tune-proxy_anchor                         tune.py --savename proxy_anchor $study --loss ProxyAnchorLoss --loss_params margin~BAYESIAN~=[0,0.5] alpha~LOG_BAYESIAN~=[4,128]
+tune-multi_similarity                     tune.py --savename multi_similarity $study --loss MultiSimilarityLoss --loss_params alpha~LOG_BAYESIAN~=[0.1,100] beta~LOG_BAYESIAN~=[1,100] base~BAYESIAN~=[0,1]
 TABLE
 }
 
@@ -79,7 +83,7 @@ if [ -z "$flags" ]; then
 fi
 bash install.sh
 case $flags in
-    " benchmark_losses.py "*) ;;
+    " benchmark_losses.py "* | " tune.py "*) ;;
     *) flags="main.py $flags" ;;
 esac
 # shellcheck disable=SC2086 # the flags hold no spaces of their own

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from auxiliaries import atomic_write
+from auxiliaries import atomic_write, by_first_rank
 from records import Row, metrics_of
 from transforms import load_image
 
@@ -146,6 +146,7 @@ def _wrap(parts: Iterable[str], width: int) -> str:
     return lines.replace("\N{NO-BREAK SPACE}", " ")
 
 
+@by_first_rank
 def save_info_plot(
     path: Path,
     train_rows: Sequence[Row],
@@ -251,6 +252,7 @@ def _best_row(name: str, rows: Sequence[Row], lower_is_better: bool) -> Row:
     return max(rows_with_value, key=lambda row: -math.inf if math.isnan(row[name]) else sign * row[name])
 
 
+@by_first_rank
 def save_curve(path: Path, rows: Sequence[Mapping[str, float]], name: str) -> None:
     """Draws one column of the rows over `Epochs` into an SVG."""
     figure = _new_figure(6, 4)
@@ -451,6 +453,7 @@ def save_importances(path: Path, importances: Mapping[str, float], score: str) -
 # Embeddings in the plane
 
 
+@by_first_rank
 def save_scatter(
     path: Path, points: np.ndarray, labels: np.ndarray, title: str, class_names: Sequence[str] = ()
 ) -> None:
@@ -506,6 +509,7 @@ class Retrieval:
     distances: Sequence[float]
 
 
+@by_first_rank
 def draw_retrievals(
     path: Path, space: EmbeddingSpace, images: RetrievalSet[ImageSet], seed: int, exif_orientation: bool = False
 ) -> None:

@@ -29,9 +29,11 @@ from auxiliaries import (
     Progress,
     UserError,
     atomic_write,
+    by_first_rank,
     disk_advice,
     notice,
     number,
+    ranks,
     save_json,
     to_builtin,
 )
@@ -115,6 +117,11 @@ class Records:
         self.folder = folder
         self.rows: dict[str, list[Row]] = {kind: list((history or {}).get(kind, [])) for kind in LOGS}
         self.columns = {kind: _columns(rows) for kind, rows in self.rows.items()}
+        self._open(tensorboard)
+
+    def _open(self, tensorboard: bool) -> None:
+        """Makes all files hold the rows of now."""
+        folder = self.folder
         self._open_database()
         for kind, name in LOGS.items():
             if self.rows[kind] or (folder / name).exists():
@@ -138,9 +145,14 @@ class Records:
         if not follows:
             earlier.sort(key=lambda row: row[step])
         self.columns[kind] = _columns([dict.fromkeys(columns), *rows])
+        self._write(kind, rows, follows, self.columns[kind] == columns)
+
+    def _write(self, kind: str, rows: Sequence[Row], follows: bool, has_same_columns: bool) -> None:
+        """Writes rows that were added; they follow all others, or replace some."""
+        columns = self.columns[kind]
         with _writing(self.folder / "records.db"), self.database:
             self._insert(kind, rows)
-        if follows and self.columns[kind] == columns:
+        if follows and has_same_columns:
             path = self.folder / LOGS[kind]
             with _writing(path), open(path, "a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, columns).writerows(rows)
@@ -267,6 +279,22 @@ class Records:
             for place in places[1:]:
                 if place.is_dir() and not any(place.iterdir()):
                     place.rmdir()
+
+
+class RowsAlone(Records):
+    """A run's rows in memory alone, as another rank than the first has them."""
+
+    def _open(self, tensorboard: bool) -> None:
+        self.tensorboard = None
+
+    def _write(self, kind: str, rows: Sequence[Row], follows: bool, has_same_columns: bool) -> None:
+        pass
+
+    def note_configuration(self, epoch: int, flags: Mapping[str, Any], environment: Any) -> None:
+        """Does nothing: the first rank writes it."""
+
+    def close(self) -> None:
+        """Does nothing: no file is open."""
 
 
 # TensorBoard
@@ -520,6 +548,7 @@ def _insert_rows(
     database.executemany(f"INSERT INTO {table} ({names}) VALUES ({marks})", ((run, *row) for row in rows))
 
 
+@by_first_rank
 def save_meta_rows(folder: Path, rows: Sequence[Row]) -> None:
     """Writes results over folds, in place of earlier ones: results.csv, results.json, and a table in TensorBoard.
 
@@ -542,6 +571,7 @@ def save_meta_rows(folder: Path, rows: Sequence[Row]) -> None:
             tensorboard.add_text("results over folds", format_table(shown))
 
 
+@by_first_rank
 def show_in_tensorboard(folder: Path, name: str, picture: Path) -> None:
     """Adds a PNG to a folder of event files."""
     from torch.utils.tensorboard import SummaryWriter
@@ -907,7 +937,7 @@ def print_start(
         folder: the run folder.
         epoch: the epoch after which the run goes on; 0 in a new run.
     """
-    is_cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     facts = {
         "data": dataset,
         "training": _describe_images(splits.train),
@@ -915,7 +945,7 @@ def print_start(
         "test": " + ".join(map(_describe_set, splits.test)),
         "network": network,
         "loss": loss,
-        "device": torch.cuda.get_device_name(device) if is_cuda else f"CPU, {torch.get_num_threads()} threads",
+        "device": name if ranks().count == 1 else f"{ranks().count} processes, each with {name}",
         "run folder": f"{folder}, after epoch {epoch}" if epoch else str(folder),
     }
     print("\n".join(f"{name:<12}{fact}" for name, fact in facts.items() if fact), flush=True)

@@ -37,7 +37,7 @@ import auxiliaries
 import config
 import netlib
 import records
-from auxiliaries import UserError, disk_advice, notice
+from auxiliaries import UserError, by_first_rank, disk_advice, notice
 
 if TYPE_CHECKING:
     import datasets
@@ -107,6 +107,7 @@ STATE_SCHEMA = {
         "criterion": {"type": "object"},
         "optimizer": OPTIMIZER_SCHEMA,
         "further_optimizers": {"type": "array", "items": OPTIMIZER_SCHEMA},
+        "processes": {"type": "integer"},  # that trained it together, if several
         "scheduler": {
             "type": "object",
             "required": ["schedule", "state"],
@@ -156,6 +157,12 @@ class Run:
         """
         for evaluation in [evaluation for evaluation in self.spaces if evaluation[0] != best_epoch]:
             del self.spaces[evaluation]
+        self._save_state(epoch, best_epoch)
+        for watcher in _watchers:
+            watcher(self, epoch)
+
+    @by_first_rank
+    def _save_state(self, epoch: int, best_epoch: int) -> None:
         self.log.flush()
         state = {
             "version": RUN_VERSION,
@@ -167,11 +174,11 @@ class Run:
             "history": self.log.rows,
             **self.method.state_dict(),
             **({"lora": netlib.lora_state(self.method.evaluated)} if self.opt.lora else {}),
+            **({"processes": auxiliaries.ranks().count} if auxiliaries.ranks().count > 1 else {}),
         }
         self._write_state(state)
-        for watcher in _watchers:
-            watcher(self, epoch)
 
+    @by_first_rank
     def save_history(self) -> None:
         """Adds the rows that were recorded since the last epoch was saved, those of the final evaluation."""
         self.log.flush()
@@ -182,6 +189,7 @@ class Run:
         if state["best_epoch"] == state["epoch"]:
             auxiliaries.copy_file(self.folder / "last.pth.tar", self.folder / "checkpoint.pth.tar")
 
+    @by_first_rank
     def saved_networks(self) -> dict[int, dict[str, torch.Tensor]]:
         """State dicts of the last and of the selected network, by epoch."""
         states = [read_state(self.folder / name) for name in ("last.pth.tar", "checkpoint.pth.tar")]
@@ -241,7 +249,8 @@ def open_run(
             state = restore(opt, splits, method, folder)
             change_flags(folder, {folder: opt}, opt)
             auxiliaries.save_json(folder / "data.json", describe_data(opt, splits))
-        log = records.Records(folder, _history_to_keep(opt, state), opt.tensorboard)
+        kind = records.Records if auxiliaries.is_first_rank() else records.RowsAlone
+        log = kind(folder, _history_to_keep(opt, state), opt.tensorboard)
         stack.callback(log.close)
         epoch = state["epoch"] if state else 0
         log.note_configuration(epoch, config.configuration(opt), environment)
@@ -265,7 +274,18 @@ def restore(
     if state is not None:
         check_data(folder, opt, splits)
         method.load_state_dict(state)
+        _tell_other_ranks(folder, state.get("processes", 1))
     return state
+
+
+def _tell_other_ranks(folder: Path, before: int) -> None:
+    """Says what differs where a run continues with another number of processes."""
+    now = auxiliaries.ranks().count
+    if now != before:
+        notice(
+            f"{folder} was trained by {before} process(es) and goes on with {now}: batches and random draws stay the "
+            "same, and gradients differ in their last digits (dropout, and BatchNorm that isn't frozen, differ more)"
+        )
 
 
 def _history_to_keep(opt: argparse.Namespace, state: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -284,6 +304,7 @@ def default_folder(opt: argparse.Namespace) -> Path:
     return Path(opt.save_path) / opt.dataset / opt.savename
 
 
+@by_first_rank
 def check_folder(folder: Path) -> None:
     """Makes sure, before anything expensive, that `create_folder` can work.
 
@@ -303,6 +324,7 @@ def numbered(name: str) -> Iterator[str]:
     return (f"{name}_{number}" if number else name for number in itertools.count())
 
 
+@by_first_rank
 def create_folder(folder: Path, fill: Callable[[Path], object], may_be_numbered: bool = True) -> Path:
     """Creates a folder, or `<folder>_1`, `_2`, … when it exists: a run folder is never overwritten.
 
@@ -386,6 +408,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "numpy": np.__version__,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "processes": auxiliaries.ranks().count if auxiliaries.ranks().count > 1 else None,
     }
 
 
@@ -434,6 +457,7 @@ def digest_sets(opt: argparse.Namespace, sets: Sequence[datasets.RetrievalSet[da
     return digest.hexdigest()
 
 
+@by_first_rank
 def read_data(folder: Path) -> DataDescription | None:
     """The description of the data that a run was trained on; None for a run of a version that had none.
 
@@ -475,6 +499,7 @@ def test_data(folder: Path) -> DataDescription | None:
     return data and {name: entry for name, entry in data.items() if name.startswith("test ")}
 
 
+@by_first_rank
 def check_data(folder: Path, opt: argparse.Namespace, splits: datasets.Splits) -> None:
     """Makes sure that a run continues, or is evaluated, on the images and classes that it was trained with.
 
@@ -497,6 +522,7 @@ def check_data(folder: Path, opt: argparse.Namespace, splits: datasets.Splits) -
 # Finding and reading
 
 
+@by_first_rank
 def find_run(opt: argparse.Namespace, given: Mapping[str, Any]) -> Path:
     """The folder of the run that --savename names, of any dataset unless --dataset says which.
 
@@ -516,6 +542,7 @@ def find_run(opt: argparse.Namespace, given: Mapping[str, Any]) -> Path:
     return found[0]
 
 
+@by_first_rank
 def fold_folders(folder: Path) -> dict[int | None, Path]:
     """The folders of a run's folds by number; or, for a single training run, the folder itself by None."""
     matches = ((re.fullmatch(r"fold_([0-9]+)", path.name), path) for path in folder.glob("fold_*") if path.is_dir())
@@ -569,6 +596,7 @@ def compared_flags(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in ignored}
 
 
+@by_first_rank
 def read_summary(folder: Path) -> dict[str, Any]:
     """A finished training run's summary.json.
 
@@ -627,6 +655,7 @@ def check_flags(folder: Path, opt: argparse.Namespace) -> None:
         )
 
 
+@by_first_rank
 def has_state(folder: Path | None) -> bool:
     """Whether a run has saved anything to continue from.
 
@@ -677,11 +706,13 @@ def _is_row(kind: str, row: Mapping[Any, Any]) -> bool:
     return numbers_only and is_counted and all(name in row for name in NEEDED_COLUMNS[kind])
 
 
+@by_first_rank
 def epoch_reached(folder: Path) -> int:
     """The epoch of a run's `last.pth.tar`; 0 before there is one."""
     return read_state(folder / "last.pth.tar")["epoch"] if has_state(folder) else 0
 
 
+@by_first_rank
 def load_state(folder: Path, opt: argparse.Namespace) -> dict[str, Any] | None:
     """The state that a run continues from: its last one, or with --resume_training best that of its best epoch.
 
@@ -697,6 +728,7 @@ def load_state(folder: Path, opt: argparse.Namespace) -> dict[str, Any] | None:
     return best_state(folder) if opt.resume_training == "best" else read_state(folder / "last.pth.tar")
 
 
+@by_first_rank
 def is_trained(folder: Path, opt: argparse.Namespace) -> bool:
     """Whether a run has finished, and with these resolved flags has no epoch left to train."""
     if not (folder / "summary.json").exists():
@@ -705,6 +737,7 @@ def is_trained(folder: Path, opt: argparse.Namespace) -> bool:
     return state is not None and state["epoch"] >= opt.n_epochs
 
 
+@by_first_rank
 def best_state(folder: Path) -> dict[str, Any]:
     """What the checkpoint of a run's best network holds.
 
@@ -745,6 +778,7 @@ def load_network(folder: Path, opt: argparse.Namespace, device: torch.device) ->
 # Continuing with other flags
 
 
+@by_first_rank
 def change_flags(folder: Path, flags_of: Mapping[Path, argparse.Namespace], opt: argparse.Namespace) -> None:
     """Makes a run that is about to continue one of these flags.
 

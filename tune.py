@@ -657,6 +657,8 @@ def open_journal(folder: Path, name: str) -> optuna.storages.BaseStorage:
 
     file = folder / JOURNAL
     lock = journal.JournalFileOpenLock(str(file), grace_period=GRACE)
+    if not file.exists() and (folder / "study.yaml").exists():
+        notice(f"{file} is gone: the study begins anew, and a trial with the values of its run folder takes that over")
     try:
         mend_journal(file, lock)
         storage = storages.JournalStorage(journal.JournalFileBackend(str(file), lock_obj=lock))
@@ -912,7 +914,7 @@ def train(session: Session, opt: argparse.Namespace, folder: Path, watcher: Call
         try:
             before = runs.load_flags(folder)
         except UserError as error:
-            raise Unusable(f"{error}: move it away") from None
+            raise Unusable(f"{error}; move it away") from None
         ignored = {*config.build_parser().names_with(machine=True), *config.build_parser().names_with(compared=False)}
         changed = config.changed_flags(before, resolved).keys() - (ignored - {"seed"})
         if changed:
@@ -1127,6 +1129,9 @@ def save_best(session: Session, best: optuna.trial.FrozenTrial) -> None:
 def read_test_metrics(session: Session, best: optuna.trial.FrozenTrial) -> dict[str, float]:
     """The best trial's metrics on the test classes: means over folds, and those of the folds' concatenation."""
     folder = session.trial_folder(best.number)
+    if not folder.is_dir():
+        notice(f"{folder} is gone: the best trial's metrics on the test classes are not known")
+        return {}
     is_missing = not any("Concatenate" in name for name in protocol.read_results(folder))
     if session.has_folds and session.opt.num_training_sets > 1 and is_missing:
         opt = trial_flags(session, best.number, best.params)

@@ -25,6 +25,7 @@ import datasets
 import losses
 import main
 import netlib
+import tune
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EDIT = re.compile(
@@ -35,7 +36,8 @@ LISTED = subprocess.run(
 ).stdout
 RUNS = {name: flags.split() for name, _, flags in (line.partition(" ") for line in LISTED.splitlines())}
 PRESETS = {name: flags for name, flags in RUNS.items() if flags[0] == "--config"}
-PUBLISHED = [name for name in RUNS if name not in ("demo", "benchmark-losses", *PRESETS)]
+STUDIES = [name for name, flags in RUNS.items() if flags[0] == "tune.py"]
+PUBLISHED = [name for name in RUNS if name not in ("demo", "benchmark-losses", *STUDIES, *PRESETS)]
 TRAINING_CLASSES = {"cub200": 100, "cars196": 98, "online_products": 11318, "in-shop": 3997}
 TEST_CLASSES = 8
 
@@ -184,6 +186,13 @@ def test_the_table_of_losses_has_a_command() -> None:
     assert own.losses == [*losses.LOSSES, *losses.LIBRARY_LOSSES]
 
 
+@pytest.mark.parametrize("name", STUDIES)
+def test_studies_search_what_can_be_tuned(name: str) -> None:
+    search = tune.parse(RUNS[name][1:])
+    assert len(search.space) >= 3
+    assert tune.check_configurations(search)
+
+
 def test_sample_runs_refuses_an_unknown_name() -> None:
     done = subprocess.run(["bash", "Sample_Runs.sh", "nothing"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -219,19 +228,24 @@ def test_readme_experiments_run_as_they_stand(
     """All commands of the section, one after the other, with a small network where they say what to train."""
     section = README[README.index("## Experiments you can trust") : README.index("### Names from powerful-benchmarker")]
     commands = [shlex.split(line) for line in re.findall(r"^python (.*)$", section, re.MULTILINE)]
-    assert len(commands) == 12
+    assert len(commands) == 16
     monkeypatch.chdir(some_glyphs)
     small = ["--arch", "shufflenet_v2_x0_5", "--crop_size", "32", "--gpu", "-1", "--kernels", "0", "--bs", "8"]
     small += ["--iterations_per_epoch", "1", "--n_epochs", "2"]
     for script, *flags in commands:
         if script == "compare.py":
             compare.main([path for flag in flags for path in sorted(glob.glob(flag)) or [flag]])
-        else:
-            main.command([*flags, *(small if "--dataset" in flags else [])])
+            continue
+        command = {"main.py": main.command, "tune.py": tune.command}[script]
+        command([*flags, *(small if "--dataset" in flags else [])])
     printed = capsys.readouterr()
 
     results = some_glyphs / "Training_Results" / "glyphs"
-    assert {path.name for path in results.iterdir()} == {"folds", "shared", "layered", "the_same", "layered_reproduced"}
+    names = {"folds", "shared", "layered", "the_same", "layered_reproduced", "levels", "study", "tuned"}
+    assert {path.name for path in results.iterdir()} == names
+    assert (results / "levels/fold_0/per_class_val.csv").is_file()
+    assert (results / "study/history.svg").is_file()
+    assert (some_glyphs / "all.db").is_file()
     assert "ConcatenateEmbeddings" in (results / "folds/meta/results.csv").read_text()
     assert (results / "shared/meta/results.csv").is_file()
     assert (results / "layered/tsne_test.png").is_file()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,11 +170,17 @@ def test_layers_of_files_merge_with_what_is_tuned(flags: Flags, tmp_path: Path) 
         ([*LR, "--reproduce_results", "x"], "--reproduce_results is for main.py"),
         ([*LR, "--fold", "0"], "--fold is for main.py: a trial trains all folds"),
         ([*LR, "--savename", 190 * "s"], "--savename is too long: the names of trials begin with it"),
-        (["--lr~BAYESIAN~"], "--lr~BAYESIAN~ takes two bounds, such as 0.1 1, not ''"),
+        (["--lr~BAYESIAN~"], "--lr~BAYESIAN~ takes two bounds, such as 0.1 1, not nothing"),
         (["--config~CHOICE~", "a", "b"], "--config can't be tuned"),
         (["--evaluate~CHOICE~", "a", "b"], "--evaluate can't be tuned"),
         ([*LR, "--storage", "sqlite:////nowhere/at/all.db"], "--storage sqlite:.* can't be reached or used"),
         ([*LR, "--storage", ""], "--storage '' can't be reached or used"),
+        ([*LR, "--storage", "sqlite:///a\0b"], r"--storage: 'sqlite:///a\\x00b' is not a URL: it has a NUL character"),
+        *(
+            ([*LR, "--storage", url], "is a database in memory, which ends with this command")
+            for url in ("sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite:///file:x?mode=memory&uri=true")
+        ),
+        ([*LR, "--storage", "nosuch+driver://host"], "--storage .* can't be reached or used"),
         ([*LR, "--tuner", "grid"], "--tuner grid takes ~CHOICE~ only, and lr has bounds"),
         ([*LR, "--tuner", "cmaes"], "--tuner cmaes needs two numbers to tune or more"),
         ([*LR, "--tuner", "tpee"], r"--tuner tpee is unknown \(did you mean tpe\?\)"),
@@ -292,7 +299,7 @@ def test_the_same_command_again_continues_and_may_change_bounds(
         ((*LR, "--seed", "3"), r"is a study with --seed 1"),
         ((*LR, "--num_training_sets", "2"), r"is a study with --num_training_sets 1"),
         ((*LR, "--eval_metric_for_best_epoch", "NMI"), r"is a study with --eval_metric_for_best_epoch Recall @ 1"),
-        ((*LR, "--tune_seeds"), r"is a study with --tune_seeds False"),
+        ((*LR, "--tune_seeds"), r"is a study without --tune_seeds, and its trials"),
     ):
         with pytest.raises(UserError, match=message):
             tune.command(flags(*more))
@@ -305,6 +312,44 @@ def test_a_study_does_not_go_into_another_folder(flags: Flags, tmp_path: Path) -
     (tmp_path / "cv" / "s" / "config.yaml").touch()
     with pytest.raises(UserError, match=r"cv/s exists and is not a study: choose another --savename"):
         tune.command(flags(*LR))
+
+
+def test_what_stands_in_a_trials_place_says_nothing_about_its_values(flags: Flags, tmp_path: Path) -> None:
+    tune.command(flags(*LR, *n_trials(1)))
+    folder = tmp_path / "cv" / "s"
+    (folder / "s1").mkdir()
+    with pytest.raises(UserError, match=r"s1 is not a run folder: it has no config\.yaml; move it away"):
+        tune.command(flags(*LR, *n_trials(2)))
+    (folder / "s1").rmdir()
+    tune.command(flags(*LR, *n_trials(2)))
+    assert [trial.user_attrs.get("failure") for trial in open_journal(folder).trials] == [None, None]
+
+
+def test_what_is_missing_in_a_study_is_told_or_made_anew(
+    flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv, folder = flags(*LR, *n_trials(1)), tmp_path / "cv" / "s"
+    before = tune.command(argv)
+    (folder / "study.yaml").unlink()
+    assert tune.command(argv) == before
+    assert (folder / "study.yaml").exists()
+    (folder / tune.JOURNAL).unlink()
+    assert tune.command(argv) == before
+    assert "study.journal is gone: the study begins anew" in capsys.readouterr().err
+    shutil.rmtree(folder / "s0")
+    assert tune.command(argv)["test"] == {}
+    assert "s0 is gone: the best trial's metrics on the test classes are not known" in capsys.readouterr().err
+    (folder / tune.LOCKS / "identity").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="identity can't be read: remove it"):
+        tune.command(argv)
+
+
+def test_a_blank_last_line_is_damage(flags: Flags, tmp_path: Path) -> None:
+    tune.command(flags(*LR, *n_trials(1)))
+    with open(tmp_path / "cv" / "s" / tune.JOURNAL, "a") as journal:
+        journal.write("\n")  # Optuna finds it only once another line follows
+    with pytest.raises(UserError, match=r"study\.journal is damaged"):
+        tune.command(flags(*LR, *n_trials(2)))
 
 
 @pytest.mark.parametrize("content", ["nonsense\n", '{"op_code": 0}\n', "[]\n{}\n", b"\xff\xfe\n".decode("latin-1")])
