@@ -32,7 +32,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 import numpy as np
 import torch
@@ -165,9 +165,7 @@ def start_ranks(takes_ranks: bool = True) -> None:
         if not takes_ranks:
             raise UserError(f"{Path(sys.argv[0]).name} is not made for torchrun, which main.py is: start it by python")
         store = dist.PrefixStore("ranks", _store)
-        dist.init_process_group(
-            backend, store=store, rank=joined.number, world_size=joined.count, timeout=RANKS_WAIT
-        )
+        dist.init_process_group(backend, store=store, rank=joined.number, world_size=joined.count, timeout=RANKS_WAIT)
     _ranks = joined
     if joined.number:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the end)
@@ -226,7 +224,10 @@ def from_first_rank(value: Any) -> Any:
     return values[0]
 
 
-def by_first_rank(function: Callable[..., Any]) -> Any:
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def by_first_rank(function: Function) -> Function:
     """Makes a function one that the first rank alone calls, once all ranks have arrived there.
 
     All of them return what it returned, or raise the `UserError` that it raised. So what depends on the disk, which the
@@ -253,7 +254,7 @@ def by_first_rank(function: Callable[..., Any]) -> Any:
             raise error
         return value
 
-    return call
+    return cast(Function, call)
 
 
 def share(count: int) -> slice:
@@ -860,8 +861,8 @@ def pick_device(gpu: int, deterministic: bool = True) -> torch.device:
         raise UserError(f"--gpu {gpu} does not exist: this machine has CUDA devices 0 to {last}")
     if gpu + _ranks.local > last:
         raise UserError(
-            f"{_ranks.local_count} processes on this machine need a CUDA device each, from --gpu {gpu} on, and the last "
-            f"one is {last}: give torchrun --nproc_per_node {last + 1 - gpu}"
+            f"{_ranks.local_count} processes on this machine need a CUDA device each, from --gpu {gpu} on, and the "
+            f"last one is {last}: give torchrun --nproc_per_node {last + 1 - gpu}"
         )
     torch.cuda.set_device(device)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, not deterministic

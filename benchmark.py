@@ -33,6 +33,7 @@ import config
 import datasets
 import evaluate
 import features
+import image_cache
 import losses
 import main as training_run
 import methods
@@ -418,45 +419,71 @@ def benchmark_evaluation() -> list[Row]:
 
 
 def benchmark_data() -> list[Row]:
-    """Training images per second in one worker's thread: a batch of 64 crops of 224 px, from JPEGs of 500 × 375."""
-    rng = np.random.default_rng(0)
+    """Images per second in one worker's thread: batches of 64 of 224 px, from JPEGs of 500 × 375 px and stored."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a data-loading worker
-    photos = [Image.fromarray(photo) for photo in load_sample_images().images]  # two, 640 × 427
+    normalize = v1.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    theirs = {
+        "training images": v1.Compose([v1.RandomResizedCrop(224), v1.RandomHorizontalFlip(), v1.ToTensor(), normalize]),
+        "evaluated images": v1.Compose([v1.Resize(256), v1.CenterCrop(224), v1.ToTensor(), normalize]),
+    }
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        paths = []
-        for number in range(64):
-            width = int(rng.integers(500, 569))
-            left, top = int(rng.integers(641 - width)), int(rng.integers(428 - width * 3 // 4))
-            cut = photos[number % 2].crop((left, top, left + width, top + width * 3 // 4)).resize((500, 375))
-            paths.append(str(Path(folder) / f"{number}.jpg"))
-            cut.save(paths[-1])
-
-        normalize = v1.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        plain = v1.Compose([v1.RandomResizedCrop(224), v1.RandomHorizontalFlip(), v1.ToTensor(), normalize])
-        labels = np.zeros((64, 1), np.int64)
-        images = datasets.ImageSet(paths, labels, [["image"]])
-        ours = datasets.BaseTripletDataset(images, transforms.RandomCropAndFlip(224), 64, 1, "shuffled")
-        seconds = medians(
-            {
-                "ours": lambda: datasets.collate([ours[(idx, 1, idx)] for idx in range(64)]),
-                "Pillow and torchvision v1": lambda: torch.stack(
-                    [plain(Image.open(path).convert("RGB")) for path in paths]
-                ),
-            },
-            rounds=9,
-        )
+        for what, (plain, stored) in image_datasets(Path(folder)).items():
+            seconds = medians(
+                {
+                    "ours": partial(load_batch, plain),
+                    "ours, --cache_images": partial(load_batch, stored),
+                    "Pillow and torchvision v1": lambda what=what, paths=plain.images.paths: torch.stack(
+                        [theirs[what](Image.open(path).convert("RGB")) for path in paths]
+                    ),
+                },
+                rounds=9,
+            )
+            rows += [
+                _row(what, name, round(64 / value, 1), "images/s", 64 / seconds["ours"])
+                for name, value in seconds.items()
+            ]
     torch.set_num_threads(threads)
-    return [
-        {
-            "what": "training images",
-            "who": name,
-            "value": round(64 / value, 1),
-            "unit": "images/s",
-            "times ours": round(seconds["ours"] / value, 2),
-        }
-        for name, value in seconds.items()
-    ]
+    return rows
+
+
+def load_batch(dataset: datasets.ImageDataset) -> Any:
+    """A batch of all images of a dataset."""
+    is_training = isinstance(dataset, datasets.BaseTripletDataset)
+    return datasets.collate([dataset[(idx, 1, idx) if is_training else idx] for idx in range(len(dataset))])
+
+
+def image_datasets(folder: Path) -> dict[str, tuple[datasets.ImageDataset, datasets.ImageDataset]]:
+    """Training and evaluated images, each from 64 JPEGs and from a file of `image_cache`."""
+    rng = np.random.default_rng(0)
+    photos = [Image.fromarray(photo) for photo in load_sample_images().images]  # two, 640 × 427
+    paths = []
+    for number in range(64):
+        width = int(rng.integers(500, 569))
+        left, top = int(rng.integers(641 - width)), int(rng.integers(428 - width * 3 // 4))
+        cut = photos[number % 2].crop((left, top, left + width, top + width * 3 // 4)).resize((500, 375))
+        paths.append(str(folder / f"{number}.jpg"))
+        cut.save(paths[-1])
+    images = datasets.ImageSet(paths, np.zeros((64, 1), np.int64), [["image"]])
+    pairs: dict[str, tuple[datasets.ImageDataset, datasets.ImageDataset]] = {}
+    for what, before, after in (
+        ("training images", transforms.unchanged, transforms.RandomCropAndFlip(224)),
+        ("evaluated images", transforms.eval_transform(224, 256), transforms.unchanged),
+    ):
+        is_training = what == "training images"
+        make = partial(datasets.BaseTripletDataset, bs=64, samples_per_class=1, batch_sampler="shuffled")
+        plain, stored = (
+            make(images, transform) if is_training else datasets.ImageDataset(images, transform)
+            for transform in ((after, after) if is_training else (before, after))
+        )
+        decoded = [before(transforms.load_image(path)) for path in paths]
+        file = folder / f"{what}.images"
+        file.write_bytes(b"".join(image.contiguous().numpy().tobytes() for image in decoded))
+        shapes = np.array([image.shape for image in decoded], np.int64)
+        stored.read = image_cache.StoredImages(file, shapes, paths).read
+        pairs[what] = plain, stored
+    return pairs
 
 
 def benchmark_records() -> list[Row]:

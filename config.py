@@ -18,6 +18,7 @@ import yaml
 import datasets
 import evaluate
 import features
+import image_cache
 import losses
 import methods
 import netlib
@@ -99,7 +100,8 @@ def add_arguments(parser: FlagParser) -> None:
     add("--seed", type=number(int, 0), default=1, compared=False,
         help="seed of weights, batches, augmentation and sampling")
     add("--gpu", type=number(int, -1), default=0, machine=True, compared=False,
-        help="number of the CUDA device; -1: the CPU")
+        help="number of the CUDA device; -1: the CPU. Of several processes on a machine, the first one has that "
+        "device, and the others those after it")
     add("--fast", action="switch", machine=True, compared=False,
         help="turn on what is quicker on this device, among --precision, --channels_last, --compile, --fused and "
         "--no-deterministic; figures differ in their last digits")
@@ -158,7 +160,7 @@ def compose_parser(prog: str, description: str, tunes: bool = False) -> FlagPars
     """A new parser of all modules' flags; one that `tunes` also takes suffixes, such as --lr~BAYESIAN~."""
     parser = FlagParser(prog=prog, description=description, known_elsewhere=KNOWN_ELSEWHERE, tunes=tunes)
     parser.add_argument("--version", action="version", version=f"{parser.prog} {VERSION}")
-    for module in (datasets, transforms, netlib, features, losses, methods, evaluate, records):
+    for module in (datasets, transforms, netlib, features, image_cache, losses, methods, evaluate, records):
         module.add_arguments(parser)
     add_arguments(parser)
     return parser
@@ -501,6 +503,7 @@ def refuse_contradictions(opt: argparse.Namespace) -> None:
     losses.check(opt, get_default)
     methods.refuse_contradictions(opt)
     features.refuse_contradictions(opt)
+    image_cache.refuse_contradictions(opt)
     _refuse_folds(opt)
 
 

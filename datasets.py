@@ -41,6 +41,7 @@ from auxiliaries import (
     MAX_NAME,
     FlagParser,
     UserError,
+    by_first_rank,
     check_memory,
     check_params,
     cpu_cores,
@@ -48,8 +49,10 @@ from auxiliaries import (
     nearest_name,
     notice,
     number,
+    ranks,
     reason,
     seeded,
+    share,
     shown,
     user_path,
 )
@@ -525,6 +528,7 @@ def read_once() -> Iterator[None]:
         _kept.pop()
 
 
+@by_first_rank
 def give_splits(opt: argparse.Namespace) -> Splits:
     """The training, validation and test images, from the resolved flags.
 
@@ -1718,6 +1722,7 @@ def check_splits(dataset: str, splits: Splits, shares_classes: bool = False) -> 
             )
 
 
+@by_first_rank
 def check_images(splits: Splits, exif_orientation: bool = False) -> None:
     """Makes sure that every image can be opened, without decoding it: headers are read, in parallel, with a bar.
 
@@ -1768,6 +1773,7 @@ class ImageDataset(Dataset):
     """Images in order, for evaluation. An unreadable image comes back as its `UserError`.
 
     Attributes:
+        read: a path to the image `(3, H, W)` uint8 that the transform gets.
         labels: `(N,)` labels of the finest level.
         parents: `(N,)` labels of the next coarser level, if there is one.
     """
@@ -1775,7 +1781,7 @@ class ImageDataset(Dataset):
     def __init__(self, images: ImageSet, transform: transforms.Transform, exif_orientation: bool = False):
         self.images = images
         self.transform = transform
-        self.exif_orientation = exif_orientation
+        self.read: Callable[[str], torch.Tensor] = partial(transforms.load_image, exif_orientation=exif_orientation)
         self.labels = images.labels[:, 0]
         self.parents: np.ndarray | None = images.labels[:, 1] if images.labels.shape[1] > 1 else None
 
@@ -1785,8 +1791,7 @@ class ImageDataset(Dataset):
     def load(self, idx: int) -> tuple[torch.Tensor, int, int] | UserError:
         """One item: image `(3, crop, crop)` uint8, label, index."""
         try:
-            image = transforms.load_image(self.images.paths[idx], self.exif_orientation)
-            return self.transform(image), int(self.labels[idx]), idx
+            return self.transform(self.read(self.images.paths[idx])), int(self.labels[idx]), idx
         except UserError as error:  # raised by the main process: raised in a worker it would arrive as a traceback
             return error
 
@@ -2122,8 +2127,46 @@ def handle_dead_workers() -> None:
         signal.signal(signal.SIGCHLD, partial(_on_dead_worker, handler))
 
 
+class Shares:
+    """This rank's share of each of the batches that all ranks form alike.
+
+    Attributes:
+        batches: the whole batches; the list may be refilled.
+    """
+
+    def __init__(self, batches: list[list[Draw]]):
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        for batch in self.batches:
+            if len(batch) % ranks().count:
+                raise UserError(
+                    f"{ranks().count} processes can't share a batch of {len(batch)} images equally, which "
+                    "--batch_sampler has formed: give another --bs, or start another number of processes"
+                )
+            yield batch[share(len(batch))]
+
+
+def in_batches(batches: list[list[Draw]]) -> Any:
+    """A sampler of batches, or of this rank's share of them."""
+    return batches if ranks().count == 1 else Shares(batches)
+
+
+def in_shares(dataset: Dataset) -> range | None:
+    """A sampler of this rank's share of a dataset, in order; None where it has all of it."""
+    count = len(dataset)  # type: ignore[arg-type]
+    own = share(count)
+    return range(own.start, own.stop) if 1 < ranks().count <= count else None
+
+
 class ImageLoader(DataLoader):
-    """A DataLoader whose main process raises the `UserError` that a worker met."""
+    """A DataLoader whose main process raises the `UserError` that a worker met.
+
+    Of several ranks, each loads the images of its share. With `Shares` it gives labels and indices of whole batches.
+    """
 
     dataset: Any  # an ImageDataset; for training a BaseTripletDataset
 
@@ -2147,7 +2190,23 @@ class ImageLoader(DataLoader):
         """N image files."""
         return self.dataset.images.paths
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether it gives a rank's share of the dataset, in order, and not all of it."""
+        return isinstance(self.sampler, range)
+
+    def _whole(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Batches of a rank's images, with labels and indices of all images of each batch."""
+        draws = list(self.batch_sampler.batches)  # type: ignore[union-attr]
+        for (images, _, _), batch in zip(batches, draws):
+            idx = torch.tensor([idx for idx, _, _ in batch])
+            yield images, torch.from_numpy(self.labels).index_select(0, idx), idx
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches = self._load()
+        return self._whole(batches) if isinstance(self.batch_sampler, Shares) else batches
+
+    def _load(self) -> Iterator[Any]:
         if self._iterator is not None:
             # DataLoader draws a random number when it starts workers, but not when it uses them again. Training must be
             # the same whether they were started in this epoch, as in a resumed run, or in an earlier one.
@@ -2272,6 +2331,13 @@ def build_train_dataset(opt: argparse.Namespace, images: ImageSet) -> BaseTriple
         UserError: batches of --bs images can't be formed.
     """
     num_classes, classes_per_batch = images.num_classes(), opt.bs // opt.samples_per_class
+    count = ranks().count
+    if opt.bs % count and opt.evaluate is None:
+        near = math.lcm(count, opt.samples_per_class)
+        raise UserError(
+            f"--bs {opt.bs} can't be shared equally by {count} processes: give a multiple of {near}, such as "
+            f"--bs {max(1, round(opt.bs / near)) * near}"
+        )
     if opt.batch_sampler == "class_balanced" and classes_per_batch > num_classes:
         raise UserError(
             f"--bs {opt.bs} with --samples_per_class {opt.samples_per_class} needs {classes_per_batch} classes per "
@@ -2325,10 +2391,11 @@ def give_dataloaders(opt: argparse.Namespace, splits: Splits, pin_memory: bool =
     def in_order(images: ImageSet) -> ImageLoader:
         dataset = ImageDataset(images, eval_transform, opt.exif_orientation)
         # a generator of its own, so that evaluation draws nothing from training's
-        return ImageLoader(dataset, batch_size=opt.eval_bs, generator=torch.Generator(), **common)
+        order = in_shares(dataset)
+        return ImageLoader(dataset, batch_size=opt.eval_bs, sampler=order, generator=torch.Generator(), **common)
 
     return Loaders(
-        train=ImageLoader(train, batch_sampler=train.batches, **common),
+        train=ImageLoader(train, batch_sampler=in_batches(train.batches), **common),
         train_eval=in_order(splits.train),
         val=[one.map(in_order) for one in splits.val],
         test=[one.map(in_order) for one in splits.test],

@@ -12,7 +12,8 @@ import inspect
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -22,15 +23,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from auxiliaries import FlagParser, Progress, UserError, notice, number, shown
+from auxiliaries import FlagParser, Progress, UserError, from_first_rank, gather_rows, notice, number, shown
 
 if TYPE_CHECKING:
     from datasets import ImageLoader, RetrievalSet
 
 QUERY_TILE, GALLERY_TILE = 512, 2048  # products of this shape stay in the cache
+MAX_MARGINS = 4.0  # of the median rounding error, which queries that share products may have
 MAX_IN_TURN = 16  # thresholds that are compared with one after the other
 MAX_DIFFERENCES = 2**19  # coordinates that are subtracted at once
 MAX_POSITIVES = 2**20  # scores of positives that are compared at once
+MAX_ROWS = 2**25  # scores that are ranked at once, each query's in one piece
+NUM_CELLS = 2**16  # that a query's scores are sorted into, to rank only those near a positive's
 TIE = 1 + 1e-14  # distances in float64 that differ by less are equal: their last bits depend on the order of sums
 CELL_BITS = 4  # of the 23 bits after the point of a squared distance in float32, which verification drops
 MAX_OCTAVES = 60  # powers of two of squared distances that verification tells from 0: beyond, float32 ends
@@ -87,7 +91,8 @@ def embed(net: nn.Module, loader: ImageLoader, device: torch.device, name: str =
     """
     net.eval()
     batches = Progress(loader, f"embedding {name}".strip())
-    return torch.cat([net(images.to(device, non_blocking=True)).float() for images, _, _ in batches])
+    own = torch.cat([net(images.to(device, non_blocking=True)).float() for images, _, _ in batches])
+    return gather_rows(own, len(loader.dataset)) if getattr(loader, "is_shared", False) else own
 
 
 class EmbeddingSpace:
@@ -276,24 +281,65 @@ class EmbeddingSpace:
             of them, nearest first; a query with fewer positives has counts without meaning at the end.
         """
         waiting = torch.from_numpy(np.argsort(self.query_labels, kind="stable")).to(self.query.device)  # by label
-        is_long = not nearest_only and self.num_positives.max(initial=0) > MAX_IN_TURN  # then float64 costs little more
-        for dtype in (torch.float64,) if is_long else (torch.float32, torch.float64):
-            if len(waiting) == 0:
-                return
-            products, crowded = _Products(self, dtype), []
-            for queries in waiting.split(self._rows_at_once):
-                tile = _QueryTile(products, queries, nearest_only)
-                tile.count()
-                yield queries[~tile.is_crowded].cpu().numpy(), tile.counts[~tile.is_crowded]
-                crowded.append(queries[tile.is_crowded])
+        crowded = [waiting[:0]]
+        if nearest_only or self.num_positives.max(initial=0) <= MAX_IN_TURN:
+            products = _Products(self, torch.float32)
+            if self.is_own and len(waiting):
+                waiting = yield from self._count_in_squares(products, waiting, nearest_only, crowded)
+            yield from self._count_in_rows(products, waiting, nearest_only, crowded)
             waiting = torch.cat(crowded)
+        crowded = [waiting[:0]]  # with many positives, too many are in doubt in float32
         if len(waiting):
+            yield from self._count_in_rows(_Products(self, torch.float64), waiting, nearest_only, crowded)
+        if len(waiting := torch.cat(crowded)):
             yield from self._count_by_differences(waiting, nearest_only)
+
+    def _count_in_rows(
+        self, products: _Products, waiting: torch.Tensor, nearest_only: bool, crowded: list[torch.Tensor]
+    ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """`_count_negatives` of some queries by products of each with the whole gallery; adds those that are left."""
+        for queries in waiting.split(QUERY_TILE if nearest_only else self._rows_at_once) if len(waiting) else ():
+            tile = _QueryTile(products, queries, nearest_only)
+            tile.count()
+            yield queries[~tile.is_crowded].cpu().numpy(), tile.counts[~tile.is_crowded]
+            crowded.append(queries[tile.is_crowded])
+
+    def _count_in_squares(
+        self, products: _Products, waiting: torch.Tensor, nearest_only: bool, crowded: list[torch.Tensor]
+    ) -> Generator[tuple[np.ndarray, torch.Tensor], None, torch.Tensor]:
+        """The same of all points against themselves: the product of a pair serves both points.
+
+        Returns:
+            The queries whose rounding errors are much larger than most others', which take products of their own.
+        """
+        tiles = [_QueryTile(products, queries, nearest_only) for queries in waiting.split(QUERY_TILE)]
+        margin = torch.cat([tile.margin for tile in tiles])  # (Q, 1)
+        largest = torch.minimum(MAX_MARGINS * margin.median(), margin.max())
+        for tile in tiles:
+            tile.share_products(largest)
+        for number, tile in enumerate(tiles):
+            tile.compare_among(tiles[number:])
+        left = [waiting[:0]]
+        for tile in tiles:
+            tile.settle_doubts()
+            done = ~tile.is_crowded & tile.is_shared
+            yield tile.queries[done].cpu().numpy(), tile.counts[done]
+            crowded.append(tile.queries[tile.is_crowded & tile.is_shared])
+            left.append(tile.queries[~tile.is_shared])
+        return torch.cat(left)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the queries are the gallery, each at its place."""
+        return self.gallery is self.query and np.array_equal(self.query_in_gallery, np.arange(len(self.query)))
 
     @property
     def _rows_at_once(self) -> int:
-        """Queries that are compared at once: fewer where classes are large."""
-        return min(QUERY_TILE, 1 + MAX_POSITIVES // (1 + int(self.num_positives.max(initial=0))))
+        """Queries that are compared at once with all their positives: fewer where classes or the gallery are large."""
+        largest = int(self.num_positives.max(initial=0))
+        if largest <= MAX_IN_TURN:
+            return QUERY_TILE
+        return max(1, min(QUERY_TILE, MAX_POSITIVES // largest, MAX_ROWS // len(self.gallery)))
 
     def _count_by_differences(
         self, queries: torch.Tensor, nearest_only: bool
@@ -457,7 +503,9 @@ class _Products:
         self.gallery = self.prepare(space.gallery[space.gallery_order])  # (G, D + 2), sorted by label
         self.gallery[:, -2] = -0.5 * torch.linalg.vector_norm(self.gallery[:, :-2], dim=1).square()
         self.gallery[:, -1] = 1
-        self.memory = self.gallery.new_empty(2, QUERY_TILE * GALLERY_TILE)  # for the scores of all tiles
+        size = QUERY_TILE * max(QUERY_TILE, GALLERY_TILE)
+        self.memory = self.gallery.new_empty(2, size)  # for the scores of all tiles
+        self.whole = self.memory[0]  # for those of `score_all`
 
     def prepare(self, points: torch.Tensor) -> torch.Tensor:
         """Points `(N, D)`, moved and scaled, with 1 and 0 behind each, for -‖g‖²/2 and an offset: `(N, D + 2)`."""
@@ -466,14 +514,27 @@ class _Products:
         torch.mul(points.to(self.dtype), self.scale, out=prepared[:, :dim]).sub_(self.center)
         return prepared
 
-    def score(self, queries: torch.Tensor, column: int) -> torch.Tensor:
+    def score(self, queries: torch.Tensor, column: int, end: int | None = None) -> torch.Tensor:
         """Scores `(rows, columns)` of the gallery's tile from a column on, for prepared queries `(rows, D + 2)`."""
-        items = self.gallery[column : column + GALLERY_TILE]
+        end = column + GALLERY_TILE if end is None else min(end, column + GALLERY_TILE)
+        return self.multiply(queries, self.gallery[column:end])
+
+    def score_all(self, queries: torch.Tensor) -> torch.Tensor:
+        """Scores `(rows, G)` of the whole gallery."""
+        size = len(queries) * len(self.gallery)
+        if self.whole.numel() < size:
+            self.whole = self.gallery.new_empty(size)
+        return torch.mm(queries, self.gallery.T, out=self.whole[:size].view(len(queries), -1))
+
+    def multiply(self, queries: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+        """Products `(rows, columns)` of prepared queries `(rows, D + 2)` and items `(columns, D + 2)`, in `memory`."""
         scores = self.memory[0, : len(queries) * len(items)].view(len(queries), len(items))
         return torch.mm(queries, items.T, out=scores)
 
     def spare(self, scores: torch.Tensor) -> torch.Tensor:
-        """More memory of the shape of scores."""
+        """More memory of the shape and strides of scores."""
+        if not scores.is_contiguous():
+            return self.spare(scores.T).T
         return self.memory[1, : scores.numel()].view(scores.shape)
 
 
@@ -492,69 +553,140 @@ class _QueryTile:
     Attributes:
         counts: `(rows, M)` int64, for each positive, nearest first, the items of other classes at least as near.
         is_crowded: `(rows,)` bool, which queries' counts are not valid.
+        margin: `(rows, 1)` how far rounding may move scores.
+        is_shared: `(rows,)` bool, which queries take part in `compare_among`.
     """
 
     def __init__(self, products: _Products, queries: torch.Tensor, nearest_only: bool):
         self.products, self.queries, self.nearest_only = products, queries, nearest_only
         start, end, own = (columns[queries][:, None] for columns in products.space.class_columns)  # (rows, 1) each
-        self.start, self.end, self.first, self.last = start, end, int(start.min()), int(end.max())
-        points = products.prepare(products.space.query[queries])  # (rows, D + 2)
-        positives = self._score_positives(points, own)  # (rows, M)
-        # (rows, M) each, or (rows, 1): the scores of the positives that are compared, and which of the class they are
-        wanted, self.places = positives.topk(1 if nearest_only else positives.shape[1], dim=1)
+        self.start, self.end, self.own, self.first, self.last = start, end, own, int(start.min()), int(end.max())
+        self.inside = int(start.max()), int(end.min())  # columns of which every query's class is
+        points = self._points()  # (rows, D + 2)
+        # (rows, M), or (rows, 1): the scores of the positives that are compared, nearest first
+        self.wanted = self._score_nearest(points) if nearest_only else _sort(self._score_positives(points)).flip(1)
 
         # An item about as far away as a positive at distance d has ‖g‖ ≤ ‖q‖ + d, and products of D terms are off by up
         # to about eps √D ‖q‖ ‖g‖. Equal distances must be in doubt, too.
         precision = torch.finfo(products.dtype)
-        squared = points[:, :-2].square().sum(dim=1, keepdim=True)  # (rows, 1)
-        lowest = wanted.masked_fill(wanted.isinf(), torch.inf).amin(dim=1, keepdim=True)  # (rows, 1)
-        squared_distance = (squared - 2 * lowest).clamp(min=0)  # (rows, 1)
-        margin = 4 * precision.eps * math.sqrt(points.shape[1]) * (squared + squared_distance)  # (rows, 1)
-        margin += 2 * (TIE - 1) * squared_distance + 1e6 * precision.tiny
-        self.points = points * (0.5 / margin)  # (rows, D + 2)
-        self.thresholds = (wanted * (0.5 / margin) - 0.5).masked_fill_(wanted.isinf(), torch.inf)  # (rows, M)
-        if nearest_only:
-            self.points[:, -1:] = -self.thresholds  # which the product then adds
-        self.may_be_nearest = positives.isfinite() & (positives >= wanted[:, :1] - 2 * margin)  # (rows, M)
+        self.squared = points[:, :-2].square().sum(dim=1, keepdim=True)  # (rows, 1)
+        lowest = self.wanted.masked_fill(self.wanted.isinf(), torch.inf).amin(dim=1, keepdim=True)  # (rows, 1)
+        squared_distance = (self.squared - 2 * lowest).clamp(min=0)  # (rows, 1)
+        self.margin = 4 * precision.eps * math.sqrt(points.shape[1]) * (self.squared + squared_distance)  # (rows, 1)
+        self.margin += 2 * (TIE - 1) * squared_distance + 1e6 * precision.tiny
+        self.thresholds = self._thresholds(self.wanted, self.margin)  # (rows, M)
 
-        self.counts = torch.zeros(wanted.shape, dtype=torch.int64, device=queries.device)
+        self.counts = torch.zeros(self.wanted.shape, dtype=torch.int64, device=queries.device)
         self.is_crowded = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
+        self.is_shared = torch.ones_like(self.is_crowded)
         self.num_doubts = points.new_zeros(len(queries))  # (rows,) about as many
         self.max_doubts = 64 + len(products.gallery) // 32
         self.doubts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # rows, positives and columns
 
-    def _score_positives(self, points: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    def _points(self) -> torch.Tensor:
+        """The queries, prepared, `(rows, D + 2)`."""
+        return self.products.prepare(self.products.space.query[self.queries])
+
+    @staticmethod
+    def _thresholds(wanted: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
+        """Below which scaled scores are certainly less than those wanted `(rows, M)`; ∞ where none is wanted."""
+        return (wanted * (0.5 / margin) - 0.5).masked_fill_(wanted.isinf(), torch.inf)
+
+    def _score_nearest(self, points: torch.Tensor) -> torch.Tensor:
+        """The highest score `(rows, 1)` of each query's class without the query itself; -∞ where it has no others."""
+        nearest = torch.full((len(points), 1), -torch.inf, dtype=points.dtype, device=points.device)
+        for column in range(self.first, self.last, GALLERY_TILE):
+            scores = self._mask_others(self.products.score(points, column, self.last), column)
+            nearest = torch.maximum(nearest, scores.amax(dim=1, keepdim=True))
+        return nearest
+
+    def _mask_others(self, scores: torch.Tensor, column: int, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """Scores of some rows from a column on, with -∞ for items of other classes and the query itself."""
+        start, end_of_class, own = self.start[rows], self.end[rows], self.own[rows]
+        end = column + scores.shape[1]
+        if column < self.inside[0] or end > self.inside[1]:
+            columns = torch.arange(column, end, device=scores.device)  # (columns,)
+            scores.masked_fill_((columns < start) | (columns >= end_of_class), -torch.inf)
+        place = (own - column).clamp(0, scores.shape[1] - 1)  # (rows, 1)
+        is_own = (own >= column) & (own < end)  # (rows, 1)
+        return scores.scatter_(1, place, scores.gather(1, place).masked_fill_(is_own, -torch.inf))
+
+    def _score_positives(self, points: torch.Tensor) -> torch.Tensor:
         """Scores `(rows, M)` of each query's class; -∞ for the query itself, and where its class has fewer items."""
         columns = self.start + torch.arange(int((self.end - self.start).max().clamp(min=1)), device=points.device)
         positives = torch.full(columns.shape, -torch.inf, dtype=points.dtype, device=points.device)  # (rows, M)
         for column in range(self.first, self.last, GALLERY_TILE):
-            scores = self.products.score(points, column)  # (rows, columns)
+            scores = self.products.score(points, column, self.last)  # (rows, columns)
             in_tile = (columns >= column) & (columns < column + scores.shape[1]) & (columns < self.end)
             found = scores.gather(1, (columns - column).clamp(0, scores.shape[1] - 1))  # (rows, M)
             positives = torch.where(in_tile, found, positives)
-        return positives.masked_fill_(columns == own, -torch.inf)
+        return positives.masked_fill_(columns == self.own, -torch.inf)
 
     def count(self) -> None:
         """Counts the items of other classes that are at least as near as each positive."""
-        is_few = self.nearest_only or self.thresholds.shape[1] <= MAX_IN_TURN
-        compare = self._compare_in_turn if is_few else self._compare_by_search
+        points = self._points() * (0.5 / self.margin)  # (rows, D + 2)
+        if not self.nearest_only and self.thresholds.shape[1] > MAX_IN_TURN:
+            self._count_by_rank(points)
+            self.settle_doubts()
+            return
+        if self.nearest_only:
+            points[:, -1:] = -self.thresholds  # which the product then adds
         for column in range(0, len(self.products.gallery), GALLERY_TILE):
-            scores = self.products.score(self.points, column)  # (rows, columns)
-            if self.first < column + scores.shape[1] and column < self.last:
-                columns = torch.arange(column, column + scores.shape[1], device=scores.device)  # (columns,)
-                scores.masked_fill_((columns >= self.start) & (columns < self.end), -torch.inf)
-            compare(scores, column)
-            if self.is_crowded.all():
-                return
-        self._settle_doubts()
+            end = min(column + GALLERY_TILE, len(self.products.gallery))
+            if not self._is_inside(column, end):
+                scores = self._mask_positives(self.products.score(points, column), column)  # (rows, columns)
+                self._compare(scores, column, is_above=self.nearest_only)
+                if self.is_crowded.all():
+                    return
+        self.settle_doubts()
 
-    def _compare_in_turn(self, scores: torch.Tensor, column: int) -> None:
-        """Compares a tile's scores `(rows, columns)` with one threshold after the other; may overwrite them."""
+    def _is_inside(self, column: int, end: int) -> bool:
+        """Whether items from a column to another are of every query's class."""
+        return self.inside[0] <= column and end <= self.inside[1]
+
+    def _mask_positives(self, scores: torch.Tensor, column: int) -> torch.Tensor:
+        """Scores `(rows, columns)` from a column on, with -∞ for items of the query's class."""
+        if self.first < column + scores.shape[1] and column < self.last:
+            columns = torch.arange(column, column + scores.shape[1], device=scores.device)  # (columns,)
+            scores.masked_fill_((columns >= self.start) & (columns < self.end), -torch.inf)
+        return scores
+
+    def share_products(self, margin: torch.Tensor) -> None:
+        """Makes thresholds for products that are scaled alike for all queries: for `compare_among`.
+
+        These products are -‖q - g‖²/2, which is the same for either point. Queries with a larger margin take no part.
+        """
+        self.is_shared = (self.margin <= margin)[:, 0]
+        self.scale = 0.5 / margin
+        self.thresholds = self._thresholds(self.wanted - self.squared / 2, margin)
+        self.thresholds[~self.is_shared] = torch.inf
+
+    def compare_among(self, tiles: Sequence[_QueryTile]) -> None:
+        """Compares with tiles of the same points, each of which compares with this one: the first is this one."""
+        items, size = self.products.gallery, len(self.queries)
+        row = int(self.own[0, 0])
+        points = items[row : row + size] * self.scale  # (rows, D + 2)
+        points[:, -2:] = points[:, -2:].flip(1)
+        for tile in tiles:
+            column = int(tile.own[0, 0])
+            end = column + len(tile.queries)
+            if self._is_inside(column, end) or self.is_crowded.all() and tile.is_crowded.all():
+                continue
+            scores = self._mask_positives(self.products.multiply(points, items[column:end]), column)  # (rows, columns)
+            self._compare(scores, column)
+            if tile is not self:
+                tile._compare(scores.T, row)
+
+    def _compare(self, scores: torch.Tensor, column: int, is_above: bool = False) -> None:
+        """Compares scores `(rows, columns)` from a column on with one threshold after the other.
+
+        Args:
+            scores: scaled scores.
+            column: the column of the first.
+            is_above: whether the only threshold has been subtracted, and they may be overwritten.
+        """
         for positive, threshold in enumerate(self.thresholds.T):
-            if self.nearest_only:
-                above = scores  # the product has subtracted the threshold
-            else:
-                above = torch.sub(scores, threshold[:, None], out=self.products.spare(scores))
+            above = scores if is_above else torch.sub(scores, threshold[:, None], out=self.products.spare(scores))
             reached = above.clamp_(0, 1)  # (rows, columns): 0, 1, or between where in doubt
             total = reached.sum(dim=1)  # (rows,)
             rows = total.nonzero()[:, 0]  # (some,)
@@ -573,29 +705,31 @@ class _QueryTile:
                 self.doubts.append((rows[chosen[places]], torch.full_like(places, positive), columns + column))
             self.counts[rows, positive] += total.round().long()
 
-    def _compare_by_search(self, scores: torch.Tensor, column: int) -> None:
-        """The same with all thresholds at once, which is quicker where there are many."""
-        num_positives = self.thresholds.shape[1]
-        ascending = self.thresholds.masked_fill(self.thresholds.isinf(), -torch.inf).flip(1)  # (rows, M)
-        ascending = F.pad(ascending, (0, 1), value=torch.inf)  # (rows, M + 1)
-        certain = torch.sub(scores, 1, out=self.products.spare(scores))  # (rows, columns)
-        passed = torch.searchsorted(ascending[:, :-1].contiguous(), certain, right=True)  # (rows, columns)
-        histogram = torch.zeros(ascending.shape, dtype=torch.int64, device=scores.device)
-        histogram.scatter_add_(1, passed, torch.ones_like(passed))  # (rows, M + 1)
-        self.counts += histogram.flip(1).cumsum(dim=1)[:, :-1]
-        rows, columns = (ascending.gather(1, passed) < scores).nonzero(as_tuple=True)
-        self._add_doubts(slice(None), torch.bincount(rows, minlength=len(scores)))
-        for chosen in (~self.is_crowded[rows]).nonzero()[:, 0].split(max(1, MAX_DIFFERENCES // num_positives)):
-            above = scores[rows[chosen], columns[chosen]][:, None] - self.thresholds[rows[chosen]]  # (some, M)
-            places, positives = ((above > 0) & (above < 1)).nonzero(as_tuple=True)
-            self.doubts.append((rows[chosen][places], positives, columns[chosen][places] + column))
+    def _count_by_rank(self, points: torch.Tensor) -> None:
+        """The same with all thresholds and the whole gallery at once, which is quicker where there are many."""
+        scores = self.products.score_all(points)  # (rows, G)
+        ascending = self.thresholds.masked_fill(self.thresholds.isinf(), -torch.inf).flip(1).contiguous()  # (rows, M)
+        if scores.device.type == "cpu":
+            bounds = zip(self.start[:, 0].tolist(), self.end[:, 0].tolist())
+            for row, (start, end) in zip(scores, bounds):
+                row[start:end] = -torch.inf
+            certain, possible = _rank_rows(scores.numpy(), ascending.numpy())
+        else:
+            certain, possible = _rank_sorted(self._mask_positives(scores, 0), ascending)
+        self.counts, doubts = certain.flip(1), (possible - certain).flip(1)  # (rows, M)
+        self._add_doubts(slice(None), doubts.sum(dim=1))
+        for row in (doubts.any(dim=1) & ~self.is_crowded).nonzero()[:, 0].tolist():
+            for positives in doubts[row].nonzero()[:, 0].split(1 + MAX_DIFFERENCES // scores.shape[1]):  # (some,)
+                above = scores[row] - self.thresholds[row, positives][:, None]  # (some, G)
+                places, columns = ((above > 0) & (above < 1)).nonzero(as_tuple=True)
+                self.doubts.append((torch.full_like(places, row), positives[places], columns))
 
     def _add_doubts(self, rows: torch.Tensor | slice, numbers: torch.Tensor) -> None:
         """Adds up the items in doubt of some queries."""
         self.num_doubts[rows] += numbers
         self.is_crowded |= self.num_doubts > self.max_doubts
 
-    def _settle_doubts(self) -> None:
+    def settle_doubts(self) -> None:
         """Counts the items in doubt, by their distances."""
         if not self.doubts:
             return
@@ -611,18 +745,85 @@ class _QueryTile:
 
     def _measure_positives(self, rows: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
         """Distances `(some,)` float64 of queries `(some,)` to those of their positives `(some,)`."""
-        space, shape = self.products.space, self.may_be_nearest.shape
+        space = self.products.space
         if self.nearest_only:
             asking, place = rows.unique(return_inverse=True)
-            rows, places = self.may_be_nearest[asking].nonzero(as_tuple=True)
-            distances = torch.full((len(asking), shape[1]), torch.inf, dtype=torch.float64, device=rows.device)
-            items = space.gallery_order[self.start[asking[rows], 0] + places]
-            distances[rows, places] = space.distances(self.queries[asking[rows]], items)
-            return distances.amin(dim=1)[place]
-        asked, place = (rows * shape[1] + positives).unique(return_inverse=True)
-        rows, positives = asked // shape[1], asked % shape[1]
-        items = space.gallery_order[self.start[rows, 0] + self.places[rows, positives]]
-        return space.distances(self.queries[rows], items)[place]
+            rows, items = self._find_nearest(asking)
+            distances = torch.full((len(asking),), torch.inf, dtype=torch.float64, device=rows.device)
+            return distances.index_reduce_(0, rows, space.distances(self.queries[asking[rows]], items), "amin")[place]
+        scores = self._score_positives(self._points())  # (rows, M)
+        asked, place = (rows * scores.shape[1] + positives).unique(return_inverse=True)
+        rows, positives = asked // scores.shape[1], asked % scores.shape[1]
+        places = scores.argsort(dim=1, descending=True)[rows, positives]  # (some,) which of the class they are
+        return space.distances(self.queries[rows], space.gallery_order[self.start[rows, 0] + places])[place]
+
+    def _find_nearest(self, asking: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pairs of one of the rows `(asking,)` and an item, `(pairs,)` each: all that may be its nearest positive."""
+        points = self._points()[asking]  # (asking, D + 2)
+        lowest = self.wanted[asking] - 2 * self.margin[asking]  # (asking, 1)
+        found = []
+        for column in range(self.first, self.last, GALLERY_TILE):
+            scores = self._mask_others(self.products.score(points, column, self.last), column, asking)
+            rows, columns = (scores >= lowest).nonzero(as_tuple=True)
+            found.append((rows, self.products.space.gallery_order[columns + column]))
+        rows, items = (torch.cat(parts) for parts in zip(*found))
+        return rows, items
+
+
+def _sort(values: torch.Tensor) -> torch.Tensor:
+    """Each row `(rows, M)` in ascending order, by NumPy on the CPU, which is several times as quick as torch."""
+    return torch.from_numpy(np.sort(values.numpy(), axis=1)) if values.device.type == "cpu" else values.sort(1).values
+
+
+def _rank_sorted(scores: torch.Tensor, ascending: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many of each row's scores `(rows, G)` are at least 1 above thresholds `(rows, M)`, and above: `(rows, M)`."""
+    scores, size = _sort(scores), scores.shape[1]
+    certain = size - torch.searchsorted(scores, ascending + 1)
+    return certain, size - torch.searchsorted(scores, ascending, right=True)
+
+
+def _rank_rows(scores: np.ndarray, ascending: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, more quickly, by NumPy, on as many threads as torch has."""
+    certain, possible = np.zeros((2, *ascending.shape), np.int64)
+
+    def rank(row: int) -> None:
+        first = int(np.isneginf(ascending[row]).sum())
+        if first < ascending.shape[1]:
+            certain[row, first:], possible[row, first:] = _rank_row(scores[row], ascending[row, first:])
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        list(threads.map(rank, range(len(scores))))
+    return torch.from_numpy(certain), torch.from_numpy(possible)
+
+
+def _rank_row(scores: np.ndarray, ascending: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same of scores `(G,)` and finite thresholds `(R,)`.
+
+    Scores are counted by cells of equal width; only those in the cell of a threshold are sorted.
+    """
+    low, high = ascending[0], ascending[-1] + 1
+    width = (high - low) / (NUM_CELLS - 1)
+
+    def find_cells(values: np.ndarray) -> np.ndarray:
+        places = (values - low) / width + 1
+        return places.clip(0, NUM_CELLS + 1, out=places).astype(np.intp)
+
+    cells, from_cell, to_cell = find_cells(scores), find_cells(ascending), find_cells(ascending + 1)
+    is_near = np.zeros(NUM_CELLS + 3, np.int64)
+    np.add.at(is_near, from_cell, 1)
+    np.add.at(is_near, to_cell + 1, -1)
+    is_near = is_near.cumsum()[:-1] > 0  # (cells,)
+    counts = np.bincount(cells, minlength=len(is_near))
+    counts[is_near] = 0
+    far_above = counts[::-1].cumsum()[::-1][to_cell]  # (R,)
+    near = np.sort(scores[is_near[cells]])
+    after = np.searchsorted(near, ascending, side="right")  # (R,)
+    possible = far_above + len(near) - after
+    certain = possible.copy()
+    doubtful = np.flatnonzero(np.append(near, np.inf)[after] < ascending + 1)
+    if len(doubtful):
+        certain[doubtful] -= np.searchsorted(near, ascending[doubtful] + 1) - after[doubtful]
+    return certain, possible
 
 
 @dataclass(frozen=True)
@@ -1436,4 +1637,5 @@ def evaluate(
         The metrics and the embedding spaces, as from `evaluate_points`.
     """
     points = [embed_set(net, images, device) for images in sets]
-    return evaluate_points(points, k_vals, names, testing_method, validation, all_levels)
+    metrics, spaces = evaluate_points(points, k_vals, names, testing_method, validation, all_levels)
+    return from_first_rank(metrics), spaces  # what follows from them must be the same on all ranks

@@ -22,6 +22,7 @@ from auxiliaries import (
     UserError,
     as_json,
     atomic_write,
+    by_first_rank,
     locked,
     notice,
     number,
@@ -29,7 +30,7 @@ from auxiliaries import (
     seeded,
     user_path,
 )
-from datasets import ImageDataset, ImageLoader, ImageSet, Loaders
+from datasets import ImageDataset, ImageLoader, ImageSet, Loaders, in_batches, in_shares
 from netlib import EmbeddingNet
 
 DTYPES = ("float32", "float16")
@@ -48,7 +49,7 @@ def add_arguments(parser: FlagParser) -> None:
     add("--cache_dtype", choices=DTYPES, default="float32", fixed=True, needs="cache_features",
         help="type of stored features; float16 halves the file")
     add("--cache_path", type=user_path, default="Training_Results/feature_cache", metavar="FOLDER", machine=True,
-        compared=False, help="folder of stored features, which all runs share")
+        compared=False, help="folder of stored features and images, which all runs share")
     # fmt: on
 
 
@@ -151,28 +152,29 @@ def give_cached_loaders(
     """
     net = nets[0]
     # Validation classes are training classes of other folds: all folds share both files.
-    learned = [loaders.train_eval, *_all_parts(loaders.val)]
-    of_test = give_features(opt, loaders, [*learned, *_all_parts(loaders.test)], 0, net, device)
+    learned = [loaders.train_eval, *all_parts(loaders.val)]
+    of_test = give_features(opt, loaders, [*learned, *all_parts(loaders.test)], 0, net, device)
     views = opt.cache_features
     of_train = give_features(opt, loaders, learned, views, net, device) if views else of_test
     common: dict[str, Any] = {"collate_fn": _as_it_is, "pin_memory": loaders.train.pin_memory}
 
     def in_order(loader: ImageLoader) -> ImageLoader:
         dataset = FeatureDataset(loader.dataset, of_test.values, of_test.find(loader.paths))
-        return ImageLoader(dataset, batch_size=opt.eval_bs, generator=torch.Generator(), **common)
+        order = in_shares(dataset)
+        return ImageLoader(dataset, batch_size=opt.eval_bs, sampler=order, generator=torch.Generator(), **common)
 
     train = TrainFeatureDataset(loaders.train.dataset, of_train.values, of_train.find(loaders.train.paths))
     for one in nets:
         one.takes_features = True
     return Loaders(
-        train=ImageLoader(train, batch_sampler=train.batches, **common),
+        train=ImageLoader(train, batch_sampler=in_batches(train.batches), **common),
         train_eval=in_order(loaders.train_eval),
         val=[one.map(in_order) for one in loaders.val],
         test=[one.map(in_order) for one in loaders.test],
     )
 
 
-def _all_parts(sets: Iterable[Any]) -> list[ImageLoader]:
+def all_parts(sets: Iterable[Any]) -> list[ImageLoader]:
     """Queries and galleries of retrieval sets."""
     return [part for one in sets for part in (one.query, one.gallery) if part is not None]
 
@@ -211,20 +213,40 @@ def give_features(
     net: EmbeddingNet,
     device: torch.device,
 ) -> Features:
-    """The features of images from their file, which is made where there is none.
+    """The features of images from their file, which is made where there is none; one file holds them all.
 
-    Args:
-        opt: the resolved flags.
-        loaders: of images, from which the transforms are taken.
-        parts: loaders of the images that are wanted; one file holds them all.
-        views: random transforms of each image; 0: its test transform.
-        net: the network, on `device`.
-        device: where the trunk runs.
+    The arguments are those of `make_features`.
 
     Raises:
         UserError: an image can't be read, or the file can't be read or written.
     """
     paths = sorted({path for part in parts for path in part.paths})
+    file = make_features(opt, loaders, paths, views, net, device)
+    return Features(read_features(file, (max(views, 1), len(paths), net.num_features)), paths)
+
+
+@by_first_rank
+def make_features(
+    opt: argparse.Namespace,
+    loaders: Loaders,
+    paths: Sequence[str],
+    views: int,
+    net: EmbeddingNet,
+    device: torch.device,
+) -> Path:
+    """The file of features of images, which is made where there is none.
+
+    Args:
+        opt: the resolved flags.
+        loaders: of images, from which the transforms are taken.
+        paths: the images, sorted.
+        views: random transforms of each image; 0: its test transform.
+        net: the network, on `device`.
+        device: where the trunk runs.
+
+    Raises:
+        UserError: an image can't be read, or the file can't be written.
+    """
     description = describe(opt, paths, views, net)
     key = hashlib.sha256(as_json(description).encode()).hexdigest()[:20]
     folder = Path(opt.cache_path)
@@ -237,9 +259,10 @@ def give_features(
             if not file.exists():
                 _make(opt, loaders, paths, views, net, device, file)
                 save_json(file.with_suffix(".json"), description)
-    return Features(read_features(file, (max(views, 1), len(paths), net.num_features)), paths)
+    return file
 
 
+@by_first_rank
 def make_folder(path: str) -> None:
     """Creates the folder of stored features, where there is none.
 
@@ -271,15 +294,10 @@ def read_features(file: Path, shape: tuple[int, int, int]) -> np.ndarray:
 
 def describe(opt: argparse.Namespace, paths: Sequence[str], views: int, net: EmbeddingNet) -> dict[str, Any]:
     """All that features depend on, for the name of their file and the description beside it."""
-    weights, images = hashlib.sha256(), hashlib.sha256()
+    weights = hashlib.sha256()
     for name, value in [*net.backbone.state_dict().items(), ("mean", net.mean), ("std", net.std)]:
         weights.update(name.encode())
         weights.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    root = os.path.abspath(opt.source_path)
-    for path in paths:
-        status = os.stat(path)
-        name = os.path.relpath(path, root)
-        images.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
     flags = TRAIN_FLAGS if views else TEST_FLAGS
     return {
         **{name: getattr(opt, name) for name in ("arch", "pooling", "cascade_layers")},
@@ -290,9 +308,19 @@ def describe(opt: argparse.Namespace, paths: Sequence[str], views: int, net: Emb
         "views": views,
         "dtype": opt.cache_dtype,
         "dataset": opt.dataset,
-        "images": {"count": len(paths), "sha256": images.hexdigest()},
+        "images": describe_images(paths, opt.source_path),
         "versions": {name: metadata.version(name) for name in ("torch", "torchvision", "timm")},
     }
+
+
+def describe_images(paths: Sequence[str], source_path: str) -> dict[str, Any]:
+    """The number of image files, and a digest of their names below the source path, sizes and times of change."""
+    images, root = hashlib.sha256(), os.path.abspath(source_path)
+    for path in paths:
+        status = os.stat(path)
+        name = os.path.relpath(path, root)
+        images.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
+    return {"count": len(paths), "sha256": images.hexdigest()}
 
 
 class _Views(ImageDataset):

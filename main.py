@@ -34,6 +34,7 @@ import config
 import datasets
 import evaluate
 import features
+import image_cache
 import inference
 import methods
 import netlib
@@ -89,6 +90,8 @@ def main(opt: argparse.Namespace, folder: Path | None = None, only_check: bool =
         print_start(run, device, len(loaders.train))
         if opt.cache_features is not None:
             loaders = features.give_cached_loaders(opt, loaders, [method.net, method.evaluated], device)
+        if opt.cache_images:
+            image_cache.use_cached_images(opt, loaders)
         console = records.Console(
             opt.n_epochs, opt.eval_metric_for_best_epoch, f"{'validation' if splits.val else 'test'} classes"
         )
@@ -259,7 +262,8 @@ def show_retrievals(run: runs.Run, space: evaluate.EmbeddingSpace, epoch: int) -
 def draw_curves(run: runs.Run, best_epoch: int, has_val: bool) -> None:
     """Draws the curves of all rows so far."""
     opt, rows = run.opt, run.log.rows
-    title = f"{opt.dataset}, {opt.arch}, {join_names(opt.loss)}, {join_names(opt.sampling) or 'no sampling'}"
+    sampling = records.join_names(opt.sampling) or "no sampling"
+    title = f"{opt.dataset}, {opt.arch}, {records.join_names(opt.loss)}, {sampling}"
     title = f"{title}\n{records.describe_selection(opt.eval_metric_for_best_epoch, has_val)}"
     path = run.folder / "InfoPlot_Base.svg"
     of_network = [row for row in rows["val"] if row["Epochs"] >= 0]  # not of its backbone alone
@@ -268,19 +272,16 @@ def draw_curves(run: runs.Run, best_epoch: int, has_val: bool) -> None:
         plots.save_curve(run.folder / "distance_measures_Train.svg", rows["distances"], "Intra / Inter")
 
 
-def join_names(names: str | Sequence[str] | None) -> str:
-    """One name or several in words, such as `triplet + ArcFaceLoss`."""
-    return names if isinstance(names, str) else " + ".join(names or ())
-
-
 def print_start(run: runs.Run, device: torch.device, num_batches: int) -> None:
     """Prints what the run is made of."""
     opt, net = run.opt, run.method.net
     weights = "random weights" if opt.not_pretrained else f"weights of {opt.weights}" if opt.weights else "pretrained"
     million = sum(parameter.numel() for parameter in net.parameters()) / 1e6
     network = f"{opt.arch} ({weights}), {million:.2f} million parameters, {net.embed_dim}-dimensional embeddings"
-    sampling = f" with {join_names(opt.sampling)} sampling" if opt.sampling else ""
-    loss = f"{join_names(opt.loss)}{sampling}, --lr {opt.lr:g}, {num_batches} batches of {opt.bs} images per epoch"
+    sampling = f" with {records.join_names(opt.sampling)} sampling" if opt.sampling else ""
+    loss = (
+        f"{records.join_names(opt.loss)}{sampling}, --lr {opt.lr:g}, {num_batches} batches of {opt.bs} images per epoch"
+    )
     records.print_start(opt.dataset, run.splits, network, loss, device, run.folder, run.epoch)
 
 
@@ -316,4 +317,4 @@ def command(argv: Sequence[str]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    auxiliaries.run_command(lambda: command(sys.argv[1:]))
+    auxiliaries.run_command(lambda: command(sys.argv[1:]), takes_ranks=True)

@@ -7,7 +7,7 @@ import copy
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,13 +28,18 @@ from auxiliaries import (
     UserError,
     check_memory,
     check_params,
+    copy_from_first_rank,
+    drawing_apart,
+    gather_rows,
     nearest_name,
     notice,
     number,
     parse_value,
+    ranks,
     reason,
     seed_everything,
     shown,
+    sum_gradients,
     upload,
 )
 
@@ -442,6 +447,7 @@ class Optimization:
         accumulate: number of batches whose mean gradient makes one step.
         steps_per_epoch: number of steps in an epoch.
         scaler: scales the loss of a network that computes in 16 bits, so that small gradients are not lost.
+        trunk: the parameters of the backbone, of which each rank has the gradient of its share of a batch.
     """
 
     def __init__(
@@ -454,7 +460,9 @@ class Optimization:
         accumulate: int = 1,
         steps_per_epoch: int = 1,
         scaler: torch.amp.GradScaler | None = None,
+        trunk: Iterable[nn.Parameter] = (),
     ):
+        self._of_shares = {id(parameter) for parameter in trunk}
         self.scaler = scaler or torch.amp.GradScaler(enabled=False)
         self.names = [group["name"] for group in groups]
         by_class: dict[str, list[Group]] = {}
@@ -496,6 +504,7 @@ class Optimization:
                 if parameter.grad is not None:
                     parameter.grad.mul_(self.accumulate / self._waiting)
         self._waiting = 0
+        sum_gradients(parameters, self._of_shares)
         scaled = [optimizer for optimizer in self.optimizers if _has_gradient(optimizer)]
         if self.clip_grad_norm is not None or self.clip_grad_value is not None:
             for optimizer in scaled:
@@ -717,6 +726,7 @@ class MetricLossOnly:
         self.averaged = copy.deepcopy(net).requires_grad_(False) if ema else None
         self._average = get_ema_multi_avg_fn(ema) if ema else None
         self._last_batch: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._batches = 0  # of this epoch
 
     @classmethod
     def build_networks(
@@ -737,16 +747,27 @@ class MetricLossOnly:
         """The network that is evaluated: the averaged one, if there is one."""
         return self.net if self.averaged is None else self.averaged
 
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """A batch's images `(B, 3, H, W)` uint8, or this rank's share of them, to features of all of them.
+
+        Every rank runs the backbone on its share alone, and computes all that follows, the loss included, on the whole
+        batch: tuples, random draws and gradients are those of a single process.
+        """
+        self._batches += 1
+        with drawing_apart(self._batches, images.device):
+            own = self.net.features(images)
+        return gather_rows(own, len(own) * ranks().count)  # (B, features)
+
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """Images `(B, 3, H, W)` uint8 to embeddings `(B, D)`."""
-        return self.net(images)
+        """A batch's images `(B, 3, H, W)` uint8, or this rank's share of them, to embeddings `(B, D)` of all."""
+        return self.net.embed_features(self.features(images))
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, epoch: int) -> dict[str, torch.Tensor]:
         """Learns from one batch.
 
         Args:
-            images: `(B, 3, H, W)` uint8, on the network's device.
-            labels: `(B,)` int64, on the host, where tuples are decided on.
+            images: `(B, 3, H, W)` uint8, on the network's device; of several ranks, each has its share of them.
+            labels: `(B,)` int64, of the whole batch, on the host, where tuples are decided on.
             epoch: counted from 1.
 
         Returns:
@@ -788,6 +809,7 @@ class MetricLossOnly:
 
     def start_epoch(self, epoch: int) -> None:
         """Puts everything into training mode."""
+        self._batches = 0
         for network in self.networks.values():
             network.train()
         if self.freeze_trunk_epochs:
@@ -795,9 +817,11 @@ class MetricLossOnly:
                 parameter.requires_grad_(epoch > self.freeze_trunk_epochs)
 
     def end_epoch(self) -> None:
-        """Advances the schedule of the learning rates."""
+        """Advances the schedule of the learning rates; from here on all ranks have the networks of the first one."""
         if self.optimization.end_epoch():
             self._update_average()
+        networks = [*self.networks.values(), *([self.averaged] if self.averaged is not None else [])]
+        copy_from_first_rank(value for network in networks for value in (*network.parameters(), *network.buffers()))
 
     def end_evaluation(self, value: float) -> None:
         """Takes the selection metric of an evaluation, which the schedule may follow."""
@@ -914,7 +938,7 @@ class S2SD(MetricLossOnly):
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, epoch: int) -> dict[str, torch.Tensor]:
         """Learns from one batch; see `MetricLossOnly.step`."""
-        features = self.net.features(images)  # (B, features)
+        features = self.features(images)  # (B, features)
         embeddings = self.net.embed_features(features)  # (B, D)
         metric = self.criterion(embeddings, labels)
         target_losses, divergences = [], []
@@ -1031,7 +1055,7 @@ class DeepAdversarialMetricLearning(MetricLossOnly):
         if alone == "network":
             return super().step(images, labels, epoch)
         with torch.set_grad_enabled(alone != "generator"):
-            features = self.net.features(images)  # (B, features)
+            features = self.features(images)  # (B, features)
             embeddings = self.net.embed_features(features)  # (B, D)
         triplets = upload(self.random_triplets(labels), features.device)  # (T, 3)
         anchors, positives, negatives = (features.detach().index_select(0, column) for column in triplets.T)
@@ -1128,7 +1152,7 @@ class CascadedEmbeddings(MetricLossOnly):
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, epoch: int) -> dict[str, torch.Tensor]:
         """Learns from one batch; see `MetricLossOnly.step`."""
-        features = self.net.features(images)  # (B, features)
+        features = self.features(images)  # (B, features)
         stages = self.net.embedding.stages(features)  # type: ignore[operator]  # (B, d) each
         positives, negatives = (upload(pairs, features.device) for pairs in all_pairs(labels))
         terms = {}
@@ -1301,6 +1325,7 @@ def build_training(
             f"--grad_cache {opt.grad_cache}: BatchNorm normalizes over {opt.grad_cache} images instead of {opt.bs}, so "
             "that gradients are not those of the whole batch; --freeze_batchnorm makes them so"
         )
+    _normalize_over_ranks(opt, net, device)
     of_net = _network_groups(opt, net)
     sized = argparse.Namespace(**{**vars(opt), "embed_dim": net.embed_dim})
     criterion, groups = losses.loss_select(opt.loss, sized, of_net, num_classes)
@@ -1311,8 +1336,23 @@ def build_training(
         network.to(device)
     groups = [*groups, *further_groups]
     _refuse_nothing_to_learn(opt, net, groups)
-    optimization = _build_optimization(opt, groups, num_batches, lower_is_better, device)
+    optimization = _build_optimization(opt, groups, num_batches, lower_is_better, device, net.backbone.parameters())
     return method(net, criterion, optimization, **further, **{name: getattr(opt, name) for name in method.flags})
+
+
+def _normalize_over_ranks(opt: argparse.Namespace, net: netlib.EmbeddingNet, device: torch.device) -> None:
+    """Makes BatchNorm of the backbone normalize over the images of all ranks, or says that it doesn't."""
+    count = ranks().count
+    if count == 1 or not any(isinstance(module, _BatchNorm) and module.training for module in net.backbone.modules()):
+        return
+    if opt.sync_batchnorm and device.type == "cuda":
+        net.backbone = nn.SyncBatchNorm.convert_sync_batchnorm(net.backbone)
+        return
+    advice = "--freeze_batchnorm makes them so" + (" and, on GPUs, --sync_batchnorm" if device.type != "cuda" else "")
+    notice(
+        f"BatchNorm normalizes over the {opt.bs // count} images of each process instead of {opt.bs}, so that "
+        f"gradients are not those of one process; {advice}"
+    )
 
 
 def _refuse_nothing_to_learn(opt: argparse.Namespace, net: netlib.EmbeddingNet, groups: Sequence[Group]) -> None:
@@ -1337,7 +1377,12 @@ def _network_groups(opt: argparse.Namespace, net: netlib.EmbeddingNet) -> list[G
 
 
 def _build_optimization(
-    opt: argparse.Namespace, groups: Sequence[Group], num_batches: int, lower_is_better: bool, device: torch.device
+    opt: argparse.Namespace,
+    groups: Sequence[Group],
+    num_batches: int,
+    lower_is_better: bool,
+    device: torch.device,
+    trunk: Iterable[nn.Parameter],
 ) -> Optimization:
     """Optimizers and schedule of the resolved flags.
 
@@ -1357,4 +1402,4 @@ def _build_optimization(
     settings = optimizer_settings(opt)
     clips = (opt.clip_grad_norm, opt.clip_grad_value)
     scaler = torch.amp.GradScaler(device.type, enabled=opt.precision == "fp16")
-    return Optimization(groups, settings, schedule, *clips, opt.accumulate, steps_per_epoch, scaler)
+    return Optimization(groups, settings, schedule, *clips, opt.accumulate, steps_per_epoch, scaler, trunk)

@@ -104,6 +104,9 @@ def add_arguments(parser: FlagParser) -> None:
     add("--compile", action="switch", default=None, machine=True, compared=False,
         help="compile the backbone with torch.compile: the first steps take minutes, those after them are quicker "
         "(default: only with --fast, where it pays)")
+    add("--sync_batchnorm", action="switch", machine=True, compared=False,
+        help="with several processes, each on a GPU of its own, let BatchNorm that isn't frozen normalize over the "
+        "images of all of them, as one process would")
     add("--grad_cache", type=number(int, 1), metavar="N",
         help="run the backbone on N images at a time, and once more for their gradients, so that a large --bs takes "
         "the memory of N images; the gradients are those of the whole batch (Gao et al., RepL4NLP 2021)")

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ import evaluate
 import features
 import records
 import runs
-from auxiliaries import UserError, notice
+from auxiliaries import UserError, by_first_rank, notice
 from config import with_flags
 
 META_SCHEMA = {
@@ -82,20 +81,20 @@ def train(
         runs.check_folder(runs.default_folder(opt))
         check_data(with_flags(opt, fold=opt.fold or 0))  # before a folder is created
         folder = open_parent_folder(opt)
-    shutil.rmtree(folder / "meta", ignore_errors=True)  # until all folds are done
+    auxiliaries.remove_folder(folder / "meta")  # until all folds are done
     source_folds = runs.fold_folders(source) if source else {}
     try:
         for fold in range(opt.num_training_sets) if opt.fold is None else [opt.fold]:
             print(f"\nfold {fold} of {opt.num_training_sets}")
             fold_folder, fold_opt = folder / f"fold_{fold}", with_flags(opt, fold=fold)
-            if fold_folder.exists() and is_finished(fold_folder, fold_opt):
+            if is_finished(fold_folder, fold_opt):
                 print(f"{fold_folder} is finished")
                 continue
             source_fold = source_folds.get(fold) or source_folds.get(None)
             train_in_stages(fold_opt, train_run, fold_folder, source_fold)
     except UserError:
         if is_new and opt.fold is None and not any(folder.glob("fold_*")):
-            shutil.rmtree(folder)  # nothing has been trained
+            auxiliaries.remove_folder(folder)  # nothing has been trained
         raise
     return write_meta_results(opt, folder)
 
@@ -109,6 +108,7 @@ def check_data(opt: argparse.Namespace) -> None:
     datasets.give_dataloaders(opt, datasets.give_splits(opt))
 
 
+@by_first_rank
 def open_parent_folder(opt: argparse.Namespace) -> Path:
     """The folder of all folds: a new one, or with --fold that of the folds that other machines train.
 
@@ -170,6 +170,7 @@ def train_in_stages(
 # Meta results: over folds
 
 
+@by_first_rank
 def is_finished(folder: Path, opt: argparse.Namespace) -> bool:
     """Whether a fold is finished, with flags that give the same results as these."""
     if not (folder / "summary.json").exists():
@@ -347,7 +348,7 @@ def reproduce(source: Path, argv: Sequence[str], train_run: TrainRun) -> dict[st
         results = train(opt, train_run, folder, source if is_followed else None)
     except UserError:
         if not any(folder.rglob("last.pth.tar")):
-            shutil.rmtree(folder)  # nothing has been trained
+            auxiliaries.remove_folder(folder)  # nothing has been trained
         raise
     print_side_by_side(original, read_results(runs.fold_folders(folder).get(opt.fold, folder)))
     return results
@@ -377,6 +378,7 @@ def warn_of_changes(source: Path, opt: argparse.Namespace, device: torch.device)
             notice(f"{name} is {value}, and was {original.get(name)} in the original: figures may differ")
 
 
+@by_first_rank
 def read_results(folder: Path) -> dict[str, float]:
     """A finished run's results, named by network and metric; empty where it isn't finished."""
     meta = folder / "meta/results.json"

@@ -923,6 +923,11 @@ def fit_columns(row: Mapping[str, Any], metric: str, width: int) -> list[str]:
     return [name for name in names if name in chosen]
 
 
+def join_names(names: str | Sequence[str] | None) -> str:
+    """One name or several in words, such as `triplet + ArcFaceLoss`."""
+    return names if isinstance(names, str) else " + ".join(names or ())
+
+
 def print_start(
     dataset: str, splits: Splits, network: str, loss: str, device: torch.device, folder: Path, epoch: int
 ) -> None:
@@ -937,7 +942,7 @@ def print_start(
         folder: the run folder.
         epoch: the epoch after which the run goes on; 0 in a new run.
     """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    one = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     facts = {
         "data": dataset,
         "training": _describe_images(splits.train),
@@ -945,7 +950,7 @@ def print_start(
         "test": " + ".join(map(_describe_set, splits.test)),
         "network": network,
         "loss": loss,
-        "device": name if ranks().count == 1 else f"{ranks().count} processes, each with {name}",
+        "device": one if ranks().count == 1 else f"{ranks().count} processes, each with {one}",
         "run folder": f"{folder}, after epoch {epoch}" if epoch else str(folder),
     }
     print("\n".join(f"{name:<12}{fact}" for name, fact in facts.items() if fact), flush=True)

@@ -70,6 +70,8 @@ TRANSFORMS = (
     *("RandomVerticalFlip", "RandomZoomOut", "Resize", "ScaleJitter", "TrivialAugmentWide"),
 )
 
+NOT_RANDOM = ("CenterCrop", "Grayscale", "Identity", "Pad", "RGB", "Resize")
+
 # Its other classes, and why they can't be used.
 _OF_BOXES, _OF_OTHERS = "it is for boxes or key points", "it takes other transforms, which flags can't give"
 _OF_TYPES = "images are uint8 tensors, which the network normalizes itself"
@@ -327,6 +329,7 @@ class Pipeline:
 
     Attributes:
         side: of the images that they give, px.
+        fixed: the first entries, up to the first one that is random.
 
     Raises:
         UserError: a transform can't be built or applied, or what they give differs in size, or is not square.
@@ -335,6 +338,8 @@ class Pipeline:
     def __init__(self, flag: str, entries: Sequence[str], interpolation: str = "bilinear"):
         self.flag = flag
         self.transforms = [(entry, build_transform(flag, entry, interpolation)) for entry in entries]
+        is_random = [entry.partition(":")[0] not in NOT_RANDOM for entry in entries]
+        self.fixed = list(entries)[: [*is_random, True].index(True)]
         self.side: int | None = None
         sizes = []
         with seeded(0):
@@ -353,16 +358,15 @@ class Pipeline:
         self.side = height
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        result = cut_long_sides(image)
-        for entry, transform in self.transforms:
-            try:
-                result = transform(result)
-            except Exception as error:  # torchvision raises anything at all
-                height, width = result.shape[-2:]
-                raise UserError(
-                    f"{self.flag}: {entry} can't be applied to an image of {width} × {height} px "
-                    f"({reason(error)}): change its parameters, or what comes before it"
-                ) from None
+        return self.finish(self.begin(image))
+
+    def begin(self, image: torch.Tensor) -> torch.Tensor:
+        """Applies the transforms up to the first one that is random."""
+        return self._apply(cut_long_sides(image), self.transforms[: len(self.fixed)])
+
+    def finish(self, image: torch.Tensor) -> torch.Tensor:
+        """Applies the others, and checks what they give."""
+        result = self._apply(image, self.transforms[len(self.fixed) :])
         if result.dtype != torch.uint8 or len(result) != 3:
             raise UserError(
                 f"{self.flag} gives images of {len(result)} channels of {str(result.dtype).removeprefix('torch.')}, "
@@ -372,11 +376,34 @@ class Pipeline:
             raise self._sizes_differ((self.side, self.side), tuple(result.shape[-2:]))
         return result
 
+    def _apply(self, image: torch.Tensor, named: Sequence[tuple[str, Transform]]) -> torch.Tensor:
+        result = image
+        for entry, transform in named:
+            try:
+                result = transform(result)
+            except Exception as error:  # torchvision raises anything at all
+                height, width = result.shape[-2:]
+                raise UserError(
+                    f"{self.flag}: {entry} can't be applied to an image of {width} × {height} px "
+                    f"({reason(error)}): change its parameters, or what comes before it"
+                ) from None
+        return result
+
     def _sizes_differ(self, one: Sequence[int], other: Sequence[int]) -> UserError:
         return UserError(
             f"{self.flag} gives images of different sizes ({one[1]} × {one[0]} and {other[1]} × {other[0]} px): end "
             "with a transform that gives one size, such as CenterCrop:224"
         )
+
+
+def split_random(transform: Transform) -> tuple[Transform, Transform]:
+    """What a transform does before anything random, and what it does after that."""
+    return (transform.begin, transform.finish) if isinstance(transform, Pipeline) else (unchanged, transform)
+
+
+def unchanged(image: torch.Tensor) -> torch.Tensor:
+    """The image as it is."""
+    return image
 
 
 def build_transform(flag: str, entry: str, interpolation: str = "bilinear") -> Callable[[torch.Tensor], torch.Tensor]:

@@ -571,7 +571,23 @@ def open_study(
             if known != definition:
                 study.set_user_attr("definition", definition)
             describe_study(folder, study)
+            check_trials(study, search)
     return study, identity
+
+
+def check_trials(study: optuna.Study, search: Search) -> None:
+    """Makes sure that the trials that have ended have a value of all that is tuned.
+
+    Raises:
+        UserError: one hasn't; lines of the journal are missing.
+    """
+    for trial in study.get_trials(deepcopy=False):
+        missing = [parameter.name for parameter in search.space if parameter.name not in trial.params]
+        if trial.state.name in ("COMPLETE", "PRUNED") and missing:
+            raise UserError(
+                f"the study {study.study_name} is damaged: its trial {trial.number} has no {missing[0]}; restore "
+                f"{JOURNAL if search.own.storage is None else 'what --storage names'}, or choose another --savename"
+            )
 
 
 def read_identity(file: Path) -> str:
@@ -611,7 +627,9 @@ def find_changes(folder: Path, known: Mapping[str, Any], now: Mapping[str, Any])
     if changed:
         name = changed[0]
         was = known.get(name, known["flags"].get(name))
-        with_flag = f"{'with' if was else 'without'} --{name}" if isinstance(was, bool) else f"with --{name} {shown(was)}"
+        with_flag = (
+            f"{'with' if was else 'without'} --{name}" if isinstance(was, bool) else f"with --{name} {shown(was)}"
+        )
         raise UserError(
             f"{folder} is a study {with_flag}, and its trials must share that: give the same flags, or choose another "
             "--savename"
@@ -1092,7 +1110,7 @@ def report(session: Session, best: optuna.trial.FrozenTrial, reproductions: Sequ
             "trial": best.number,
             "folder": session.trial_folder(best.number).name,
             "value": best.value,
-            "standard error": best.user_attrs["standard error"],
+            "standard error": best.user_attrs.get("standard error"),
             "values": best.params,
         },
         "test": test,

@@ -352,6 +352,21 @@ def test_a_blank_last_line_is_damage(flags: Flags, tmp_path: Path) -> None:
         tune.command(flags(*LR, *n_trials(2)))
 
 
+@pytest.mark.parametrize("op_code", [5, 8])  # a value of the trial; its standard error, which is not needed
+def test_a_journal_that_lacks_a_line(flags: Flags, tmp_path: Path, op_code: int) -> None:
+    argv = flags(*LR, *n_trials(1))
+    before = tune.command(argv)
+    journal = tmp_path / "cv" / "s" / tune.JOURNAL
+    lines = journal.read_text().splitlines(keepends=True)
+    last = max(position for position, line in enumerate(lines) if f'"op_code":{op_code},' in line)
+    journal.write_text("".join(lines[:last] + lines[last + 1 :]))
+    if op_code == 8:
+        assert tune.command(argv) == before
+    else:
+        with pytest.raises(UserError, match=r"the study cv/s is damaged: its trial 0 has no lr; restore study\.journal"):
+            tune.command(argv)
+
+
 @pytest.mark.parametrize("content", ["nonsense\n", '{"op_code": 0}\n', "[]\n{}\n", b"\xff\xfe\n".decode("latin-1")])
 def test_a_damaged_journal_is_refused(flags: Flags, tmp_path: Path, content: str) -> None:
     (tmp_path / "cv" / "s").mkdir(parents=True)
