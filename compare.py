@@ -31,9 +31,11 @@ from auxiliaries import UserError, shown
 from records import Row
 from significance import Difference
 
+NAMED_FIRST = ("dataset", "arch", "loss", "loss_params", "sampling", "training_method", "lr", "margin")
 MODELS = ("selected", "last")
 SPLITS = {"test": "test", "val": "validation"}
 MAX_FOLDS, MAX_EPOCH = 1000, 10**9
+MOST_RUNS = 20  # that are listed one by one in Markdown
 DEFAULT_METRIC = "Recall @ 1"
 FINEST = "Level 0 "  # before the names of metrics at all levels of the labels
 BY_QUERY = {
@@ -53,9 +55,10 @@ def add_arguments(parser: auxiliaries.FlagParser) -> None:
     add = parser.add_argument
     add("folders", nargs="+", type=auxiliaries.user_path, metavar="FOLDER",
         help="run folders, such as Training_Results/cub200/*")
-    add("--metric", help="the metric to compare, as log_val_Base.csv names it (default: the first of --metrics, or "
-        f"else {DEFAULT_METRIC})")
-    add("--metrics", nargs="+", metavar="METRIC",
+    add("--metric", type=evaluate.metric_name,
+        help="the metric to compare, as log_val_Base.csv names it, or shorter, as R@1 (default: the first of "
+        f"--metrics, or else {DEFAULT_METRIC})")
+    add("--metrics", nargs="+", type=evaluate.metric_name, metavar="METRIC",
         help="the metrics to show, each in a column (default: the one that is compared); give it after the folders")
     add("--reference", metavar="LABEL",
         help="the configuration to compare the others with, as the table names it, or a part of that name; named in "
@@ -120,7 +123,7 @@ def read_run(folder: Path, metric: str, further: Sequence[str] = ()) -> dict[str
         "seed": flags.get("seed"),
         "fold": flags.get("fold"),
         "partitions": flags.get("num_training_partitions"),
-        "flags": {name: str(value) for name, value in runs.compared_flags(flags).items()},
+        "flags": {name: as_text(value) for name, value in runs.compared_flags(flags).items()},
         "split": split,
         **values,
         "figures": {name: records.mean_over_sets(metrics[0], name) for name in further},
@@ -191,19 +194,53 @@ def read_runs(folders: Iterable[Path], metric: str, further: Sequence[str] = ())
     for name in further:
         if all(math.isnan(run["figures"][name]) for run in found):
             raise UserError(f"--metrics {shown(name)}: none of the runs has it; --evaluate computes further metrics")
-    for run, label in zip(found, label_configurations([run["flags"] for run in found])):
-        run["Configuration"] = label
+    for run, (label, others) in zip(found, label_configurations([run["flags"] for run in found])):
+        run |= {"Configuration": label, "Further flags": others}
     for drop in (drop_repeated, drop_validation_figures, drop_other_data, drop_incomplete_seeds):
         found = drop(found)
     return found
 
 
-def label_configurations(flags: Sequence[Mapping[str, str]]) -> list[str]:
-    """A label for each run: the flags that differ between runs, or, where none does, what was trained."""
-    names = sorted({str(name) for of_run in flags for name in of_run})
-    differing = [name for name in names if len({of_run.get(name, "None") for of_run in flags}) > 1]
-    shown = differing or [name for name in ("dataset", "arch", "loss") if name in names]
-    return [", ".join(f"{name} {of_run.get(name, 'None')}" for name in shown) for of_run in flags]
+def label_configurations(flags: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
+    """Names each run's configuration by as few flags as tell all of them apart.
+
+    Returns:
+        For each run those flags, or, where none differs, what was trained; and all other flags that differ.
+    """
+    names = sorted({str(name) for of_run in flags for name in of_run}, key=lambda name: (_rank(name), name))
+    differing = [name for name in names if len({of_run.get(name) for of_run in flags}) > 1]
+
+    def count(chosen: Sequence[str]) -> int:
+        return len({tuple(of_run.get(name) for name in chosen) for of_run in flags})
+
+    needed = differing
+    for name in reversed(differing):  # others follow from these, or were chosen with them
+        fewer = [other for other in needed if other != name]
+        needed = fewer if fewer and count(fewer) == count(differing) else needed
+    shown = needed or [name for name in NAMED_FIRST if name in names][:3]
+    others = [name for name in differing if name not in needed]
+    labels, further = (
+        [", ".join(f"{name} {of_run.get(name, 'None')}" for name in chosen) for of_run in flags]
+        for chosen in (shown, others)
+    )
+    shorter = [shorten_numbers(label) for label in labels]
+    return list(zip(shorter if len(set(shorter)) == len(set(labels)) else labels, map(shorten_numbers, further)))
+
+
+def _rank(name: str) -> int:
+    return NAMED_FIRST.index(name) if name in NAMED_FIRST else len(NAMED_FIRST)
+
+
+def shorten_numbers(text: str) -> str:
+    """A text whose numbers have four digits at most, unless they are integers."""
+    return re.sub(r"\d+\.\d+(e[+-]?\d+)?", lambda match: f"{float(match[0]):.4g}", text)
+
+
+def as_text(value: Any) -> str:
+    """A flag's value; a mapping as its entries."""
+    if not isinstance(value, dict):
+        return str(value)
+    return " ".join(f"{key}={entry}" for key, entry in value.items()) or "none"
 
 
 def collect_database(database: Path, folders: Iterable[Path]) -> None:
@@ -308,7 +345,7 @@ def average_folds(found: Sequence[Row]) -> list[Row]:
         curve = {epoch: fmean(values) for epoch, values in join_curves(group).items()}
         folds = {run["fold"]: run for run in group}
         row = {"Configuration": label, "seed": seed, "split": split, "Runs": len(group), "folds": folds}
-        rows.append(row | means | {"curve": curve})
+        rows.append(row | means | {"curve": curve, "Further flags": group[0]["Further flags"]})
     return rows
 
 
@@ -329,7 +366,8 @@ def summarize(seeds: Sequence[Row], metric: str) -> list[Row]:
         for name in group[0]["figures"]:
             center, _, half = auxiliaries.mean_and_interval([seed["figures"][name] for seed in group])
             row |= {f"{SPLITS[split]} {name}, selected": center, f"CI 95 %, {name}, selected": half}
-        rows.append(row | {"Seconds": fmean(seed["seconds"] for seed in group)})
+        row["Seconds"] = fmean(seed["seconds"] for seed in group)
+        rows.append(row | ({"Further flags": group[0]["Further flags"]} if group[0]["Further flags"] else {}))
     return rows
 
 
@@ -601,7 +639,7 @@ def format_cells(rows: Sequence[Row], plus_minus: str = "±") -> list[dict[str, 
         {
             name: _format_cell(name, value, row, plus_minus)
             for name, value in row.items()
-            if name not in COMPARISON_COLUMNS and not name.startswith("CI 95 %")
+            if name not in (*COMPARISON_COLUMNS, "Further flags") and not name.startswith("CI 95 %")
         }
         for row in rows
     ]
@@ -660,13 +698,16 @@ def describe_optimism(rows: Sequence[Row], metric: str) -> str:
 def format_markdown(rows: Sequence[Row], metric: str, is_chosen: bool) -> str:
     """The rows as a Markdown table, below a line that says what they are; then what can be told of them."""
     parts = [describe_table(rows), records.format_table(format_cells(rows))]
+    others = [f"- {row['Configuration']}: {row['Further flags']}" for row in rows if "Further flags" in row]
+    parts += ["They differ in other flags, too:", "\n".join(others)] if others else []
     title, *sentences = describe_comparisons(rows, metric, is_chosen) or [""]
     parts += [title, "\n".join(sentences[:-1]), *filter(None, sentences[-1:])] if sentences else []
     optimism = describe_optimism(rows, metric)
     if optimism:
         by_run = [item for row in rows for item in row["Selection optimism by run"].items()]
         table = [{"Run": run, "Selection optimism": f"{value:+.4f}"} for run, value in by_run]
-        parts += [optimism, records.format_table(table)]
+        is_short = len(table) <= MOST_RUNS
+        parts += [optimism, records.format_table(table) if is_short else "--json lists it for every run."]
     return "\n\n".join(parts)
 
 

@@ -462,10 +462,15 @@ def _compute_what_selects(opt: argparse.Namespace) -> None:
     if opt.label_hierarchy_level == datasets.ALL_LEVELS or opt.evaluate is not None:
         metric = evaluate.without_level(metric)
     names = evaluate.selecting_metrics(opt.k_vals, [*evaluate.METRICS, metric])
-    if metric not in names:
+    if evaluate.without_level(metric) != metric and evaluate.without_level(metric) in names:
         raise UserError(
-            f"--eval_metric_for_best_epoch {shown(metric)} is unknown{nearest_name(metric, names)}; it takes one of "
-            f"{', '.join(names)}"
+            f"--eval_metric_for_best_epoch {metric} needs --label_hierarchy_level {datasets.ALL_LEVELS}: add that, or "
+            f"choose {evaluate.without_level(metric)}"
+        )
+    if metric not in names:
+        near = nearest_name(metric, [name for name in names if name.startswith(f"{metric} @ ")] or names)
+        raise UserError(
+            f"--eval_metric_for_best_epoch {shown(metric)} is unknown{near}; it takes one of {', '.join(names)}"
         )
     if metric not in evaluate.chosen_metrics(opt.k_vals, opt.eval_metrics):
         opt.eval_metrics = [*opt.eval_metrics, metric]

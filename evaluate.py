@@ -28,7 +28,7 @@ from auxiliaries import FlagParser, Progress, UserError, from_first_rank, gather
 if TYPE_CHECKING:
     from datasets import ImageLoader, RetrievalSet
 
-QUERY_TILE, GALLERY_TILE = 512, 2048  # products of this shape stay in the cache
+QUERY_TILE, GALLERY_TILE = 512, 1024  # products of this shape stay in the cache
 MAX_MARGINS = 4.0  # of the median rounding error, which queries that share products may have
 MAX_IN_TURN = 16  # thresholds that are compared with one after the other
 MAX_DIFFERENCES = 2**19  # coordinates that are subtracted at once
@@ -574,7 +574,7 @@ class _QueryTile:
         squared_distance = (self.squared - 2 * lowest).clamp(min=0)  # (rows, 1)
         self.margin = 4 * precision.eps * math.sqrt(points.shape[1]) * (self.squared + squared_distance)  # (rows, 1)
         self.margin += 2 * (TIE - 1) * squared_distance + 1e6 * precision.tiny
-        self.thresholds = self._thresholds(self.wanted, self.margin)  # (rows, M)
+        self._set_thresholds(self.wanted, self.margin)
 
         self.counts = torch.zeros(self.wanted.shape, dtype=torch.int64, device=queries.device)
         self.is_crowded = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
@@ -587,10 +587,10 @@ class _QueryTile:
         """The queries, prepared, `(rows, D + 2)`."""
         return self.products.prepare(self.products.space.query[self.queries])
 
-    @staticmethod
-    def _thresholds(wanted: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
-        """Below which scaled scores are certainly less than those wanted `(rows, M)`; ∞ where none is wanted."""
-        return (wanted * (0.5 / margin) - 0.5).masked_fill_(wanted.isinf(), torch.inf)
+    def _set_thresholds(self, wanted: torch.Tensor, margin: torch.Tensor) -> None:
+        """Sets below what scaled scores are certainly less than those wanted `(rows, M)`; ∞ where none is wanted."""
+        self.thresholds = (wanted * (0.5 / margin) - 0.5).masked_fill_(wanted.isinf(), torch.inf)  # (rows, M)
+        self.lowest = self.thresholds.amin(dim=1, keepdim=True)  # (rows, 1)
 
     def _score_nearest(self, points: torch.Tensor) -> torch.Tensor:
         """The highest score `(rows, 1)` of each query's class without the query itself; -∞ where it has no others."""
@@ -629,13 +629,11 @@ class _QueryTile:
             self._count_by_rank(points)
             self.settle_doubts()
             return
-        if self.nearest_only:
-            points[:, -1:] = -self.thresholds  # which the product then adds
         for column in range(0, len(self.products.gallery), GALLERY_TILE):
             end = min(column + GALLERY_TILE, len(self.products.gallery))
             if not self._is_inside(column, end):
                 scores = self._mask_positives(self.products.score(points, column), column)  # (rows, columns)
-                self._compare(scores, column, is_above=self.nearest_only)
+                self._compare(scores, column)
                 if self.is_crowded.all():
                     return
         self.settle_doubts()
@@ -658,8 +656,8 @@ class _QueryTile:
         """
         self.is_shared = (self.margin <= margin)[:, 0]
         self.scale = 0.5 / margin
-        self.thresholds = self._thresholds(self.wanted - self.squared / 2, margin)
-        self.thresholds[~self.is_shared] = torch.inf
+        wanted = self.wanted - self.squared / 2  # (rows, M)
+        self._set_thresholds(wanted.masked_fill_(~self.is_shared[:, None], -torch.inf), margin)
 
     def compare_among(self, tiles: Sequence[_QueryTile]) -> None:
         """Compares with tiles of the same points, each of which compares with this one: the first is this one."""
@@ -677,24 +675,53 @@ class _QueryTile:
             if tile is not self:
                 tile._compare(scores.T, row)
 
-    def _compare(self, scores: torch.Tensor, column: int, is_above: bool = False) -> None:
-        """Compares scores `(rows, columns)` from a column on with one threshold after the other.
+    def _compare(self, scores: torch.Tensor, column: int) -> None:
+        """Compares scaled scores `(rows, columns)` from a column on with the thresholds.
 
-        Args:
-            scores: scaled scores.
-            column: the column of the first.
-            is_above: whether the only threshold has been subtracted, and they may be overwritten.
+        Where classes are apart, few queries have a score above their lowest threshold, and those few such scores.
         """
-        for positive, threshold in enumerate(self.thresholds.T):
-            above = scores if is_above else torch.sub(scores, threshold[:, None], out=self.products.spare(scores))
-            reached = above.clamp_(0, 1)  # (rows, columns): 0, 1, or between where in doubt
-            total = reached.sum(dim=1)  # (rows,)
-            rows = total.nonzero()[:, 0]  # (some,)
-            if 4 * len(rows) < len(total):  # a copy of more takes longer than it saves
-                reached = reached.index_select(0, rows)  # (some, columns)
+        asking = (scores.amax(dim=1, keepdim=True) > self.lowest).nonzero()[:, 0]  # (asking,)
+        if len(asking) == 0:
+            return
+        if 4 * len(asking) < len(scores):
+            scores = _take_rows(scores, asking)  # (asking, columns)
+        else:
+            asking = torch.arange(len(scores), device=scores.device)
+        limit = scores.numel() * self.thresholds.shape[1] // 256
+        places, columns = _find_above(scores, self.lowest[asking], limit)  # (hits,) each
+        if len(places) <= limit:
+            self._compare_each(scores[places, columns], asking[places], columns + column)
+        else:
+            self._compare_all(scores.contiguous(), asking, column)
+
+    def _compare_each(self, scores: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> None:
+        """Compares scores `(hits,)` of rows and columns `(hits,)` with the thresholds."""
+        num_thresholds = self.thresholds.shape[1]
+        above = scores[:, None] - self.thresholds[rows]  # (hits, M)
+        cells = rows[:, None] * num_thresholds + torch.arange(num_thresholds, device=rows.device)  # (hits, M)
+        self.counts.view(-1).index_add_(0, cells.flatten(), (above >= 1).long().flatten())
+        places, positives = ((above > 0) & (above < 1)).nonzero(as_tuple=True)
+        if len(places):
+            self._add_doubts(slice(None), torch.bincount(rows[places], minlength=len(self.queries)))
+            kept = ~self.is_crowded[rows[places]]
+            places, positives = places[kept], positives[kept]
+            self.doubts.append((rows[places], positives, columns[places]))
+
+    def _compare_all(self, scores: torch.Tensor, asking: torch.Tensor, column: int) -> None:
+        """Compares scores `(asking, columns)` of some rows, from a column on, with one threshold after the other."""
+        thresholds = self.thresholds[asking]  # (asking, M)
+        is_hit = scores.amax(dim=1, keepdim=True) > thresholds  # (asking, M)
+        for positive, number in enumerate(is_hit.sum(dim=0).tolist()):
+            if number == 0:
+                continue
+            if number == len(asking):
+                rows, threshold = asking, thresholds[:, positive : positive + 1]
+                reached = torch.sub(scores, threshold, out=self.products.spare(scores))
             else:
-                rows = torch.arange(len(total), device=rows.device)
-            total = total[rows]
+                some = is_hit[:, positive].nonzero()[:, 0]  # (some,)
+                rows, reached = asking[some], scores.index_select(0, some)
+                reached.sub_(thresholds[some, positive : positive + 1])
+            total = reached.clamp_(0, 1).sum(dim=1)  # (some,) of 0, 1, or between where in doubt
             doubt = total - torch.linalg.vector_norm(reached, dim=1).square()  # (some,) Σ r (1 - r)
             chosen = (doubt > 0.01).nonzero()[:, 0]
             if len(chosen):
@@ -750,7 +777,7 @@ class _QueryTile:
             asking, place = rows.unique(return_inverse=True)
             rows, items = self._find_nearest(asking)
             distances = torch.full((len(asking),), torch.inf, dtype=torch.float64, device=rows.device)
-            return distances.index_reduce_(0, rows, space.distances(self.queries[asking[rows]], items), "amin")[place]
+            return distances.scatter_reduce_(0, rows, space.distances(self.queries[asking[rows]], items), "amin")[place]
         scores = self._score_positives(self._points())  # (rows, M)
         asked, place = (rows * scores.shape[1] + positives).unique(return_inverse=True)
         rows, positives = asked // scores.shape[1], asked % scores.shape[1]
@@ -768,6 +795,31 @@ class _QueryTile:
             found.append((rows, self.products.space.gallery_order[columns + column]))
         rows, items = (torch.cat(parts) for parts in zip(*found))
         return rows, items
+
+
+def _find_above(scores: torch.Tensor, lowest: torch.Tensor, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and columns of the scores `(rows, columns)` above those of their rows `(rows, 1)`; if too many, any."""
+    if scores.device.type != "cpu":
+        rows, columns = (scores > lowest).nonzero(as_tuple=True)
+        return rows, columns
+    mask = np.greater(scores.numpy(), lowest.numpy())
+    if np.count_nonzero(mask) > limit:
+        return (torch.zeros(limit + 1, dtype=torch.int64),) * 2
+    is_transposed = not mask.flags.c_contiguous
+    flat = (mask.T if is_transposed else mask).ravel()
+    size = flat.size // 8 * 8
+    eights = np.flatnonzero(flat[:size].view(np.uint64)) * 8  # quicker than to look at each
+    places = np.concatenate([(eights[:, None] + np.arange(8)).ravel(), np.arange(size, flat.size)])
+    rows, columns = np.divmod(places[flat[places]], len(mask) if is_transposed else mask.shape[1])
+    found = torch.from_numpy(rows), torch.from_numpy(columns)
+    return found[::-1] if is_transposed else found
+
+
+def _take_rows(scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Some rows of scores or of their transpose, contiguous; all of them, without a copy, where they are contiguous."""
+    if len(rows) == len(scores):
+        return scores.contiguous()
+    return scores.index_select(0, rows) if scores.is_contiguous() else scores.T.index_select(1, rows).T.contiguous()
 
 
 def _sort(values: torch.Tensor) -> torch.Tensor:
@@ -1266,9 +1318,10 @@ def without_level(name: str) -> str:
 
 
 def metric_name(text: str) -> str:
-    """An argparse type: a metric's name, its number written as in columns: `FNMR @ 1e-3` becomes `FNMR @ 0.001`."""
+    """An argparse type: a metric's name as in columns: `FNMR @ 1e-3` becomes `FNMR @ 0.001`, `P@5` `Precision @ 5`."""
     level = text.removesuffix(without_level(text))
-    name, separator, value = text.removeprefix(level).partition(" @ ")
+    name, separator, value = (part.strip() for part in text.removeprefix(level).partition("@"))
+    name = {"P": "Precision", "R": "Recall"}.get(name, name)
     if not separator or name not in METRICS:
         return text
     kind = METRICS[name].parameter

@@ -41,6 +41,9 @@ def evaluate_run(argv: Sequence[str]) -> dict[str, float]:
     opt = config.parse(argv, runs.config_file(folder))
     if opt.eval_pca_normalize and not opt.eval_pca:
         raise UserError("--eval_pca_normalize does nothing without --eval_pca: add that, or drop it")
+    unused = [name for name in ("meta_testing_method", "normalize_members") if name in config.given_flags(argv)]
+    if unused:
+        raise UserError(f"--{unused[0]} does nothing with --evaluate: give it to --resume_training, or drop it")
     # those of the run were for training
     opt = config.with_flags(opt, splits_to_eval=config.given_flags(argv).get("splits_to_eval", ["test"]))
     fold_paths = runs.fold_folders(folder)

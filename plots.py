@@ -271,9 +271,11 @@ def save_bands(path: Path, curves: Mapping[str, Sequence[tuple[int, float, float
         curves: for each label its points: epoch, mean, and half the width of the confidence interval (or NaN).
         name: the metric.
     """
-    figure = _new_figure(9, 5.5 + 0.2 * max(0, len(curves) - 10))  # the legend stands below the curves
+    named = {textwrap.fill(label, 110): points for label, points in curves.items()}
+    num_lines = sum(label.count("\n") + 1 for label in named)
+    figure = _new_figure(9, 5.5 + 0.2 * max(0, num_lines - 10))  # the legend stands below the curves
     axes = figure.add_subplot()
-    for label, points in curves.items():
+    for label, points in named.items():
         epochs, mean, half = np.array(points, dtype=float).reshape(-1, 3).T
         (line,) = axes.plot(epochs, mean, marker=_marker(len(epochs)), ms=3, label=label)
         axes.fill_between(epochs, mean - half, mean + half, color=line.get_color(), alpha=0.2, linewidth=0)
@@ -317,13 +319,16 @@ def _complete(points: Sequence[TrialPoint]) -> list[TrialPoint]:
     return [point for point in points if point.state == "complete"]
 
 
-def _limit(axes: Axes, points: Sequence[TrialPoint]) -> None:
-    """Gives the axis of scores room around those of complete trials; others, which may be far off, may be cut off."""
+def _limit(axes: Axes, points: Sequence[TrialPoint]) -> str:
+    """Gives the axis of scores room around those of complete trials, and says how many of these are too far off."""
     values = sorted(point.value for point in _complete(points) if math.isfinite(point.value))
     if values:
         worst, best = np.quantile(values, [0.1, 0.9]) if len(values) >= 10 else (values[0], values[-1])
         span = max(best - worst, SMALLEST_RANGE * max(map(abs, values)) or 1)
         axes.set_ylim(max(values[0], worst - span) - 0.1 * span, min(values[-1], best + span) + 0.1 * span)
+    bottom, top = axes.get_ylim()
+    num_outside = sum(not bottom <= value <= top for value in values)
+    return f"; {num_outside} far off, not shown" if num_outside else ""
 
 
 def save_history(path: Path, points: Sequence[TrialPoint], name: str, lower_is_better: bool) -> None:
@@ -344,16 +349,11 @@ def save_history(path: Path, points: Sequence[TrialPoint], name: str, lower_is_b
     best = (np.minimum if lower_is_better else np.maximum).accumulate(np.array(values, dtype=float))
     axes.vlines(numbers, [p.value - p.error for p in complete], [p.value + p.error for p in complete], "C0", alpha=0.25)
     axes.plot(numbers, values, "o", ms=5, label="complete")
+    far_off = _limit(axes, points)
     if pruned:
-        axes.plot(
-            [p.number for p in pruned],
-            [p.value for p in pruned],
-            "v",
-            ms=4,
-            color="0.6",
-            label="pruned, with its last score",
-        )
-    _limit(axes, points)
+        last = np.clip([point.value for point in pruned], *axes.get_ylim())
+        label = "pruned, with its last score or at the edge"
+        axes.plot([point.number for point in pruned], last, "v", ms=4, color="0.6", clip_on=False, label=label)
     failed = [point.number for point in points if point.state == "failed"]
     if failed:
         bottom = axes.get_ylim()[1 if lower_is_better else 0]
@@ -364,7 +364,8 @@ def save_history(path: Path, points: Sequence[TrialPoint], name: str, lower_is_b
     axes.set(
         xlabel="trial",
         title="scores of the trials"
-        + (", ± standard error over folds" if any(point.error for point in points) else ""),
+        + (", ± standard error over folds" if any(point.error for point in points) else "")
+        + far_off,
     )
     axes.set_ylabel(name, parse_math=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -423,10 +424,11 @@ def save_slices(
             axes.set_xscale("log")
         axes.set_xlabel(name, parse_math=False)
         axes.grid(alpha=0.3)
-        _limit(axes, points)
+        far_off = _limit(axes, points)
         if number % columns == 1 or columns == 1:
             axes.set_ylabel(textwrap.fill(score, 32), parse_math=False)
-    figure.suptitle("each trial by what it tried, later ones darker; a ring marks the best", fontsize="medium")
+    title = f"each trial by what it tried, later ones darker; a ring marks the best{far_off}"
+    figure.suptitle(title, fontsize="medium")
     _save(figure, path)
 
 
@@ -447,6 +449,7 @@ def save_importances(path: Path, importances: Mapping[str, float], score: str) -
     axes.set_xlim(0, 1.1 * max(importances.values()))
     axes.set_title(f"share of the variance of {score}", fontsize="medium", parse_math=False)
     axes.grid(alpha=0.3, axis="x")
+    axes.set_axisbelow(True)
     _save(figure, path)
 
 

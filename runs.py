@@ -651,7 +651,8 @@ def check_flags(folder: Path, opt: argparse.Namespace) -> None:
     if changed:
         name = changed[0]
         raise UserError(
-            f"{folder} was trained with --{name} {getattr(stored, name)}, which must stay the same: drop the flag"
+            f"{folder} was trained with {as_flags({name: getattr(stored, name)})}, which must stay the same: drop the "
+            "flag"
         )
 
 
@@ -808,8 +809,18 @@ def change_flags(folder: Path, flags_of: Mapping[Path, argparse.Namespace], opt:
 
 
 def as_flags(values: Mapping[str, Any]) -> str:
-    """Flags in words."""
-    return ", ".join(f"--{name} {value}" for name, value in values.items())
+    """Flags as a user would type them; where there is no value, `no --name`."""
+    return ", ".join(_as_flag(name, value) for name, value in values.items())
+
+
+def _as_flag(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        off = name.removeprefix("not_") if name.startswith("not_") else f"no-{name}"
+        return f"--{name if value else off}"
+    if value is None or value in ([], {}):
+        return f"no --{name}"
+    parts = [f"{key}={entry}" for key, entry in value.items()] if isinstance(value, dict) else value
+    return f"--{name} {' '.join(map(str, parts)) if isinstance(parts, list | tuple) else parts}"
 
 
 def _repair_best(folder: Path) -> None:

@@ -61,6 +61,11 @@ if TYPE_CHECKING:
 
 TUNERS = ("tpe", "gp", "random", "cmaes", "grid")
 PRUNERS = ("median", "hyperband", "none")
+SUFFIXES = (
+    "A suffix marks what is tuned, and its bounds or choices follow: --lr~LOG_BAYESIAN~ 1e-6 1e-3 on a logarithmic "
+    "scale, --margin~BAYESIAN~ 0.05 0.5, --bs~INT_BAYESIAN~ 32 128, --sampling~CHOICE~ distance semihard, "
+    '--loss_params "alpha~BAYESIAN~=[1,64]".'
+)
 JOURNAL = "study.journal"
 LOCKS = ".locks"
 DEFAULT_TRIALS = 50
@@ -77,8 +82,8 @@ def add_arguments(parser: FlagParser) -> None:
     # fmt: off
     add = parser.add_argument_group("tuning", stored=False).add_argument
     add("--bayesian_optimization_n_iter", type=number(int, 0), metavar="N",
-        help=f"number of trials, over all processes of the study (default: {DEFAULT_TRIALS}; with --tuner grid all of "
-        "it); a later command may raise it")
+        help=f"number of trials, over all processes of the study (default: {DEFAULT_TRIALS}; with --tuner grid all "
+        "combinations); a later command may raise it")
     add("--tuner", choices=TUNERS, default="tpe",
         help="how trials are chosen: tpe copes with everything; gp is the best for few trials of few values; cmaes "
         "needs 100 trials or more, and draws choices at random; grid tries all combinations of ~CHOICE~ values")
@@ -89,12 +94,12 @@ def add_arguments(parser: FlagParser) -> None:
     add("--tune_seeds", action="switch",
         help="give every trial a --seed of its own, so that no value is chosen for its luck with one seed")
     add("--tune_on_test", action="switch",
-        help="score trials on the test classes where there are no validation classes, and mark the result as that")
+        help="score trials on the test classes where there are no validation classes, and mark the result so")
     add("--storage", type=_storage, metavar="URL",
         help="where Optuna keeps the study, such as postgresql://user@host/name, for machines that share no disk "
         f"(default: {JOURNAL} in the study's folder)")
     add("--reproductions", type=_reproductions, metavar="N|A,B",
-        help="train the best trial's flags with N other seeds; A,B: only reproductions A up to, not including, B, so "
+        help="train the best trial's flags with N other seeds; A,B: only reproductions A to B - 1, counted from 0, so "
         "that several machines can share them")
     # fmt: on
 
@@ -211,7 +216,7 @@ def parse(argv: Sequence[str]) -> Search:
     Raises:
         UserError: a flag is wrong, or can't be tuned.
     """
-    parser = config.compose_parser("tune.py", str(__doc__).partition("\n")[0], tunes=True)
+    parser = config.compose_parser("tune.py", f"{str(__doc__).splitlines()[0]} {SUFFIXES}", tunes=True)
     add_arguments(parser)
     parser.take_suffixes()
     layered = config.parse_layers(parser, argv)
@@ -627,12 +632,9 @@ def find_changes(folder: Path, known: Mapping[str, Any], now: Mapping[str, Any])
     if changed:
         name = changed[0]
         was = known.get(name, known["flags"].get(name))
-        with_flag = (
-            f"{'with' if was else 'without'} --{name}" if isinstance(was, bool) else f"with --{name} {shown(was)}"
-        )
         raise UserError(
-            f"{folder} is a study {with_flag}, and its trials must share that: give the same flags, or choose another "
-            "--savename"
+            f"{folder} is a study with {runs.as_flags({name: was})}, and its trials must share that: give the same "
+            "flags, or choose another --savename"
         )
     return [
         {"date": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "parameter": name, "from": before[name]["bounds"], "to": bounds}
@@ -1268,10 +1270,10 @@ def print_results(session: Session, results: Mapping[str, Any]) -> None:
     print(f"      {in_words(best['values'])}")
     for name in ("model", "reproductions"):
         if luck[f"mean of {name}"] is not None:
-            of = "a model of all trials" if name == "model" else "the mean of its reproductions"
+            of = "a model of all trials expects" if name == "model" else "the mean of its reproductions is"
             mean, above = luck[f"mean of {name}"], luck[f"above {name}"]
-            part = f"{above:.4f} of the best" if above >= 0.00005 else "nothing of it"
-            print(f"      {of} is {mean:.4f} there: {part} is likely to be luck")
+            part = f"{above:.4f} of the best is likely to be luck" if above >= 0.00005 else "no sign of luck"
+            print(f"      {of} {mean:.4f} there: {part}")
     if results["test"]:
         print("\nmetrics of the best trial on the test classes" + (", means over folds" if session.has_folds else ""))
         rows = [{"Metric": name, "Value": f"{value:.4f}"} for name, value in results["test"].items()]

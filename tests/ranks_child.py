@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -30,7 +31,8 @@ CASES = {
     "library loss with a miner": ["--loss", "MultiSimilarityLoss", "--sampling", "MultiSimilarityMiner"],
     "memory": ["--loss", "ContrastiveLoss", "--memory_size", "48"],
     "classifier": ["--training_method", "TrainWithClassifier", "--loss", "npair"],
-    "accumulated": ["--loss", "crossentropy", "--accumulate", "2", "--freeze_trunk_epochs", "1"],
+    "accumulated": ["--loss", "crossentropy", "--accumulate", "2"],
+    "trunk that waits": ["--loss", "proxynca", "--freeze_trunk_epochs", "1"],
     "gradient cache": ["--loss", "marginloss", "--sampling", "distance", "--grad_cache", "5"],
     "S2SD": ["--training_method", "S2SD", "--loss", "triplet", "--s2sd_dims", "8", "--s2sd_feature_start", "2"],
     "generator": ["--training_method", "DeepAdversarialMetricLearning", "--loss", "triplet"],
@@ -47,9 +49,9 @@ def small_network(opt: object, _: bool) -> netlib.EmbeddingNet:
         *(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3, stride=2)),
         *(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()),
     )
-    backbone[1].running_var.uniform_(0.5, 2)  # type: ignore[operator, union-attr]
+    backbone[1].running_var.uniform_(0.5, 2)  # type: ignore[operator]
     chunk = getattr(opt, "grad_cache", None)
-    return netlib.EmbeddingNet(backbone, 8, 6, freeze_batchnorm=True, chunk=chunk).double()
+    return netlib.EmbeddingNet(backbone, 8, 6, freeze_batchnorm=True, chunk=chunk).double().train()
 
 
 def train(flags: list[str]) -> dict[str, torch.Tensor]:
@@ -61,7 +63,7 @@ def train(flags: list[str]) -> dict[str, torch.Tensor]:
     own = auxiliaries.share(NUM_CLASSES * PER_CLASS)
     auxiliaries.seed_everything(1, 1)
     method.start_epoch(1)
-    values = {}
+    values: dict[str, Any] = {}
     for step in range(STEPS):
         rng = np.random.default_rng(step)
         labels = torch.from_numpy(rng.permutation(np.repeat(np.arange(NUM_CLASSES), PER_CLASS)))
@@ -72,7 +74,7 @@ def train(flags: list[str]) -> dict[str, torch.Tensor]:
     for name, network in method.networks.items():
         values |= {f"{name}.{key}": value for key, value in network.state_dict().items()}
     values |= {f"evaluated.{key}": value for key, value in method.evaluated.state_dict().items()}
-    return values
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
 if __name__ == "__main__":

@@ -507,6 +507,23 @@ def test_single_runs_whose_queries_cannot_be_compared_say_why(pair: list[str], t
     assert "5 test classes are too few to draw from, 20 are needed: train with two seeds or more" in words()
 
 
+def test_labels_are_as_short_as_tells_configurations_apart() -> None:
+    tuned = [
+        {"dataset": "tiny", "loss": "a", "loss_params": "alpha=31.887239093", "lr": "0.0018693488", "proxy_lr": "0.18"},
+        {"dataset": "tiny", "loss": "b", "loss_params": "none", "lr": "0.0009479120", "proxy_lr": "1e-05"},
+    ]
+    assert compare.label_configurations(tuned) == [
+        ("loss a", "loss_params alpha=31.89, lr 0.001869, proxy_lr 0.18"),
+        ("loss b", "loss_params none, lr 0.0009479, proxy_lr 1e-05"),
+    ]
+    grid = [{"loss": loss, "lr": lr, "beta_lr": lr} for loss in "ab" for lr in ("1e-4", "1e-3")]
+    assert [label for label, _ in compare.label_configurations(grid)] == [
+        *("loss a, lr 1e-4", "loss a, lr 1e-3", "loss b, lr 1e-4", "loss b, lr 1e-3")
+    ]
+    near = [{"loss": "a", "lr": lr} for lr in ("0.123456", "0.123457")]  # the same with four digits
+    assert [label for label, _ in compare.label_configurations(near)] == ["lr 0.123456", "lr 0.123457"]
+
+
 def test_sentences_name_what_differs() -> None:
     labels = "bs 80, loss triplet, tau [30, 55]", "bs 80, loss npair, tau [30, 60]"
     assert compare.differing_parts(*labels) == ("loss triplet, tau [30, 55]", "loss npair, tau [30, 60]")
@@ -592,6 +609,7 @@ def test_columns_are_chosen_and_sorted(groups: list[str], tmp_path: Path, capsys
         *("test Alignment, selected", "test Recall @ 1, selected"),
     ]
     assert "| loss good | 5 | 5 | 0.2800 ± 0.0196 | 0.2800 ± 0.0196 | 0.2000 ± 0.1963 |" in capsys.readouterr().out
+    assert rows == compared(tmp_path, groups, "--metrics", "MAP@R", "Alignment", "R@1", "--sort", "Recall @ 1")
     for column, wanted in (("Alignment", "good"), ("Seconds", "alike"), ("Configuration", "alike"), ("MAP@R", "good")):
         flags = ("--metrics", "Recall @ 1", "MAP@R", "Alignment", "--sort", column)
         assert next(iter(compared(tmp_path, groups, *flags))) == f"loss {wanted}"

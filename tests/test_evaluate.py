@@ -1383,7 +1383,10 @@ def test_names_with_a_number_that_is_none_of_theirs(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "name"),
-    [("FNMR @ 1e-3", "FNMR @ 0.001"), ("FNMR @ 0.00001", "FNMR @ 1e-05"), ("Precision @ 010", "Precision @ 10")],
+    [
+        *[("FNMR @ 1e-3", "FNMR @ 0.001"), ("FNMR @ 0.00001", "FNMR @ 1e-05"), ("Precision @ 010", "Precision @ 10")],
+        *[("P@10", "Precision @ 10"), ("R@5", "Recall @ 5"), ("FNMR@1e-3", "FNMR @ 0.001"), ("MAP@R", "MAP@R")],
+    ],
 )
 def test_numbers_in_names_are_written_as_columns_have_them(text: str, name: str) -> None:
     assert evaluate.metric_name(text) == name

@@ -148,6 +148,7 @@ REFUSED: Sequence[tuple[list[str], str]] = [
     ),
     (["--evaluate", "nowhere"], "nowhere is not a run folder"),
     (["--evaluate", "--eval_pca_normalize"], "--eval_pca_normalize does nothing without --eval_pca"),
+    (["--evaluate", "--no-normalize_members"], "--normalize_members does nothing with --evaluate: give it to --resume"),
     (["--eval_pca_normalize"], "--eval_pca_normalize says how to --evaluate"),
     (["--eval_reference_set", "compared_to_self"], "--eval_reference_set says how to --evaluate"),
     (["--no-eval_normalize_embeddings"], "--eval_normalize_embeddings says how to --evaluate"),

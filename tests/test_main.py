@@ -632,7 +632,10 @@ def test_the_mean_over_levels_selects_by_a_plain_name(small_flags: Flags, tmp_pa
     [
         (["--label_hierarchy_level", "all"], "--label_hierarchy_level all: the labels of tiny have a single level"),
         (["--label_hierarchy_level", "any"], "any is not an integer, nor is it all"),
-        (["--eval_metric_for_best_epoch", "Level 1 NMI"], "--eval_metric_for_best_epoch Level 1 NMI is unknown"),
+        (
+            ["--eval_metric_for_best_epoch", "Level 1 NMI"],
+            "--eval_metric_for_best_epoch Level 1 NMI needs --label_hierarchy_level all: add that, or choose NMI",
+        ),
         (
             ["--dataset=leveled", "--label_hierarchy_level=all", "--eval_metric_for_best_epoch=Level 2 NMI"],
             "--eval_metric_for_best_epoch Level 2 NMI does not exist: leveled is evaluated at levels 0 to 1",

@@ -162,6 +162,13 @@ def make_splits(root: Path, *, images: int = 3, name: str = "image", classes: Se
     return Splits(pooled.subset(is_train), test=[RetrievalSet("test", pooled.subset(~is_train))])
 
 
+def test_flags_are_shown_as_they_are_typed() -> None:
+    values = {"seed": 1, "not_pretrained": False, "freeze_trunk": False, "fold": None, "tau": [30, 55], "arch": "x"}
+    params = {"loss_params": {"alpha": "1", "beta": "2"}, "optim_params": {}, "flip": True}
+    assert runs.as_flags(values) == "--seed 1, --pretrained, --no-freeze_trunk, no --fold, --tau 30 55, --arch x"
+    assert runs.as_flags(params) == "--loss_params alpha=1 beta=2, no --optim_params, --flip"
+
+
 def test_data_are_described_by_counts_and_a_digest_wherever_they_are(tmp_path: Path) -> None:
     def describe(where: str, **kwargs: Any) -> runs.DataDescription:
         opt = config.parse(["--source_path", str(tmp_path / where), "--dataset", "set"])

@@ -299,7 +299,7 @@ def test_the_same_command_again_continues_and_may_change_bounds(
         ((*LR, "--seed", "3"), r"is a study with --seed 1"),
         ((*LR, "--num_training_sets", "2"), r"is a study with --num_training_sets 1"),
         ((*LR, "--eval_metric_for_best_epoch", "NMI"), r"is a study with --eval_metric_for_best_epoch Recall @ 1"),
-        ((*LR, "--tune_seeds"), r"is a study without --tune_seeds, and its trials"),
+        ((*LR, "--tune_seeds"), r"is a study with --no-tune_seeds, and its trials"),
     ):
         with pytest.raises(UserError, match=message):
             tune.command(flags(*more))
@@ -363,7 +363,7 @@ def test_a_journal_that_lacks_a_line(flags: Flags, tmp_path: Path, op_code: int)
     if op_code == 8:
         assert tune.command(argv) == before
     else:
-        with pytest.raises(UserError, match=r"the study cv/s is damaged: its trial 0 has no lr; restore study\.journal"):
+        with pytest.raises(UserError, match=r"the study cv/s is damaged: its trial 0 has no lr; restore study"):
             tune.command(argv)
 
 
@@ -812,13 +812,15 @@ def test_pictures_of_any_trials(tmp_path: Path) -> None:
     values: dict[str, float | str] = {"lr": 1e-3, "sampling": "distance", "$x_y": 1.0}
     names, cases = list(values), {"none": [], "one": [("complete", 0.5)], "failed": [("failed", math.nan)]}
     cases["all"] = [("complete", 0.5), ("failed", math.nan), ("pruned", 0.1), *[("complete", 0.6)] * 12]
+    cases["far"] = [("complete", 0.5 + 0.01 * number) for number in range(12)] + [("complete", 0.01)]
     for name, states in cases.items():
         points = [plots.TrialPoint(i, value, 0.01, state, values) for i, (state, value) in enumerate(states)]
         plots.save_history(tmp_path / f"{name}.svg", points, "Recall @ 1", lower_is_better=name == "one")
         plots.save_slices(tmp_path / f"{name}_slices.svg", points, names, ["lr"], "Recall @ 1", name == "one")
     plots.save_importances(tmp_path / "importances.svg", {"lr": 0.7, "$x_y": 0.3}, "Recall @ 1")
     texts = [path.read_text() for path in tmp_path.glob("*.svg")]
-    assert len(texts) == 9
+    assert len(texts) == 11
+    assert sum("1 far off, not shown" in text for text in texts) == 4
     assert all(text.endswith("</svg>\n") for text in texts)
 
 
@@ -827,7 +829,8 @@ def test_a_study_prints_help_without_suffixes(capsys: pytest.CaptureFixture[str]
         tune.parse(["--help"])
     out = capsys.readouterr().out
     assert "--bayesian_optimization_n_iter" in out
-    assert "~BAYESIAN~" not in out.replace(" ", "")[: out.find("tuning")]
+    assert "--lr~LOG_BAYESIAN~ 1e-6 1e-3 on a logarithmic scale" in " ".join(out.split())
+    assert "~BAYESIAN~" not in out[: out.find("Searches for the best values")]
 
 
 def test_split_suffix() -> None:
