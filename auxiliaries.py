@@ -67,7 +67,7 @@ def run_command(command: Callable[[], object], takes_ranks: bool = False) -> NoR
         command: the program.
         takes_ranks: whether it can be started by torchrun as several processes, of which the first one prints.
     """
-    sys.stdout, sys.stderr = _SturdyStream(sys.stdout), _SturdyStream(sys.stderr)
+    sys.stdout, sys.stderr = SturdyStream(sys.stdout), SturdyStream(sys.stderr)
     terminal = sys.stderr
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as programs set it while modules load
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -87,7 +87,7 @@ def run_command(command: Callable[[], object], takes_ranks: bool = False) -> NoR
     sys.exit(0)
 
 
-class _SturdyStream:
+class SturdyStream:
     """A text stream that escapes what its encoding lacks, and drops what nobody reads any more."""
 
     def __init__(self, stream: Any):

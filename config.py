@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 import datasets
@@ -56,12 +57,8 @@ MEANT_BEFORE = {
     **{"normalize_members": False},
 }
 
-# What --fast turns on, by kind of device, and what is on without it.
+# What --fast changes, see `fast_flags`, and how it is without.
 EXACT = {"precision": "fp32", "channels_last": False, "compile": False, "fused": False, "deterministic": True}
-FAST: dict[str, dict[str, object]] = {
-    "cpu": {**EXACT, "channels_last": True, "fused": True},
-    "cuda": {**EXACT, "precision": "bf16", "channels_last": True, "fused": True, "deterministic": False},
-}
 
 # What users bring along from other projects, and what it is here.
 KNOWN_ELSEWHERE = {
@@ -427,7 +424,7 @@ def resolve(opt: argparse.Namespace) -> argparse.Namespace:
     if opt.split_scheme != "predefined":
         fill("num_training_sets", min(4, opt.num_training_partitions))
     fill("splits_to_eval", ["val", "test"] if opt.split_scheme == "predefined" else ["val"])
-    for name, value in (FAST[find_device(opt.gpu).type] if opt.fast else EXACT).items():
+    for name, value in (fast_flags(find_device(opt.gpu)) if opt.fast else EXACT).items():
         fill(name, value)
     fill("not_pretrained", not (arch.has_weights or opt.weights))
     fill("freeze_batchnorm", not opt.not_pretrained)
@@ -435,6 +432,16 @@ def resolve(opt: argparse.Namespace) -> argparse.Namespace:
     fill("savename", f"{opt.dataset}_{opt.arch.replace(':', '-')}_{datetime.now():%Y-%m-%d_%H-%M-%S}")
     refuse_contradictions(opt)
     return FrozenNamespace(**vars(opt))
+
+
+def fast_flags(device: torch.device) -> dict[str, Any]:
+    """What is quicker on a device; `benchmark.py step` measures it."""
+    if device.type == "cuda":
+        precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+        return {**EXACT, "precision": precision, "channels_last": True, "fused": True, "deterministic": False}
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.9 doesn't have it
+    is_quick = able.get("avx512_bf16") or able.get("amx_bf16")
+    return {**EXACT, "precision": "bf16" if is_quick else "fp32", "channels_last": True}
 
 
 def _image_flags(opt: argparse.Namespace, arch: netlib.Arch) -> dict[str, Any]:

@@ -581,6 +581,7 @@ class _QueryTile:
         self.is_shared = torch.ones_like(self.is_crowded)
         self.num_doubts = points.new_zeros(len(queries))  # (rows,) about as many
         self.max_doubts = 64 + len(products.gallery) // 32
+        self.has_few_hits = True  # as far as is known
         self.doubts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # rows, positives and columns
 
     def _points(self) -> torch.Tensor:
@@ -688,8 +689,10 @@ class _QueryTile:
         else:
             asking = torch.arange(len(scores), device=scores.device)
         limit = scores.numel() * self.thresholds.shape[1] // 256
-        places, columns = _find_above(scores, self.lowest[asking], limit)  # (hits,) each
-        if len(places) <= limit:
+        if self.has_few_hits:
+            places, columns = _find_above(scores, self.lowest[asking], limit)  # (hits,) each
+            self.has_few_hits = len(places) <= limit
+        if self.has_few_hits:
             self._compare_each(scores[places, columns], asking[places], columns + column)
         else:
             self._compare_all(scores.contiguous(), asking, column)
@@ -702,7 +705,7 @@ class _QueryTile:
         self.counts.view(-1).index_add_(0, cells.flatten(), (above >= 1).long().flatten())
         places, positives = ((above > 0) & (above < 1)).nonzero(as_tuple=True)
         if len(places):
-            self._add_doubts(slice(None), torch.bincount(rows[places], minlength=len(self.queries)))
+            self._add_doubts(rows[places], torch.ones_like(places))
             kept = ~self.is_crowded[rows[places]]
             places, positives = places[kept], positives[kept]
             self.doubts.append((rows[places], positives, columns[places]))
@@ -710,27 +713,30 @@ class _QueryTile:
     def _compare_all(self, scores: torch.Tensor, asking: torch.Tensor, column: int) -> None:
         """Compares scores `(asking, columns)` of some rows, from a column on, with one threshold after the other."""
         thresholds = self.thresholds[asking]  # (asking, M)
+        total, doubt = torch.zeros(2, *thresholds.shape, dtype=scores.dtype, device=scores.device)  # (asking, M) each
         is_hit = scores.amax(dim=1, keepdim=True) > thresholds  # (asking, M)
         for positive, number in enumerate(is_hit.sum(dim=0).tolist()):
             if number == 0:
                 continue
-            if number == len(asking):
-                rows, threshold = asking, thresholds[:, positive : positive + 1]
-                reached = torch.sub(scores, threshold, out=self.products.spare(scores))
+            threshold = thresholds[:, positive : positive + 1]  # (asking, 1)
+            if 4 * number < len(asking):  # a copy of more takes longer than it saves
+                some: torch.Tensor | slice = is_hit[:, positive].nonzero()[:, 0]
+                above = scores[some].sub_(threshold[some])
             else:
-                some = is_hit[:, positive].nonzero()[:, 0]  # (some,)
-                rows, reached = asking[some], scores.index_select(0, some)
-                reached.sub_(thresholds[some, positive : positive + 1])
-            total = reached.clamp_(0, 1).sum(dim=1)  # (some,) of 0, 1, or between where in doubt
-            doubt = total - torch.linalg.vector_norm(reached, dim=1).square()  # (some,) Σ r (1 - r)
-            chosen = (doubt > 0.01).nonzero()[:, 0]
-            if len(chosen):
-                self._add_doubts(rows[chosen], 4 * doubt[chosen])
-                chosen = chosen[~self.is_crowded[rows[chosen]]]
-                places, columns = _find(reached.index_select(0, chosen).sub_(0.5).abs_() < 0.5)
-                total.index_add_(0, chosen[places], reached[chosen[places], columns], alpha=-1)
-                self.doubts.append((rows[chosen[places]], torch.full_like(places, positive), columns + column))
-            self.counts[rows, positive] += total.round().long()
+                some, above = slice(None), torch.sub(scores, threshold, out=self.products.spare(scores))
+            reached = above.clamp_(0, 1)  # (some, columns): 0, 1, or between where in doubt
+            total[some, positive] = sums = reached.sum(dim=1)
+            doubt[some, positive] = sums - torch.linalg.vector_norm(reached, dim=1).square()  # Σ r (1 - r)
+        rows, positives = (doubt > 0.01).nonzero(as_tuple=True)
+        if len(rows):
+            self._add_doubts(asking[rows], 4 * doubt[rows, positives])
+            kept = ~self.is_crowded[asking[rows]]
+            rows, positives = rows[kept], positives[kept]
+            reached = scores[rows].sub_(thresholds[rows, positives][:, None])  # (some, columns)
+            places, columns = _find((reached - 0.5).abs_() < 0.5)
+            total.index_put_((rows[places], positives[places]), -reached[places, columns], accumulate=True)
+            self.doubts.append((asking[rows[places]], positives[places], columns + column))
+        self.counts[asking] += total.round().long()
 
     def _count_by_rank(self, points: torch.Tensor) -> None:
         """The same with all thresholds and the whole gallery at once, which is quicker where there are many."""
@@ -744,16 +750,16 @@ class _QueryTile:
         else:
             certain, possible = _rank_sorted(self._mask_positives(scores, 0), ascending)
         self.counts, doubts = certain.flip(1), (possible - certain).flip(1)  # (rows, M)
-        self._add_doubts(slice(None), doubts.sum(dim=1))
+        self._add_doubts(torch.arange(len(scores), device=scores.device), doubts.sum(dim=1))
         for row in (doubts.any(dim=1) & ~self.is_crowded).nonzero()[:, 0].tolist():
             for positives in doubts[row].nonzero()[:, 0].split(1 + MAX_DIFFERENCES // scores.shape[1]):  # (some,)
                 above = scores[row] - self.thresholds[row, positives][:, None]  # (some, G)
                 places, columns = ((above > 0) & (above < 1)).nonzero(as_tuple=True)
                 self.doubts.append((torch.full_like(places, row), positives[places], columns))
 
-    def _add_doubts(self, rows: torch.Tensor | slice, numbers: torch.Tensor) -> None:
-        """Adds up the items in doubt of some queries."""
-        self.num_doubts[rows] += numbers
+    def _add_doubts(self, rows: torch.Tensor, numbers: torch.Tensor) -> None:
+        """Adds numbers `(some,)` of items in doubt to those of rows `(some,)`."""
+        self.num_doubts.index_add_(0, rows, numbers.to(self.num_doubts))
         self.is_crowded |= self.num_doubts > self.max_doubts
 
     def settle_doubts(self) -> None:

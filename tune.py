@@ -808,6 +808,12 @@ class Unusable(UserError):
     """What keeps a trial from being run at all, and says nothing about its values."""
 
 
+def is_of_the_disk(error: Exception) -> bool:
+    """Whether a file couldn't be read or written, which says nothing about a trial's values."""
+    cause = error.__context__
+    return isinstance(cause, OSError) and not isinstance(cause, ConnectionError)  # of a data-loading worker that died
+
+
 def run_trials(session: Session) -> None:
     """Runs trials until the study has as many as it is to have, those of other processes included."""
     is_waiting = False
@@ -894,6 +900,8 @@ def run_trial(session: Session, trial: optuna.Trial) -> None:
     except Unusable:
         raise
     except (UserError, torch.OutOfMemoryError) as error:
+        if is_of_the_disk(error):
+            raise
         check_training([session.known_good])  # what fails in every trial ends the command
         with storage_errors(session.search.own.storage):
             trial.set_user_attr("failure", auxiliaries.reason(error))
@@ -947,13 +955,20 @@ def train(session: Session, opt: argparse.Namespace, folder: Path, watcher: Call
 
 @contextmanager
 def printing_to(folder: Path) -> Iterator[None]:
-    """Inside the block, what is printed goes to output.txt of a run folder."""
-    with (
-        open(folder / "output.txt", "a", encoding="utf-8", buffering=1) as output,
-        contextlib.redirect_stdout(output),
-        contextlib.redirect_stderr(output),
-    ):
-        yield
+    """Inside the block, what is printed goes to output.txt of a run folder.
+
+    Raises:
+        UserError: it can't be opened.
+    """
+    path = folder / "output.txt"
+    try:
+        output = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise UserError(f"{path} can't be written ({error.strerror}): {auxiliaries.disk_advice(error)}") from None
+    with output:
+        stream = auxiliaries.SturdyStream(output)
+        with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+            yield
 
 
 @dataclass(frozen=True)

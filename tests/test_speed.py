@@ -246,17 +246,20 @@ def test_fast_fills_only_what_is_not_given(monkeypatch: pytest.MonkeyPatch) -> N
         opt = config.resolve(config.parse(["--arch", "resnet18", "--not_pretrained", *flags]))
         return {name: getattr(opt, name) for name in config.EXACT}
 
+    able: dict[str, bool] = {}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
     assert speed() == config.EXACT
-    assert speed("--fast") == config.FAST["cpu"]
-    assert speed("--fast", "--no-fused", "--precision", "fp32") == {
-        **config.FAST["cpu"],
-        "fused": False,
-        "precision": "fp32",
-    }
+    assert speed("--fast") == {**config.EXACT, "channels_last": True}
+    able["avx512_bf16"] = True
+    assert speed("--fast") == {**config.EXACT, "channels_last": True, "precision": "bf16"}
+    assert speed("--fast", "--no-channels_last", "--precision", "fp32") == config.EXACT
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
-    assert speed("--fast") == config.FAST["cuda"]
-    assert speed("--fast", "--precision", "fp16", "--deterministic")["precision"] == "fp16"
+    on_gpu = {"precision": "bf16", "channels_last": True, "compile": False, "fused": True, "deterministic": False}
+    assert speed("--fast") == on_gpu
+    assert speed("--fast", "--deterministic") == {**on_gpu, "deterministic": True}
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: False)
+    assert speed("--fast") == {**on_gpu, "precision": "fp16"}
 
 
 def test_precision_that_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

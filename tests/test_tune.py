@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -625,6 +626,32 @@ def test_what_fails_in_every_trial_ends_the_command(
     assert [trial.state.name for trial in open_journal(tmp_path / "cv" / "s").trials] == ["RUNNING"]
     tune.command([*argv, *n_trials(1)])
     assert [trial.state.name for trial in open_journal(tmp_path / "cv" / "s").trials] == ["COMPLETE"]
+
+
+def test_a_full_disk_says_nothing_about_a_trials_values(
+    flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv, folder = flags(*LR, *n_trials(1)), tmp_path / "cv" / "s"
+    error = UserError("last.pth.tar can't be written (No space left on device)")
+    error.__context__ = OSError(errno.ENOSPC, "No space left on device")  # as atomic_write raises it
+    with monkeypatch.context() as patch:
+        interrupt(patch, 0, fold=0, epoch=1, error=error)
+        with pytest.raises(UserError, match="No space left on device"):
+            tune.command(argv)
+    assert [trial.state.name for trial in open_journal(folder).trials] == ["RUNNING"]
+    tune.command(argv)
+    (trial,) = open_journal(folder).trials
+    assert (trial.state.name, trial.user_attrs.get("failure")) == ("COMPLETE", None)
+
+
+def test_output_that_cannot_be_kept_is_one_sentence(flags: Flags, tmp_path: Path) -> None:
+    argv, folder = flags(*LR, *n_trials(1), folds=2), tmp_path / "cv" / "s" / "s0"
+    tune.command(argv)
+    shutil.rmtree(folder / "meta")
+    (folder / "output.txt").unlink()
+    (folder / "output.txt").mkdir()
+    with pytest.raises(UserError, match=r"s0/output\.txt can't be written \(Is a directory\): move away what stands"):
+        tune.command(argv)
 
 
 def test_data_are_read_and_checked_once(flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
