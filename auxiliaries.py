@@ -257,6 +257,16 @@ def by_first_rank(function: Function) -> Function:
     return cast(Function, call)
 
 
+@contextmanager
+def first_rank_first() -> Iterator[None]:
+    """All ranks go through the block, the first one before the others, as where it downloads what they then find."""
+    if not is_first_rank():
+        wait_for_ranks()
+    yield
+    if is_first_rank():
+        wait_for_ranks()
+
+
 def share(count: int) -> slice:
     """Which of `count` things are this rank's: as many as the other ranks have, or one more or less."""
     return slice(*(number * count // _ranks.count for number in (_ranks.number, _ranks.number + 1)))

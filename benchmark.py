@@ -434,9 +434,7 @@ def benchmark_data() -> list[Row]:
                 {
                     "ours": partial(load_batch, plain),
                     "ours, --cache_images": partial(load_batch, stored),
-                    "Pillow and torchvision v1": lambda what=what, paths=plain.images.paths: torch.stack(
-                        [theirs[what](Image.open(path).convert("RGB")) for path in paths]
-                    ),
+                    "Pillow and torchvision v1": partial(load_with_pillow, plain.images.paths, theirs[what]),
                 },
                 rounds=9,
             )
@@ -451,7 +449,13 @@ def benchmark_data() -> list[Row]:
 def load_batch(dataset: datasets.ImageDataset) -> Any:
     """A batch of all images of a dataset."""
     is_training = isinstance(dataset, datasets.BaseTripletDataset)
-    return datasets.collate([dataset[(idx, 1, idx) if is_training else idx] for idx in range(len(dataset))])
+    draws: list[Any] = [(idx, 1, idx) if is_training else idx for idx in range(len(dataset))]
+    return datasets.collate([dataset[draw] for draw in draws])
+
+
+def load_with_pillow(paths: Sequence[str], transform: Callable[[Image.Image], torch.Tensor]) -> torch.Tensor:
+    """The same without this repository."""
+    return torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
 
 
 def image_datasets(folder: Path) -> dict[str, tuple[datasets.ImageDataset, datasets.ImageDataset]]:

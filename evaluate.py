@@ -34,7 +34,7 @@ MAX_IN_TURN = 16  # thresholds that are compared with one after the other
 MAX_DIFFERENCES = 2**19  # coordinates that are subtracted at once
 MAX_POSITIVES = 2**20  # scores of positives that are compared at once
 MAX_ROWS = 2**25  # scores that are ranked at once, each query's in one piece
-NUM_CELLS = 2**16  # that a query's scores are sorted into, to rank only those near a positive's
+MAX_CELLS = 2**16  # that a query's scores are sorted into, to rank only those near a positive's
 TIE = 1 + 1e-14  # distances in float64 that differ by less are equal: their last bits depend on the order of sums
 CELL_BITS = 4  # of the 23 bits after the point of a squared distance in float32, which verification drops
 MAX_OCTAVES = 60  # powers of two of squared distances that verification tells from 0: beyond, float32 ends
@@ -859,22 +859,23 @@ def _rank_row(scores: np.ndarray, ascending: np.ndarray) -> tuple[np.ndarray, np
 
     Scores are counted by cells of equal width; only those in the cell of a threshold are sorted.
     """
+    num_cells = min(MAX_CELLS, 12 * len(ascending))
     low, high = ascending[0], ascending[-1] + 1
-    width = (high - low) / (NUM_CELLS - 1)
+    per_unit = (num_cells - 1) / (high - low)
 
     def find_cells(values: np.ndarray) -> np.ndarray:
-        places = (values - low) / width + 1
-        return places.clip(0, NUM_CELLS + 1, out=places).astype(np.intp)
+        places = values - low
+        places *= per_unit
+        places += 1
+        return places.clip(0, num_cells + 1, out=places).astype(np.intp)
 
     cells, from_cell, to_cell = find_cells(scores), find_cells(ascending), find_cells(ascending + 1)
-    is_near = np.zeros(NUM_CELLS + 3, np.int64)
-    np.add.at(is_near, from_cell, 1)
-    np.add.at(is_near, to_cell + 1, -1)
-    is_near = is_near.cumsum()[:-1] > 0  # (cells,)
+    size = num_cells + 3
+    is_near = (np.bincount(from_cell, minlength=size) - np.bincount(to_cell + 1, minlength=size)).cumsum()[:-1] > 0
     counts = np.bincount(cells, minlength=len(is_near))
-    counts[is_near] = 0
+    counts *= ~is_near
     far_above = counts[::-1].cumsum()[::-1][to_cell]  # (R,)
-    near = np.sort(scores[is_near[cells]])
+    near = np.sort(scores[is_near.take(cells)])
     after = np.searchsorted(near, ascending, side="right")  # (R,)
     possible = far_above + len(near) - after
     certain = possible.copy()

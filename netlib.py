@@ -27,6 +27,7 @@ from auxiliaries import (
     UserError,
     check_memory,
     find_device,
+    first_rank_first,
     load_checkpoint,
     nearest_name,
     notice,
@@ -951,7 +952,8 @@ def build_backbone(opt: argparse.Namespace, arch: Arch, load_pretrained: bool) -
     if weights.are_downloaded and not arch.has_weights:
         raise UserError(f"--arch {opt.arch} has no pretrained weights: drop --pretrained, or give --weights FILE")
     try:
-        backbone, features = arch.build(weights, *([opt.crop_size] if arch.is_sized else []))
+        with first_rank_first() if weights.are_downloaded else nullcontext():
+            backbone, features = arch.build(weights, *([opt.crop_size] if arch.is_sized else []))
     except (OSError, RuntimeError, EOFError, HTTPException, UnpicklingError) as error:
         if not weights.are_downloaded:
             raise
