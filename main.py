@@ -75,12 +75,11 @@ def main(opt: argparse.Namespace, folder: Path | None = None, only_check: bool =
         features.make_folder(opt.cache_path)
     seen = methods.relabel(opt, splits)
     loaders = datasets.give_dataloaders(opt, seen, pin_memory=device.type == "cuda")
-    num_classes = seen.train.num_classes()
 
     # ========================================= Network, loss and optimizer ============================================
     lower_is_better = evaluate.lower_is_better(opt.eval_metric_for_best_epoch)
     method = methods.build_training(
-        opt, num_classes, device, not runs.has_state(folder), len(loaders.train), lower_is_better
+        opt, seen.train.num_classes(), device, not runs.has_state(folder), len(loaders.train), lower_is_better
     )
     if only_check:
         runs.restore(opt, splits, method, folder)
