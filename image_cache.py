@@ -86,7 +86,7 @@ class StoredImages:
 
 
 def use_cached_images(opt: argparse.Namespace, loaders: Loaders) -> None:
-    """Lets loaders read stored images in place of files; they are stored unless an earlier run has done it.
+    """With --cache_images, lets loaders read stored images in place of files; an earlier run may have stored them.
 
     Args:
         opt: the resolved flags.
@@ -95,6 +95,8 @@ def use_cached_images(opt: argparse.Namespace, loaders: Loaders) -> None:
     Raises:
         UserError: an image can't be read, or the file can't be written.
     """
+    if not opt.cache_images:
+        return
     make_folder(opt.cache_path)
     # Validation classes are training classes of other folds: all folds share both files.
     learned = [loaders.train_eval, *all_parts(loaders.val)]

@@ -89,8 +89,7 @@ def main(opt: argparse.Namespace, folder: Path | None = None, only_check: bool =
         print_start(run, device, len(loaders.train))
         if opt.cache_features is not None:
             loaders = features.give_cached_loaders(opt, loaders, [method.net, method.evaluated], device)
-        if opt.cache_images:
-            image_cache.use_cached_images(opt, loaders)
+        image_cache.use_cached_images(opt, loaders)
         console = records.Console(
             opt.n_epochs, opt.eval_metric_for_best_epoch, f"{'validation' if splits.val else 'test'} classes"
         )

@@ -1346,9 +1346,13 @@ def _normalize_over_ranks(opt: argparse.Namespace, net: netlib.EmbeddingNet, dev
     if count == 1 or not any(isinstance(module, _BatchNorm) and module.training for module in net.backbone.modules()):
         return
     if opt.sync_batchnorm and device.type == "cuda":
+        still = [name for name, module in net.backbone.named_modules() if any(module is one for one in net.still)]
         net.backbone = nn.SyncBatchNorm.convert_sync_batchnorm(net.backbone)
+        net.still = [net.backbone.get_submodule(name) for name in still]
         return
-    advice = "--freeze_batchnorm makes them so" + (" and, on GPUs, --sync_batchnorm" if device.type != "cuda" else "")
+    advice = f"--freeze_batchnorm {'or --sync_batchnorm ' if device.type == 'cuda' else ''}makes them so"
+    if opt.sync_batchnorm:
+        advice += ", and --sync_batchnorm does on GPUs alone"
     notice(
         f"BatchNorm normalizes over the {opt.bs // count} images of each process instead of {opt.bs}, so that "
         f"gradients are not those of one process; {advice}"

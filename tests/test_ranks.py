@@ -21,6 +21,7 @@ import auxiliaries
 import config
 import datasets
 import main
+import methods
 import netlib
 import runs
 from auxiliaries import Ranks, UserError
@@ -168,8 +169,29 @@ def test_batchnorm_that_is_not_synchronized_is_noticed(
     source: Path, tmp_path: Path, as_rank: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     as_rank(0, 2)
-    main.methods.build_training(small(source, tmp_path), 4, torch.device("cpu"))
-    assert "BatchNorm normalizes over the 4 images of each process instead of 8" in capsys.readouterr().err
+    method = methods.build_training(small(source, tmp_path, "--sync_batchnorm"), 4, torch.device("cpu"))
+    printed = capsys.readouterr().err
+    assert "BatchNorm normalizes over the 4 images of each process instead of 8" in printed
+    assert "--sync_batchnorm does on GPUs alone" in printed
+    names = list(method.net.state_dict())
+    methods._normalize_over_ranks(small(source, tmp_path, "--sync_batchnorm"), method.net, torch.device("cuda"))
+    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in method.net.backbone.modules())
+    assert list(method.net.state_dict()) == names  # checkpoints don't know of it
+    assert not capsys.readouterr().err
+
+
+def test_frozen_layers_stay_so_when_synchronized(source: Path, tmp_path: Path, as_rank: Any) -> None:
+    as_rank(0, 2)
+    opt = small(source, tmp_path, "--sync_batchnorm", "--freeze_layers", "conv1", "stage2")
+    net = netlib.networkselect(opt)
+    methods._normalize_over_ranks(opt, net, torch.device("cuda"))
+    layers = {
+        name: module.training
+        for name, module in net.train().backbone.named_modules()
+        if isinstance(module, torch.nn.SyncBatchNorm)
+    }
+    assert {is_learning for name, is_learning in layers.items() if name.startswith(("conv1", "stage2"))} == {False}
+    assert {is_learning for name, is_learning in layers.items() if name.startswith("stage3")} == {True}
 
 
 # Whole runs
