@@ -317,8 +317,8 @@ class EmbeddingSpace:
         largest = torch.minimum(MAX_MARGINS * margin.median(), margin.max())
         for tile in tiles:
             tile.share_products(largest)
-        for number, tile in enumerate(tiles):
-            tile.compare_among(tiles[number:])
+        for first, tile in enumerate(tiles):
+            tile.compare_among(tiles[first:])
         left = [waiting[:0]]
         for tile in tiles:
             tile.settle_doubts()
@@ -669,7 +669,7 @@ class _QueryTile:
         for tile in tiles:
             column = int(tile.own[0, 0])
             end = column + len(tile.queries)
-            if self._is_inside(column, end) or self.is_crowded.all() and tile.is_crowded.all():
+            if self._is_inside(column, end) or (self.is_crowded.all() and tile.is_crowded.all()):
                 continue
             scores = self._mask_positives(self.products.multiply(points, items[column:end]), column)  # (rows, columns)
             self._compare(scores, column)
@@ -715,11 +715,11 @@ class _QueryTile:
         thresholds = self.thresholds[asking]  # (asking, M)
         total, doubt = torch.zeros(2, *thresholds.shape, dtype=scores.dtype, device=scores.device)  # (asking, M) each
         is_hit = scores.amax(dim=1, keepdim=True) > thresholds  # (asking, M)
-        for positive, number in enumerate(is_hit.sum(dim=0).tolist()):
-            if number == 0:
+        for positive, num_hits in enumerate(is_hit.sum(dim=0).tolist()):
+            if num_hits == 0:
                 continue
             threshold = thresholds[:, positive : positive + 1]  # (asking, 1)
-            if 4 * number < len(asking):  # a copy of more takes longer than it saves
+            if 4 * num_hits < len(asking):  # a copy of more takes longer than it saves
                 some: torch.Tensor | slice = is_hit[:, positive].nonzero()[:, 0]
                 above = scores[some].sub_(threshold[some])
             else:
