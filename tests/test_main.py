@@ -27,6 +27,7 @@ import config
 import datasets
 import evaluate
 import features
+import image_cache
 import inference
 import losses
 import main
@@ -744,7 +745,8 @@ def test_a_run_folder_says_with_what_it_was_made(small_flags: Flags, results: Pa
 
 def test_every_flag_is_consumed() -> None:
     """No flag is declared that nothing reads (mistake 3): a loss reads its own through its constructor."""
-    modules = (main, config, runs, protocol, inference, datasets, transforms, netlib, features, losses, methods)
+    modules = [main, config, runs, protocol, inference, datasets, transforms, netlib, features, image_cache, losses]
+    modules += [methods]
     read = "".join(inspect.getsource(module) for module in modules)
     keywords = {name for loss in losses.LOSSES.values() for name in inspect.signature(loss).parameters}
     keywords |= {name for method in methods.METHODS.values() for name in method.flags}
