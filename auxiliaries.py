@@ -74,7 +74,10 @@ def run_command(command: Callable[[], object], takes_ranks: bool = False) -> NoR
     try:
         start_ranks(takes_ranks)
         command()
-        stop_ranks()
+        if stop_ranks():  # threads of the process group may still run, which an ordinary end can't cope with
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
     except UserError as error:
         if _speaks_first():
             print(f"error: {error}", file=terminal, flush=True)
@@ -171,13 +174,15 @@ def start_ranks(takes_ranks: bool = True) -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the end)
 
 
-def stop_ranks() -> None:
-    """Waits for the other ranks, and leaves them."""
+def stop_ranks() -> bool:
+    """Waits for the other ranks, and leaves them; returns whether there were any."""
     global _ranks, _store
-    if _ranks.count > 1:
+    are_several = _ranks.count > 1
+    if are_several:
         wait_for_ranks()
         dist.destroy_process_group()
     _ranks, _store = Ranks(), None
+    return are_several
 
 
 def _speaks_first() -> bool:
