@@ -1997,7 +1997,7 @@ def _named_parts(opt: argparse.Namespace) -> Iterable[tuple[str, Any]]:
     return ((name, getattr(opt, name)) for name in parts if getattr(opt, name))
 
 
-# The table of the README
+# The table of docs/methods.md
 
 
 def table() -> str:

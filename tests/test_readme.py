@@ -1,4 +1,4 @@
-"""What the README and Sample_Runs.sh tell a user to do, done."""
+"""What the README, docs/ and Sample_Runs.sh tell a user to do, done."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ import main
 import netlib
 import tune
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+EXTENDING, METHODS, PROTOCOLS, RUNS_PAGE, TUNING, FLAGS = (
+    PAGES[ROOT / "docs" / f"{name}.md"] for name in ("extending", "methods", "protocols", "runs", "tuning", "flags")
+)
 EDIT = re.compile(
     r"^`(\w+\.py)`, (?:at the end|after the line `(.+?)`):\n\n```python\n(.*?)^```", re.MULTILINE | re.DOTALL
 )
@@ -44,10 +47,10 @@ TEST_CLASSES = 8
 
 @pytest.mark.slow
 def test_readme_extensions_work_together(tiny_source: Path, tmp_path: Path) -> None:
-    """A copy of the repository, edited as the README says, trains with what its examples add."""
+    """A copy of the repository, edited as docs/extending.md says, trains with what its examples add."""
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
-    edits = EDIT.findall(README)
+    edits = EDIT.findall(EXTENDING)
     assert {file for file, _, _ in edits} == {"losses.py", "methods.py", "datasets.py", "netlib.py", "evaluate.py"}
     for file, line, code in edits:
         text = (tmp_path / file).read_text(encoding="utf-8")
@@ -58,7 +61,7 @@ def test_readme_extensions_work_together(tiny_source: Path, tmp_path: Path) -> N
             text += f"\n\n{code}"
         (tmp_path / file).write_text(text, encoding="utf-8")
     shutil.copytree(tiny_source / "tiny", tmp_path / "Datasets" / "odd_even")
-    command = re.search(r"^python (main\.py --dataset odd_even .*)$", README, re.MULTILINE)
+    command = re.search(r"^python (main\.py --dataset odd_even .*)$", EXTENDING, re.MULTILINE)
     assert command
     small = ["--crop_size", "32", "--gpu", "-1", "--kernels", "0", "--n_epochs", "1", "--bs", "8", "--savename", "run"]
     flags = [*shlex.split(command[1]), *small]
@@ -72,18 +75,20 @@ def test_readme_extensions_work_together(tiny_source: Path, tmp_path: Path) -> N
     assert header == "Epochs,Time,NMI,Recall @ 1,Recall @ 2,Recall @ 4,Recall @ 8,Mean rank"
 
 
-def test_readme_names_every_flag_and_every_run() -> None:
+def test_every_flag_and_every_run_is_named() -> None:
     for name in vars(config.parse([])):
-        assert f"--{name}" in README, name
+        assert f"`--{name}`" in FLAGS, name
     for run in RUNS:
-        assert run.split("-")[0] in README
+        assert any(run.split("-")[0] in page for page in PAGES.values())
 
 
-def test_readme_pictures_exist() -> None:
-    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
-    assert len(pictures) >= 2
-    for picture in pictures:
-        assert (ROOT / picture).is_file()
+def test_pictures_and_links_exist() -> None:
+    for path, page in PAGES.items():
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", page):
+            assert (path.parent / target).exists(), f"{path}: {target}"
+    assert {path for path in PAGES if path.parent.name == "docs"} == {
+        ROOT / target for target in re.findall(r"\]\((docs/\w+\.md)\)", PAGES[ROOT / "README.md"])
+    }
 
 
 def test_published_settings_are_all_there() -> None:
@@ -225,9 +230,10 @@ def some_glyphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_readme_experiments_run_as_they_stand(
     some_glyphs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All commands of the section, one after the other, with a small network where they say what to train."""
-    section = README[README.index("## Experiments you can trust") : README.index("### Names from powerful-benchmarker")]
-    commands = [shlex.split(line) for line in re.findall(r"^python (.*)$", section, re.MULTILINE)]
+    """All commands of these pages, one after the other, with a small network where they say what to train."""
+    configuration = FLAGS[FLAGS.index("## Configuration") : FLAGS.index("## Published settings")]
+    text = "".join((PROTOCOLS, configuration, RUNS_PAGE, TUNING))
+    commands = [shlex.split(line) for line in re.findall(r"^python (.*)$", text, re.MULTILINE)]
     assert len(commands) == 16
     monkeypatch.chdir(some_glyphs)
     small = ["--arch", "shufflenet_v2_x0_5", "--crop_size", "32", "--gpu", "-1", "--kernels", "0", "--bs", "8"]
@@ -268,12 +274,11 @@ SMALLER = {
     "timm:tf_efficientnet_lite0": "timm:test_efficientnet",
     "resnet50": "resnet18",
 }
-TRAINING = README[README.index("### Networks") : README.index("### What a run writes")]
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_pictures")
-@pytest.mark.parametrize("command", re.findall(r"^python main\.py (.*)$", TRAINING, re.MULTILINE))
+@pytest.mark.parametrize("command", re.findall(r"^python main\.py (.*)$", METHODS + PAGES[ROOT / "docs/data.md"], re.MULTILINE))
 def test_readme_examples_of_training_run(tiny_source: Path, tmp_path: Path, command: str) -> None:
     """With a small relative of the network that they name, random weights, and two iterations."""
     given = [SMALLER.get(word, word) for word in shlex.split(command)]
