@@ -53,9 +53,18 @@ class UserError(Exception):
     """What the user got wrong: one sentence that says what is wrong, where, and what to do."""
 
 
+COLORS = {"red": 31, "green": 32, "yellow": 33}  # and their codes of a terminal
+
+
+def colored(text: str, color: str, stream: Any) -> str:
+    """Text in a color where the stream is a terminal that shows it; elsewhere, or with NO_COLOR set, as it is."""
+    is_shown = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return f"\033[{COLORS[color]}m{text}\033[0m" if is_shown else text
+
+
 def notice(text: str) -> None:
     """Prints something that the user should know but need not act on."""
-    print(f"notice: {text}", file=sys.stderr, flush=True)
+    print(f"{colored('notice:', 'yellow', sys.stderr)} {text}", file=sys.stderr, flush=True)
 
 
 def run_command(command: Callable[[], object], takes_ranks: bool = False) -> NoReturn:
@@ -80,7 +89,7 @@ def run_command(command: Callable[[], object], takes_ranks: bool = False) -> NoR
             os._exit(0)
     except UserError as error:
         if _speaks_first():
-            print(f"error: {error}", file=terminal, flush=True)
+            print(f"{colored('error:', 'red', terminal)} {error}", file=terminal, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; what was saved is kept", file=sys.stderr)
@@ -706,11 +715,16 @@ class NamesAction(argparse.Action):
 
 
 class _ManualFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Appends each flag's default to its help, unless the help says in words what it depends on."""
+    """Appends each flag's default, as a user would type it, to its help, unless the help says what it depends on."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        is_obvious = action.default is None or action.default is False
-        return action.help if is_obvious else super()._get_help_string(action)
+        if action.default in (None, False, [], {}):
+            return action.help
+        if isinstance(action.default, list) and "%(default)" not in str(action.help):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        if action.default is True:
+            return f"{action.help} (default: on)"
+        return super()._get_help_string(action)
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -756,13 +770,18 @@ class FlagParser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         opt, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            if split_suffix(unknown[0].split("=")[0])[1]:
-                raise self.refuse_suffix(unknown[0].split("=")[0])
-            kind = "flag" if unknown[0].startswith("-") else "argument"
-            near = self.nearest_flag(unknown[0].split("=")[0])
-            raise UserError(f"unknown {kind} {shown(unknown[0])}{near}: {self.prog} --help lists all flags")
+        self.refuse_unknown(unknown)
         return opt
+
+    def refuse_unknown(self, unknown: Sequence[str]) -> None:
+        """Raises a `UserError` of the first of the arguments that are left over, if there are any."""
+        if not unknown:
+            return
+        if split_suffix(unknown[0].split("=")[0])[1]:
+            raise self.refuse_suffix(unknown[0].split("=")[0])
+        kind = "flag" if unknown[0].startswith("-") else "argument"
+        near = self.nearest_flag(unknown[0].split("=")[0])
+        raise UserError(f"unknown {kind} {shown(unknown[0])}{near}: {self.prog} --help lists all flags")
 
     def take_suffixes(self) -> None:
         """Lets the flags of a run's configuration have the suffixes of `TUNING_KINDS`."""
@@ -803,7 +822,22 @@ class FlagParser(argparse.ArgumentParser):
             choices = [str(choice) for choice in action.choices]
             listed = f"; it takes one of {', '.join(choices)}" if len(choices) <= MAX_LISTED else ""
             near = nearest_name(str(value), choices)
-            raise UserError(f"{action.option_strings[0]} {shown(value)} is unknown{near}{listed}")
+            name = action.option_strings[0] if action.option_strings else str(action.metavar or action.dest)
+            raise UserError(f"{name} {shown(value)} is unknown{near}{listed}")
+
+
+class CommandParser(FlagParser):
+    """The parser of one command among several, which `add_subparsers(parser_class=CommandParser)` makes.
+
+    What it doesn't know is an error of its own, which names the nearest of its flags.
+    """
+
+    def parse_known_args(self, args=None, namespace=None):
+        known = self.flags()
+        self.refuse_unknown([arg for arg in args if arg.startswith("--") and arg.partition("=")[0] not in known])
+        opt, unknown = super().parse_known_args(args, namespace)
+        self.refuse_unknown(unknown)
+        return opt, unknown
 
 
 # Seeds and device

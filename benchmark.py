@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Times sampling and losses, evaluation, data loading and records against naive loops and well-known libraries.
 
 Every ratio is measured in one run: the contestants take turns, and medians are compared; where they differ by a few
@@ -6,9 +7,17 @@ percent, the least processor time of one thread is; in the evaluation, whose par
 
 from __future__ import annotations
 
+import os
+
+if __name__ == "__main__" and "_ARGCOMPLETE" in os.environ:  # a shell asks what can stand at the cursor
+    import completion
+
+    completion.complete("benchmark")
+
+import contextlib
+import ctypes
 import gc
 import json
-import os
 import platform
 import tempfile
 import time
@@ -37,11 +46,16 @@ import image_cache
 import losses
 import main as training_run
 import methods
+import plots
 import records
 import transforms
 from evaluate import EmbeddingSpace, f1, nmi, recall_at_k
 
 Row = dict[str, Any]
+
+SIZES = (10**4, 3 * 10**4, 10**5, 10**6)
+PRECISIONS = ("R-precision", "MAP@R", "mAP", "MRR")
+MAX_OWN, NUM_QUERIES = 10**5, 10**4  # items that are compared with each other; queries of more
 
 
 def run_in_turns(
@@ -340,17 +354,98 @@ def benchmark_losses() -> list[Row]:
     return rows + benchmark_library(points, labels)
 
 
+LARGE = (4096, 512)  # embeddings, their dimension
+
+
+def benchmark_large_losses() -> list[Row]:
+    """Forward and backward of embeddings (4096, 512), 1,024 classes of 4, and the samplers alone: time and memory."""
+    auxiliaries.seed_everything(0)
+    device, threads = auxiliaries.find_device(0), torch.get_num_threads()
+    torch.set_num_threads(1)  # whose processor time doesn't depend on what else the machine does
+    units = {"time": "s", "peak memory": "GiB"}
+    found = {
+        what: {"time": _processor_time(run, device), "peak memory": _memory_of(run, device)}
+        for what, run in large_steps(*LARGE, device).items()
+    }
+    torch.set_num_threads(threads)
+    product = next(iter(found.values()))
+    return [
+        {**_row(what, who, value, units[who], product[who]), "of": "the product"}
+        for what, values in found.items()
+        for who, value in values.items()
+    ]
+
+
+def large_steps(size: int, dim: int, device: torch.device) -> Contestants:
+    """A product of all pairs of embeddings, every own sampling method and every own loss, each with its backward."""
+    labels = torch.arange(size) // 4
+    points = F.normalize(torch.randn(size, dim), dim=1).to(device)
+    product = learning_step(lambda batch, _: (batch @ batch.T).square().sum(), points, labels)
+    steps: Contestants = {"a product of all pairs": product}
+    for method in losses.Sampler().methods:
+        steps[f"{method} sampling"] = partial(losses.Sampler(method).give, points, labels)
+    for method in ("distance", "semihard", "softhard"):
+        sampler = losses.Sampler(method, positives_per_anchor="all")
+        steps[f"{method} sampling, all positives"] = partial(sampler.give, points, labels)
+    more = {
+        "triplet, all positives": ["triplet", "--positives_per_anchor", "all"],
+        "triplet + semihard": ["triplet", "--sampling", "semihard"],
+        "contrastive + distance": ["contrastive", "--sampling", "distance"],
+        "contrastive + npair": ["contrastive", "--sampling", "npair"],
+    }
+    for name, flags in {**{loss: [loss] for loss in losses.LOSSES}, **more}.items():
+        argv = ["--embed_dim", str(dim), "--bs", str(size), "--not_pretrained", "--loss", *flags]
+        criterion, _ = losses.loss_select(flags[0], config.resolve(config.parse(argv)), [], num_classes=size // 4)
+        steps[name] = learning_step(criterion.to(device), points, labels)
+    return steps
+
+
+def _processor_time(run: Callable[[], object], device: torch.device) -> float:
+    """The least seconds of three calls: of the processor, or of the clock where a GPU computes."""
+    on_gpu = device.type == "cuda"
+    wait, clock = (torch.cuda.synchronize, time.perf_counter) if on_gpu else (lambda: None, time.process_time)
+    seconds = []
+    for _ in range(3):
+        start = clock()
+        run()
+        wait()
+        seconds.append(clock() - start)
+    return min(seconds)
+
+
+def _memory_of(run: Callable[[], object], device: torch.device) -> float:
+    """Peak memory of a call above what was in use before it, in GiB."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device) / 2**30
+        auxiliaries.peak_memory(device, reset=True)
+        run()
+        return auxiliaries.peak_memory(device) - before
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that it keeps would be taken for that of the call
+    before, _ = memory(reset=True)
+    run()
+    return memory()[1] - before
+
+
 def _row(what: str, who: str, value: float, unit: str, ours: float) -> Row:
     """A row of the table; the ratio is how many times ours the value is."""
-    return {"what": what, "who": who, "value": round(value, 3), "unit": unit, "times ours": round(value / ours, 2)}
+    ratio = value / ours if ours else float(value > 0)
+    return {"what": what, "who": who, "value": round(value, 3), "unit": unit, "times ours": round(ratio, 2)}
 
 
 def online_products_embeddings() -> tuple[torch.Tensor, np.ndarray]:
     """Embeddings of the size of Online Products' test set: 60,502 × 128 in 11,316 classes of 5 or 6."""
+    return clustered_embeddings(60502, 11316)
+
+
+def clustered_embeddings(size: int, num_classes: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Embeddings `(size, 128)` of length 1 around the centers of their classes, and their labels."""
     rng = np.random.default_rng(0)
-    labels = np.arange(60502) % 11316
-    centers = rng.standard_normal((11316, 128), dtype=np.float32)
-    points = centers[labels] + 1.2 * rng.standard_normal((60502, 128), dtype=np.float32)
+    labels = np.arange(size) % num_classes
+    centers = rng.standard_normal((num_classes, 128), dtype=np.float32)
+    points = rng.standard_normal((size, 128), dtype=np.float32)
+    points *= np.float32(1.2)
+    points += centers[labels]
     return F.normalize(torch.from_numpy(points), dim=1), labels
 
 
@@ -375,7 +470,7 @@ def pair_counting_f1(labels: np.ndarray, clusters: np.ndarray) -> float:
 
 
 def benchmark_evaluation() -> list[Row]:
-    """Recall @ 1, 10, 100, 1000, NMI and F1 of Online Products' size, against faiss and straightforward counting."""
+    """Metrics of Online Products' size, against the bare products of all pairs, faiss and straightforward counting."""
     points, labels = online_products_embeddings()
     k_vals = (1, 10, 100, 1000)
     gc.collect()
@@ -390,32 +485,86 @@ def benchmark_evaluation() -> list[Row]:
         return result
 
     recalls = timed("recall", lambda: [recall_at_k(space, k) for k in k_vals])
+    timed("precisions", lambda: evaluate.evaluate_space(EmbeddingSpace(points, labels), [1], PRECISIONS))
     timed("k-means", lambda: space.clusters)
     our_f1 = timed("f1", lambda: f1(space))
     our_nmi = timed("nmi", lambda: nmi(space))
     peak = memory()[1] - start_memory
     without_kmeans = seconds["recall"] + seconds["f1"] + seconds["nmi"]
 
-    def search() -> list[float]:
-        index = faiss.IndexFlatL2(128)
-        index.add(points.numpy())
-        found = labels[index.search(points.numpy(), 1001)[1][:, 1:]] == labels[:, None]  # no duplicates here
-        return [float(found[:, :k].any(axis=1).mean()) for k in k_vals]
-
-    faiss_recalls = timed("faiss", search)
+    faiss_recalls = timed("faiss", lambda: _recall_by_faiss(points.numpy(), labels, k_vals))
     counted_f1 = timed("pair counting", lambda: pair_counting_f1(labels, space.clusters))
+    timed("products", lambda: _multiply_all(points, points))
+    space.clustering = evaluate.Clustering("faiss")
+    timed("faiss k-means", space.cluster)
     print(f"Recall @ {k_vals}: ours {recalls}, faiss {faiss_recalls}")
     print(f"F1: ours {our_f1:.6f}, counted {counted_f1:.6f}; NMI: {our_nmi:.6f}")
     return [
         _row("Recall @ 1, 10, 100, 1000", "ours", seconds["recall"], "s", seconds["recall"]),
         _row("Recall @ 1, 10, 100, 1000", "faiss search, k = 1001", seconds["faiss"], "s", seconds["recall"]),
+        _row("Recall @ 1, 10, 100, 1000", "bare products", seconds["products"], "s", seconds["recall"]),
+        _row(", ".join(PRECISIONS), "ours", seconds["precisions"], "s", seconds["precisions"]),
+        _row(", ".join(PRECISIONS), "bare products", seconds["products"], "s", seconds["precisions"]),
         _row("F1", "ours", seconds["f1"], "s", seconds["f1"]),
         _row("F1", "a pass for each cluster", seconds["pair counting"], "s", seconds["f1"]),
         _row("NMI", "ours", seconds["nmi"], "s", seconds["nmi"]),
         _row("everything but k-means", "ours", without_kmeans, "s", without_kmeans),
-        _row("k-means and assignment", "faiss", seconds["k-means"], "s", seconds["k-means"]),
+        _row("k-means and assignment", "ours", seconds["k-means"], "s", seconds["k-means"]),
+        _row("k-means and assignment", "faiss", seconds["faiss k-means"], "s", seconds["k-means"]),
         _row("peak memory above the start", "ours", peak, "GiB", peak),
     ]
+
+
+def _recall_by_faiss(points: np.ndarray, labels: np.ndarray, k_vals: Sequence[int]) -> list[float]:
+    """Recall @ k by a search for the nearest neighbors."""
+    index = faiss.IndexFlatL2(points.shape[1])
+    index.add(points)
+    found = labels[index.search(points, max(k_vals) + 1)[1][:, 1:]] == labels[:, None]  # no duplicates here
+    return [float(found[:, :k].any(axis=1).mean()) for k in k_vals]
+
+
+def benchmark_sizes(sizes: Sequence[int], plot: Path) -> list[Row]:
+    """Recall and MAP@R of more and more points, beside the bare products: all against all, or 10⁴ queries beyond 10⁵.
+
+    Args:
+        sizes: numbers of items `(N, 128)`, in classes of 5 or 6.
+        plot: the SVG of time and memory against N.
+    """
+    points: dict[str, list[tuple[int, float]]] = {}
+    rows: list[Row] = []
+    for size in sizes:
+        items, labels = clustered_embeddings(size, max(1, size * 11316 // 60502))
+        num_queries = size if size <= MAX_OWN else NUM_QUERIES
+        queries = items if num_queries == size else items[:num_queries]
+        start = time.process_time()
+        _multiply_all(queries, items)
+        seconds = {"bare products": time.process_time() - start}
+        gc.collect()
+        start_memory, _ = memory(reset=True)
+        start = time.process_time()
+        in_gallery = (items, labels, np.arange(num_queries)) if num_queries < size else ()
+        space = EmbeddingSpace(queries, labels[:num_queries], *in_gallery)
+        evaluate.evaluate_space(space, (1, 10, 100, 1000), ("Recall", "MAP@R"))
+        seconds["Recall and MAP@R"] = time.process_time() - start
+        peak = memory()[1] - start_memory
+        ours, what = seconds["Recall and MAP@R"], f"{num_queries:,} queries, {size:,} items"
+        rows += [_row(what, who, value, "s of CPU", ours) for who, value in seconds.items()]
+        gigaflops = 2 * num_queries * size * items.shape[1] / 1e9
+        rows += [_row(what, "memory above the start", peak, "GiB", peak or 1)]
+        rows += [_row(what, "flops of the products", gigaflops, "GFLOP", gigaflops)]
+        for who, value in {**seconds, "memory above the start": peak}.items():
+            points.setdefault(who, []).append((size, value))
+    plots.save_sizes(plot, points)
+    return rows
+
+
+def _multiply_all(queries: torch.Tensor, items: torch.Tensor) -> None:
+    """Takes all products of queries and items, tile by tile, and keeps none."""
+    memory_of_tile = torch.empty(evaluate.QUERY_TILE * evaluate.GALLERY_TILE)
+    for some in queries.split(evaluate.QUERY_TILE):
+        for others in items.split(evaluate.GALLERY_TILE):
+            out = memory_of_tile[: len(some) * len(others)].view(len(some), len(others))
+            torch.mm(some, others.T, out=out)
 
 
 def benchmark_data() -> list[Row]:
@@ -644,16 +793,43 @@ BENCHMARKS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the chosen benchmarks, prints a table and writes it as JSON."""
+def build_parser() -> auxiliaries.FlagParser:
+    """The parser of all flags."""
     parser = auxiliaries.FlagParser(prog="benchmark.py", description=__doc__)
     parser.add_argument(
         "what", nargs="*", metavar="|".join([*BENCHMARKS, "step"]), help="which benchmarks (default: all)"
     )
     parser.add_argument("--json", default="benchmark.json", metavar="FILE", help="where the table is written")
     parser.add_argument("--arch", default="resnet50", help="the network of the benchmark step")
-    opt = parser.parse_args(argv)
+    parser.add_argument(
+        "--large",
+        action="store_true",
+        help="with losses: time and memory of batches of 4,096 embeddings of 512 dimensions instead",
+    )
+    parser.add_argument(
+        "--sizes",
+        nargs="*",
+        type=auxiliaries.number(int, 10),
+        metavar="N",
+        help="with evaluation: time and memory against the number of items instead, of 128 dimensions each (default: "
+        "10000 30000 100000 1000000; beyond 100000, of 10,000 queries)",
+    )
+    parser.add_argument("--plot", default="sizes.svg", metavar="FILE", help="where --sizes draws them")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the chosen benchmarks, prints a table and writes it as JSON."""
+    opt = build_parser().parse_args(argv)
     benchmarks: dict[str, Callable[[], list[Row]]] = {**BENCHMARKS, "step": partial(benchmark_step, opt.arch)}
+    if opt.sizes is not None:
+        if opt.what != ["evaluation"]:
+            raise auxiliaries.UserError("--sizes is of the evaluation: give `benchmark.py evaluation --sizes`")
+        benchmarks["evaluation"] = partial(benchmark_sizes, opt.sizes or SIZES, Path(opt.plot))
+    if opt.large:
+        if opt.what != ["losses"]:
+            raise auxiliaries.UserError("--large is of the losses: give `benchmark.py losses --large`")
+        benchmarks["losses"] = benchmark_large_losses
     for name in opt.what:
         if name not in benchmarks:
             near = auxiliaries.nearest_name(name, benchmarks)
@@ -662,7 +838,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for rows in results.values():
         width = max(len(row["what"]) for row in rows)
         for row in rows:
-            figures = f"{row['value']:>10} {row['unit']:<9}{row['times ours']:>8} × ours"
+            figures = f"{row['value']:>10} {row['unit']:<9}{row['times ours']:>8} × {row.get('of', 'ours')}"
             print(f"{row['what']:<{width}}  {row['who']:<26}{figures}")
     machine = {
         "processor": platform.processor() or platform.machine(),

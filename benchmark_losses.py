@@ -85,6 +85,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "MAP@R",
         "--no-tensorboard",
         "--no-pictures",
+        "--no-report",
         "--no-check_images",
         *flags,
     ]

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """One table and one plot of several runs, grouped by configuration without the seed, and which differences hold.
 
 A seed's figure is the mean over its folds, which share their test classes. Means and confidence intervals are over
@@ -7,14 +8,21 @@ one seed, over its folds; two single runs query by query, with whole test classe
 
 from __future__ import annotations
 
+import os
+
+if __name__ == "__main__" and "_ARGCOMPLETE" in os.environ:  # a shell asks what can stand at the cursor
+    import completion
+
+    completion.complete("compare")
+
 import csv
 import io
 import itertools
 import math
-import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,6 +33,7 @@ import auxiliaries
 import evaluate
 import plots
 import records
+import report
 import runs
 import significance
 from auxiliaries import UserError, shown
@@ -68,7 +77,10 @@ def add_arguments(parser: auxiliaries.FlagParser) -> None:
     add("--database", type=auxiliaries.user_path, metavar="FILE",
         help="also collect all rows of the folders' records.db in this SQLite file, with a column `run`; what it holds "
         "of other runs stays")
-    add("--svg", default="comparison.svg", type=_svg_file, metavar="FILE", help="where to draw the curves")
+    add("--svg", default="comparison.svg", type=partial(_new_file, "--svg"), metavar="FILE",
+        help="where to draw the curves")
+    add("--html", type=partial(_new_file, "--html"), metavar="FILE",
+        help="also write a page with the table, what can be told of it, curves, and the classes that gain and lose")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--csv", action="store_true", help="print CSV instead of Markdown")
     add("--json", action="store_true", help="print JSON instead of Markdown")
@@ -76,13 +88,14 @@ def add_arguments(parser: auxiliaries.FlagParser) -> None:
     # fmt: on
 
 
-def _svg_file(text: str) -> Path:
-    """An argparse type: an SVG file that can be written."""
-    path = Path(auxiliaries.user_path(text))
-    if path.suffix.lower() != ".svg":
-        raise UserError(f"--svg {auxiliaries.shown(text)} is not the name of an SVG file: end it with .svg")
+def _new_file(flag: str, text: str) -> Path:
+    """An argparse type: a file that can be written, named like its flag."""
+    path, suffix = Path(auxiliaries.user_path(text)), flag.replace("--", ".")
+    if path.suffix.lower() != suffix:
+        kind = suffix.removeprefix(".").upper()
+        raise UserError(f"{flag} {auxiliaries.shown(text)} is not the name of an {kind} file: end it with {suffix}")
     if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"--svg {auxiliaries.shown(text)} can't be written: name a file in a folder that exists")
+        raise UserError(f"{flag} {auxiliaries.shown(text)} can't be written: name a file in a folder that exists")
     return path
 
 
@@ -492,6 +505,93 @@ def _read_query_results(run: Row, metric: str) -> dict[str, np.ndarray]:
     return results
 
 
+def compare_classes(
+    seeds: Sequence[Row], reference: str, metric: str, is_compared: bool = True
+) -> tuple[list[report.ClassDifferences], dict[str, str]]:
+    """Which classes gain and lose with each configuration, in place of the reference.
+
+    Args:
+        seeds: rows of `average_folds`.
+        reference: the label of the reference.
+        metric: a key of `BY_QUERY`, perhaps of the finest of several levels.
+        is_compared: whether the rows' figures are of this metric.
+
+    Returns:
+        The differences, and why there are none for other configurations.
+    """
+    groups = {label: rows for (label,), rows in group_by(seeds, "Configuration").items()}
+    found: list[report.ClassDifferences] = []
+    refused: dict[str, str] = {}
+    try:
+        theirs = _read_classes(groups[reference], metric, is_compared)
+    except UserError as error:
+        return [], {reference: str(error)}
+    for label in [label for label in groups if label != reference]:
+        try:
+            mine = _read_classes(groups[label], metric, is_compared)
+        except UserError as error:
+            refused[label] = str(error)
+            continue
+        if mine.images == theirs.images and mine.sizes == theirs.sizes:
+            names = theirs.names if theirs.are_named else mine.names
+            found.append(report.ClassDifferences(label, names, mine.sizes, theirs.values, mine.values))
+        else:
+            refused[label] = "its queries are different ones"
+    return found, refused
+
+
+@dataclass(frozen=True)
+class ClassFigures:
+    """A configuration's figure of each class, the mean over its seeds of means over their folds.
+
+    Attributes:
+        images: a digest of what was tested.
+        names: of the classes; `class 7` where the runs don't say (`are_named`).
+        sizes: their numbers of queries that count.
+        values: their figures.
+    """
+
+    images: str
+    names: list[str]
+    are_named: bool
+    sizes: list[int]
+    values: list[float]
+
+
+def _read_classes(seeds: Sequence[Row], metric: str, is_compared: bool) -> ClassFigures:
+    """Reads per_query.npz of a configuration's runs.
+
+    Raises:
+        UserError: one is missing or damaged, isn't that of its run's figure, or they are of different queries.
+    """
+    by_seed, first = [], None
+    for row in seeds:
+        by_fold = []
+        for run in row["folds"].values():
+            results = _read_query_results(run, metric) if is_compared else records.read_query_results(run["folder"])
+            first = results if first is None else first
+            if not all(np.array_equal(results[name], first[name]) for name in ("test_set", "label", "weight")):
+                raise UserError("its runs were tested on different queries")
+            counts = results["weight"] > 0
+            classes, place = np.unique(results["label"][counts], return_inverse=True)
+            weights = results["weight"][counts]
+            values = weights * results[BY_QUERY[metric.removeprefix(FINEST)]][counts]
+            by_fold.append(np.bincount(place, values) / np.bincount(place, weights))
+        by_seed.append(np.mean(by_fold, axis=0))
+    assert first is not None, "a configuration has a run"
+    labels = np.unique(first["label"]).tolist()
+    stored = first.get("class_names", np.array([]))
+    are_named = stored.dtype.kind == "U" and stored.shape == (len(labels),)
+    name_of = dict(zip(labels, stored.tolist())) if are_named else {label: f"class {label}" for label in labels}
+    return ClassFigures(
+        str(first["test_set"]),
+        [name_of[label] for label in classes.tolist()],
+        are_named,
+        np.bincount(place).tolist(),
+        np.mean(by_seed, axis=0).tolist(),
+    )
+
+
 def choose_reference(rows: Sequence[Row], column: str, lower_is_better: bool, wanted: str | None) -> str:
     """The label of the configuration that the others are compared with: the one asked for, or the best one.
 
@@ -770,6 +870,98 @@ def format_latex(rows: Sequence[Row], metric: str, is_chosen: bool) -> str:
     return "\n".join([*lines, body[0], r"\hline", *body[1:], r"\hline", r"\end{tabular}"])
 
 
+# The page
+
+
+def save_page(
+    path: Path, rows: Sequence[Row], seeds: Sequence[Row], reference: str, metric: str, is_chosen: bool
+) -> None:
+    """Writes all that can be told as one page; what is shown is what the table and its sentences say.
+
+    Args:
+        path: the page.
+        rows: the table, with its columns of comparisons.
+        seeds: rows of `average_folds`.
+        reference: the label of the reference.
+        metric: the metric.
+        is_chosen: whether the reference was chosen by these figures.
+    """
+    of_classes = metric if metric.removeprefix(FINEST) in BY_QUERY else DEFAULT_METRIC
+    classes, refused = (
+        ([], {}) if len(rows) < 2 else compare_classes(seeds, reference, of_classes, of_classes == metric)
+    )
+    title, *sentences = describe_comparisons(rows, metric, is_chosen) or [""]
+    cells, best, split = format_cells(rows), _best_figures(rows), SPLITS[seeds[0]["split"]]
+    shown = [name for name in cells[0] if name != "Selection optimism"]  # which has a section of its own
+    short = {name: name.removeprefix(f"{split} ").removesuffix(", selected") for name in shown}
+    table = [
+        report.ComparedRow(
+            label=row["Configuration"],
+            cells=[(short[name], of_row[name]) for name in shown],
+            best={short[name] for name in shown if len(rows) > 1 and name in best and row[name] == best[name]},
+            difference=Difference(row["Difference"], row["Difference from"], row["Difference to"]),
+            p="" if math.isnan(row["p, Holm"]) else _format_p(row["p, Holm"]),
+            holds=row["p, Holm"] < significance.LEVEL,
+            is_reference=row["In words"] == THE_REFERENCE,
+        )
+        for row, of_row in zip(rows, cells)
+    ]
+    compared = report.ComparedRuns(
+        metric=metric,
+        split=split,
+        lead=summarize_in_words(rows, metric, is_chosen),
+        table=table,
+        about_table=describe_table(rows),
+        title=title.rstrip(":"),
+        sentences=[sentence.removeprefix("- ") for sentence in sentences if sentence],
+        bands=compute_bands(seeds),
+        classes=classes,
+        classes_metric=of_classes,
+        no_classes=refused,
+        optimism=describe_optimism(rows, metric),
+        optimism_by_label={
+            row["Configuration"]: f"{row['Selection optimism']:+.4f}"
+            for row in rows
+            if row.get("Selection optimism by run")
+        },
+        further={row["Configuration"]: row["Further flags"] for row in rows if "Further flags" in row},
+        runs=[_list_run(row["Configuration"], run) for row in seeds for run in row["folds"].values()],
+    )
+    report.save_comparison_page(path, compared)
+    auxiliaries.notice(f"page in {path}")
+
+
+def _list_run(label: str, run: Row) -> tuple[str, str, str, str, str, str]:
+    """A run as the page lists it."""
+    optimism = "" if math.isnan(run["optimism"]) else f"{run['optimism']:+.4f}"
+    seed, fold = ("" if run[name] is None else str(run[name]) for name in ("seed", "fold"))
+    return label, seed, fold, f"{run['selected']:.4f}", optimism, str(run["folder"])
+
+
+def summarize_in_words(rows: Sequence[Row], metric: str, is_chosen: bool) -> str:
+    """One sentence or two: what is compared, and how many differences hold."""
+    num_runs = sum(row["Runs"] for row in rows)
+    what = f"{num_runs} run{'s' * (num_runs != 1)} of {len(rows)} configuration{'s' * (len(rows) != 1)}"
+    if len(rows) < 2:
+        return f"{what}."
+    reference = next(row["Configuration"] for row in rows if row["In words"] == THE_REFERENCE)
+    others = [row for row in rows if row["In words"] != THE_REFERENCE]
+    holds = [row for row in others if row["p, Holm"] < significance.LEVEL]
+    which = f"{reference} has the best {metric}" if is_chosen else f"The reference is {reference}"
+    if len(others) == 1:
+        told = "the difference holds" if holds else "no difference can be told"
+    else:
+        told = f"{len(holds) or 'none'} of {len(others)} differences to it {'holds' if len(holds) == 1 else 'hold'}"
+    return f"{what}. {which}; {told}."
+
+
+def build_parser() -> auxiliaries.FlagParser:
+    """The parser of all flags."""
+    parser = auxiliaries.FlagParser(prog="compare.py", description=__doc__)
+    add_arguments(parser)
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Prints the table and which differences hold, draws the curves, and names the folders that are left out.
 
@@ -779,9 +971,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     Raises:
         UserError: there is nothing to compare.
     """
-    parser = auxiliaries.FlagParser(prog="compare.py", description=__doc__)
-    add_arguments(parser)
-    opt = parser.parse_args(argv)
+    opt = build_parser().parse_args(argv)
     metric = (opt.metrics or [DEFAULT_METRIC])[0] if opt.metric is None else opt.metric
     further = [name for name in dict.fromkeys(opt.metrics or []) if name != metric]
     folders = [Path(folder) for folder in opt.folders]
@@ -803,6 +993,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         print((format_latex if opt.latex else format_markdown)(rows, metric, is_chosen))
     plots.save_bands(opt.svg, compute_bands(seeds), metric)
     auxiliaries.notice(f"curves in {opt.svg}")
+    if opt.html is not None:
+        save_page(opt.html, rows, seeds, reference, metric, is_chosen)
     return rows
 
 

@@ -24,6 +24,7 @@ import losses
 import methods
 import netlib
 import records
+import retrieval
 import transforms
 from auxiliaries import (
     OVERRIDE,
@@ -54,7 +55,7 @@ MAX_SAVENAME = 200  # bytes: with what is put before and after it, it must fit i
 # What runs did that were stored before these flags existed: a stored configuration that lacks one of them means this.
 MEANT_BEFORE = {
     **{"crop_scale": 0.08, "flip": True, "redraw_images": True, "interpolation": "bilinear"},
-    **{"normalize_members": False},
+    **{"normalize_members": False, "kmeans": "faiss"},
 }
 
 # What --fast changes, see `fast_flags`, and how it is without.
@@ -122,6 +123,9 @@ def add_arguments(parser: FlagParser) -> None:
         help="run the configuration of a run folder again, and compare")
     add("--evaluate", nargs="?", const="", type=user_path, metavar="FOLDER",
         help="evaluate the best network of a run, in FOLDER or of --savename, without training")
+    add("--dry_run", action="switch",
+        help="print what training, or --resume_training, would do: images, batches, parameters, memory, epochs and the "
+        "run folder; then stop, with nothing written")
     add("--accept_changed_data", action="switch",
         help="continue or evaluate a run although its images or their classes have changed since it began")
     add("--eval_reference_set", choices=("compared_to_self", "compared_to_sets_combined", "compared_to_training_set"),
@@ -139,6 +143,13 @@ def add_arguments(parser: FlagParser) -> None:
     add("--eval_every_class", action="switch", needs="evaluate",
         help="--evaluate: write the retrieval metrics of each class to per_class_<split>.csv, and add their means over "
         "classes, in which each class counts alike, as Macro Recall @ 1, ...")
+    add("--eval_dims", type=number(int, 1), nargs="+", metavar="N", needs="evaluate",
+        help="--evaluate: also retrieve by the first N principal components of the training images' embeddings, and "
+        "print Recall and MAP@R against bytes per image")
+    add("--eval_quantize", choices=tuple(name for name in retrieval.PRECISIONS if name != "float32"), nargs="+",
+        needs="evaluate",
+        help="--evaluate: also retrieve by embeddings that are kept as 8-bit integers (int8) or signs (binary), of all "
+        "dimensions and those of --eval_dims")
     add("--eval_size_of_tsne", type=number(int, 10), metavar="N", needs="evaluate",
         help="--evaluate: draw a t-SNE plot of N images of each set, class by class")
     # fmt: on
@@ -157,7 +168,7 @@ def compose_parser(prog: str, description: str, tunes: bool = False) -> FlagPars
     """A new parser of all modules' flags; one that `tunes` also takes suffixes, such as --lr~BAYESIAN~."""
     parser = FlagParser(prog=prog, description=description, known_elsewhere=KNOWN_ELSEWHERE, tunes=tunes)
     parser.add_argument("--version", action="version", version=f"{parser.prog} {VERSION}")
-    for module in (datasets, transforms, netlib, features, image_cache, losses, methods, evaluate, records):
+    for module in (datasets, transforms, netlib, features, image_cache, losses, methods, evaluate, records, retrieval):
         module.add_arguments(parser)
     add_arguments(parser)
     return parser
@@ -555,6 +566,8 @@ def refuse_unused(opt: argparse.Namespace, given: Mapping[str, Any]) -> None:
     """
     parser = build_parser()
     modes = [name for name in ("resume_training", "reproduce_results", "evaluate") if getattr(opt, name) is not None]
+    if opt.dry_run and opt.evaluate is not None:
+        modes = ["dry_run", "evaluate"]
     if len(modes) > 1:
         raise UserError(f"--{modes[0]} and --{modes[1]} contradict each other: drop one")
     unused = [name for name in parser.names_with(needs="evaluate") if name in given and opt.evaluate is None]
@@ -580,6 +593,15 @@ def with_flags(opt: argparse.Namespace, **flags: Any) -> argparse.Namespace:
 
 
 # A run's configuration
+
+
+def with_todays_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored flags; those of earlier versions have become what they are today: `tensorboard` a part of `logger`."""
+    values = dict(values)
+    if "tensorboard" in values:
+        is_on = values.pop("tensorboard")
+        values.setdefault("logger", ["tensorboard"] if is_on else [])
+    return values
 
 
 def configuration(opt: argparse.Namespace) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Where images are, which class belongs to which split, and how batches are formed.
 
-A dataset is a function `root -> Splits` and its row in `DATASETS`; a folder of `images/<class>/*` needs neither.
+A dataset is a function `root -> Splits` and its row in `DATASETS`; a folder of `images/<class>/*`, or a CSV file of
+paths and labels, needs neither.
 Batches are formed by a function in `BATCH_SAMPLERS`, which `BaseTripletDataset` calls.
 """
 
@@ -9,7 +10,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import gc
 import inspect
+import io
 import itertools
 import math
 import os
@@ -39,8 +42,10 @@ from tqdm import tqdm
 import transforms
 from auxiliaries import (
     MAX_NAME,
+    FlagGroup,
     FlagParser,
     UserError,
+    atomic_write,
     by_first_rank,
     check_memory,
     check_params,
@@ -76,20 +81,25 @@ NAMES_OF_PARTS = {  # what others call them
 DOWNLOAD_TIMEOUT = 60.0  # seconds without an answer
 BYTES_PER_DRAW = 200  # of an epoch's list of images
 
+BOX_COLUMNS = ("x1", "y1", "x2", "y2")
+CSV_COLUMNS = ("path", "label", "split", "is_query", "is_gallery", "parent", *BOX_COLUMNS)
+YES_OR_NO = {  # as pandas and others write them; an empty value says no
+    **dict.fromkeys(("true", "yes", "t", "y", "1", "1.0"), True),
+    **dict.fromkeys(("false", "no", "f", "n", "0", "0.0", ""), False),
+}
+
 
 def add_arguments(parser: FlagParser) -> None:
     """Declares the flags of data, batches and splits."""
     # fmt: off
-    add = parser.add_argument_group("data").add_argument
+    group = parser.add_argument_group("data")
+    add = group.add_argument
     add("--dataset", default="cub200", metavar="NAME", fixed=True, protocol=True,
         help=f"{', '.join(name for name in DATASETS if not name.startswith('torchvision_'))}; torchvision:NAME, "
-        f"with the name of one of its classes: {', '.join(TORCHVISION)}; or any folder of class folders: its name in "
+        f"with the name of one of its classes: {', '.join(TORCHVISION)}; or any folder of class folders, or a CSV file "
+        f"with the columns {', '.join(CSV_COLUMNS[:2])} and, where wanted, {', '.join(CSV_COLUMNS[2:])}: its name in "
         "--source_path, or its path")
-    add("--source_path", type=user_path, default="Datasets", machine=True, compared=False,
-        help="folder that contains the datasets")
-    add("--download", action="switch", machine=True, compared=False, help="download the dataset first if it is missing")
-    add("--download_url", metavar="URL", machine=True, compared=False,
-        help="with --download: address of a folder that contains the archives (default: where they are published)")
+    add_source_arguments(group)
     add("--check_images", action="switch", default=True, machine=True, compared=False,
         help="make sure that all images can be opened before training begins")
     add("--kernels", type=number(int, 0), machine=True, compared=False,
@@ -108,7 +118,28 @@ def add_arguments(parser: FlagParser) -> None:
         help="class_balanced: draw the images of a class anew for each batch, as the MPerClassSampler of "
         "pytorch-metric-learning does; by default all of them are drawn before any is drawn again")
     add("--iterations_per_epoch", type=number(int, 1), help="batches per epoch (default: training images // bs)")
+    # fmt: on
+    add_protocol_arguments(parser)
 
+
+def add_source_arguments(group: FlagGroup) -> None:
+    """Declares the flags of where a dataset's images are, and which of them count."""
+    # fmt: off
+    add = group.add_argument
+    add("--source_path", type=user_path, default="Datasets", machine=True, compared=False,
+        help="folder that contains the datasets")
+    add("--download", action="switch", machine=True, compared=False, help="download the dataset first if it is missing")
+    add("--download_url", metavar="URL", machine=True, compared=False,
+        help="with --download: address of a folder that contains the archives (default: where they are published)")
+    add("--exclude", type=user_path, metavar="FILE", protocol=True,
+        help="CSV file with a column path: the images that are left out of the dataset, as `python check.py NAME` "
+        "proposes them; relative paths begin in the dataset's folder")
+    # fmt: on
+
+
+def add_protocol_arguments(parser: FlagParser) -> None:
+    """Declares the flags of which classes, or images, are for training, validation and testing."""
+    # fmt: off
     add = parser.add_argument_group("protocol", protocol=True).add_argument
     add("--split_scheme", choices=SPLIT_SCHEMES, default="predefined", fixed=True,
         help="predefined: the literature's training and test images; cross_validation: some classes are set aside for "
@@ -174,7 +205,7 @@ class ImageSet:
     def subset(self, chosen: np.ndarray) -> ImageSet:
         """The images that `chosen`, a mask `(N,)` or an array of positions, selects."""
         positions = np.arange(len(self))[chosen]
-        return ImageSet([self.paths[i] for i in positions], self.labels[positions], self.class_names)
+        return ImageSet([self.paths[i] for i in positions.tolist()], self.labels[positions], self.class_names)
 
     def at_level(self, level: int) -> ImageSet:
         """The same images without the levels finer than `level`."""
@@ -250,8 +281,9 @@ def make_image_set(paths: Sequence[str], *levels: Sequence[str], key: Callable[[
         numbers = {name: label for label, name in enumerate(ordered)}
         columns.append(np.array([numbers[name] for name in names], dtype=np.int64))
         class_names.append([printable(name) for name in ordered])
-    order = sorted(range(len(paths)), key=lambda i: (columns[0][i], paths[i]))
-    return ImageSet([paths[i] for i in order], np.stack(columns, axis=1)[order], class_names)
+    by_path = np.array(sorted(range(len(paths)), key=paths.__getitem__), dtype=np.int64)
+    order = by_path[np.argsort(columns[0][by_path], kind="stable")]
+    return ImageSet([paths[i] for i in order.tolist()], np.stack(columns, axis=1)[order], class_names)
 
 
 def printable(name: str) -> str:
@@ -537,7 +569,7 @@ def give_splits(opt: argparse.Namespace) -> Splits:
     """
     cuts_anew = opt.split_scheme in ("cross_validation", "closed_set")
     test_size = TEST_SIZE if cuts_anew else opt.test_size
-    wanted = (opt.dataset, opt.source_path, opt.download, opt.download_url, test_size)
+    wanted = (opt.dataset, opt.source_path, opt.download, opt.download_url, test_size, opt.exclude)
     kept = _kept[-1] if _kept else {}
     if wanted not in kept:
         kept[wanted] = read_splits(*wanted)
@@ -652,14 +684,14 @@ def list_class_folders(folder: Path, left_out: Sequence[str] = ()) -> tuple[list
     classes: list[str] = []
     ignored: dict[str, list[str]] = defaultdict(list)
     class_folders, files = _list_entries(folder)
-    ignored["images that are in no class folder"] = list(filter(_has_image_suffix, files))
+    ignored["images that are in no class folder"] = list(filter(has_image_suffix, files))
     for class_folder in class_folders:
         if os.path.basename(class_folder) in left_out:
             continue
         subfolders, files = _list_entries(class_folder)
         below = [os.path.join(at, name) for top in subfolders for at, _, names in os.walk(top) for name in names]
-        ignored["images in subfolders of class folders"] += filter(_has_image_suffix, below)
-        images = list(filter(_has_image_suffix, files))
+        ignored["images in subfolders of class folders"] += filter(has_image_suffix, below)
+        images = list(filter(has_image_suffix, files))
         ignored["files without an image's suffix"] += set(files) - set(images)
         if not images:
             raise UserError(
@@ -673,7 +705,7 @@ def list_class_folders(folder: Path, left_out: Sequence[str] = ()) -> tuple[list
     return paths, classes
 
 
-def _has_image_suffix(file: str) -> bool:
+def has_image_suffix(file: str) -> bool:
     return os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and not os.path.basename(file).startswith(".")
 
 
@@ -750,7 +782,7 @@ def _holds_class_folders(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     folders, files = _list_entries(folder)
-    return bool(folders) and not any(map(_has_image_suffix, files))
+    return bool(folders) and not any(map(has_image_suffix, files))
 
 
 def read_table(path: Path, columns: Sequence[str], skip_lines: int = 0, header: bool = True) -> pd.DataFrame:
@@ -790,34 +822,37 @@ def read_table(path: Path, columns: Sequence[str], skip_lines: int = 0, header: 
     return table.assign(origin=[f"row {row} of {path}" for row in range(1, len(table) + 1)])
 
 
-def locate_images(folder: Path, names: Sequence[str], origins: Sequence[str]) -> list[str]:
+def locate_images(folder: Path, names: Sequence[str], origins: Sequence[str], may_leave: bool = False) -> list[str]:
     """The paths of listed images; a name in the list and its file may differ in case.
 
     Args:
         folder: what the names are relative to.
         names: of N images.
         origins: for each of them, the row of the list, to be named in errors.
+        may_leave: whether they may also lie elsewhere.
 
     Raises:
         UserError: a listed image does not exist, or is not in `folder`.
     """
-    listings: dict[str, dict[str, str]] = {}
+    listings: dict[str, tuple[str, dict[str, str]]] = {}  # by folder: what its files' paths begin with, and their names
     paths = []
     for name, origin in zip(names, origins):
         parent, file = os.path.split(name)
         if parent not in listings:
-            if os.path.isabs(name) or ".." in Path(name).parts:
+            if not may_leave and (os.path.isabs(name) or ".." in Path(name).parts):
                 raise UserError(f"{printable(name)}, {origin}, leads out of {folder}: correct the list")
-            listings[parent] = _list_file_names(folder / parent)
-        actual = listings[parent].get(file) or listings[parent].get(file.lower())
+            whole = os.path.join(folder, os.path.normpath(parent) if parent and may_leave else parent)
+            listings[parent] = os.path.join(whole, ""), _list_file_names(whole)
+        prefix, files = listings[parent]
+        actual = files.get(file) or files.get(file.lower())
         if actual is None:
             shown = f"{folder / name}" if len(name) < 500 else f"{folder / name[:100]}…"
             raise UserError(f"{shown}, {origin}, does not exist: add it, or remove it from the list")
-        paths.append(os.path.join(folder, parent, actual))
+        paths.append(f"{prefix}{actual}")
     return paths
 
 
-def _list_file_names(folder: Path) -> dict[str, str]:
+def _list_file_names(folder: str) -> dict[str, str]:
     """The names of a folder's files by these names and, where none is called so, by these names in lower case."""
     if not os.path.isdir(folder):
         return {}
@@ -827,15 +862,20 @@ def _list_file_names(folder: Path) -> dict[str, str]:
 
 
 def real_files(paths: Sequence[str]) -> list[str]:
-    """The file that each path leads to: all spellings of a path, and links to a file, lead to one."""
+    """The file that each path leads to: all spellings of a path, and links to a file, lead to one.
+
+    A part of an image stays a part of it.
+    """
     folders: dict[str, str] = {}
     files = []
     for path in paths:
-        folder, name = os.path.split(path)
+        whole, box = transforms.split_box(path)
+        folder, name = os.path.split(whole)
         if folder not in folders:
             folders[folder] = os.path.realpath(folder)
         file = os.path.join(folders[folder], name)
-        files.append(os.path.realpath(file) if os.path.islink(file) else file)
+        file = os.path.realpath(file) if os.path.islink(file) else file
+        files.append(file if box is None else transforms.with_box(file, box))
     return files
 
 
@@ -901,6 +941,467 @@ def drop_repeats(splits: Splits) -> Splits:
         here = slice(end - len(images), end)
         rebuilt[id(images)] = ImageSet(spellings[here], images.labels, images.class_names).subset(is_kept[here])
     return splits.map(lambda images: rebuilt[id(images)])
+
+
+@dataclass(frozen=True)
+class Table:
+    """A CSV file's values, as text.
+
+    Attributes:
+        file: the file.
+        columns: for each column its R values.
+        rows: R numbers of rows, counted as spreadsheets do: the names of the columns are row 1.
+    """
+
+    file: Path
+    columns: Mapping[str, Sequence[str]]
+    rows: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def error(self, i: int, column: str, problem: str) -> UserError:
+        """What to say of the value that the i-th row has in a column."""
+        return UserError(f"row {self.rows[i]} of {self.file}, column {column}: {problem}")
+
+    def refuse(self, column: str, is_wrong: Iterable[bool] | np.ndarray, problem: str) -> None:
+        """Raises an error for the first of the R rows whose value is wrong; `problem` may show the value as `{}`.
+
+        Raises:
+            UserError: there is one.
+        """
+        wrong = is_wrong if isinstance(is_wrong, np.ndarray) else np.fromiter(is_wrong, bool)  # (R,)
+        if wrong.any():
+            i = int(wrong.argmax())
+            raise self.error(i, column, problem.format(shown(self.columns[column][i])))
+
+
+def read_csv(file: Path, needed: Sequence[str], known: Sequence[str] | None = None) -> Table:
+    """Reads a CSV file in UTF-8, with any line ends and with or without a byte order mark.
+
+    Args:
+        file: the file.
+        needed: columns that it must have; no value of theirs is empty.
+        known: all columns that it may have (default: any).
+
+    Raises:
+        UserError: it can't be read, or has other columns, or a row has too many or too few values, or an empty one.
+    """
+    reader = csv.reader(io.StringIO(_read_text(file), newline=""), strict=True)
+    try:
+        with without_collection():
+            records = list(reader)
+    except csv.Error as error:
+        raise UserError(f"{file} is not a CSV file: line {reader.line_num} can't be read ({error})") from None
+    if not records:
+        raise UserError(f"{file} is empty: its first row names the columns, such as {','.join(needed)}")
+    names = [name.strip() for name in records[0]]
+    _check_columns(file, names, needed, known)
+    rows = [number for number, record in enumerate(records[1:], start=2) if record]  # not the empty lines
+    records = [record for record in records[1:] if record]
+    uneven = next((i for i, record in enumerate(records) if len(record) != len(names)), None)
+    if uneven is not None:
+        raise UserError(
+            f"row {rows[uneven]} of {file} has {len(records[uneven])} values for {len(names)} columns: put values that "
+            "contain commas into quotes"
+        )
+    columns = dict(zip(names, zip(*records))) if records else dict.fromkeys(names, ())
+    table = Table(file, columns, rows)
+    for name in needed:
+        is_empty = (not value.strip() for value in columns[name])
+        table.refuse(name, is_empty, "it is empty: give a value, or remove the row")
+    return table
+
+
+@contextlib.contextmanager
+def without_collection() -> Iterator[None]:
+    """Inside the block Python doesn't look for garbage, which takes most of the time where many rows are read."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _read_text(file: Path) -> str:
+    """A CSV file's text.
+
+    Raises:
+        UserError: it can't be read, or is not text in UTF-8.
+    """
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file} can't be read ({error.strerror}): see to its name and its permissions") from None
+    try:
+        at = data.find(b"\0")
+        if at >= 0:
+            raise UnicodeDecodeError("utf-8", data, at, at + 1, "NUL")
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = data[: error.start]
+        line = before[before.rfind(b"\n") + 1 :]
+        raise UserError(
+            f"row {before.count(bytes([10])) + 1} of {file}, column {line.count(b',') + 1}, is not text in UTF-8 (byte "
+            f"0x{data[error.start]:02x}): save the file as UTF-8"
+        ) from None
+
+
+def _check_columns(file: Path, names: Sequence[str], needed: Sequence[str], known: Sequence[str] | None) -> None:
+    """Makes sure that a CSV file has the columns that it needs, each once, and no unknown ones.
+
+    Raises:
+        UserError: it hasn't.
+    """
+    others = [separator for separator in (";", "\t", "|") if len(names) == 1 and separator in names[0]]
+    if others:
+        raise UserError(f"row 1 of {file} has no commas, but {others[0]!r}: separate columns by commas")
+    for name in names:
+        if name == "" and known is not None:
+            raise UserError(f"row 1 of {file} has a column without a name: name it, or remove it (pandas: index=False)")
+        if known is not None and name not in known:
+            unknown = f"unknown column {shown(name)}{nearest_name(name, known)}"
+            raise UserError(f"row 1 of {file} has the {unknown}; it may have {', '.join(known)}")
+        if names.count(name) > 1 and name in (known or needed):
+            raise UserError(f"row 1 of {file} has the column {name} {names.count(name)} times: remove one")
+    for name in needed:
+        if name not in names:
+            there = shown(", ".join(names))
+            raise UserError(f"row 1 of {file} has no column {name}: it needs {' and '.join(needed)}, and has {there}")
+
+
+def read_csv_splits(file: Path, test_size: float = TEST_SIZE) -> Splits:
+    """Reads a dataset from a CSV file of `CSV_COLUMNS`, of which path and label are needed; see docs/data.md.
+
+    Args:
+        file: the CSV file; relative paths begin in its folder.
+        test_size: fraction of the classes to test on, where it has no column split.
+
+    Raises:
+        UserError: a column or a value is missing or wrong, an image does not exist, has two classes, or is for training
+            and for testing, or there is nothing to train on.
+    """
+    if not file.exists():
+        near = nearest_name(file.name, sorted(path.name for path in file.parent.glob("*.csv")))
+        raise UserError(f"--dataset {file} does not exist{near}: give the path of a CSV file")
+    table = read_csv(file, ("path", "label"), CSV_COLUMNS)
+    if not len(table):
+        raise UserError(f"{file} has no rows below the names of its columns: list images in it")
+    has_box = (transforms.split_box(path)[1] is not None for path in table.columns["path"])
+    table.refuse("path", has_box, "{} ends in a crop box: give that in the columns x1, y1, x2, y2")
+    where = str(file)
+    origins = [f"row {row} of {where}" for row in table.rows]
+    files = _locate_each_once(file.parent, table.columns["path"], origins)
+    paths: Sequence[str] = _with_boxes(files, read_boxes(table))
+    levels = [table.columns[name] for name in ("label", "parent") if name in table.columns]
+    if len(levels) == 2:
+        table.refuse("parent", (not name.strip() for name in levels[1]), "it is empty: give every label a parent")
+        _note_torn_classes(table, levels[1], "parent", "several parents")
+    roles = _read_roles(table)
+    has_repeats = len(set(paths)) < len(paths) or len(set(real_files(list(set(files))))) < len(set(files))
+    if has_repeats:
+        paths, kept = check_repeats(paths, levels[0], roles, origins)
+        paths, roles = [paths[i] for i in kept], [roles[i] for i in kept]
+        levels = [[level[i] for i in kept] for level in levels]
+    splits = _split_by_role(table, paths, roles, levels, test_size)
+    # An image may be a query in one row, and both a query and in the gallery in another.
+    return drop_repeats(splits) if has_repeats else splits
+
+
+def _locate_each_once(folder: Path, names: Sequence[str], origins: Sequence[str]) -> list[str]:
+    """The files of a table's rows, of which many may be parts of one image; see `locate_images`."""
+    first = dict(zip(reversed(names), reversed(origins)))  # the first row of each
+    located = dict(zip(first, locate_images(folder, list(first), list(first.values()), may_leave=True)))
+    return [located[name] for name in names]
+
+
+def _with_boxes(files: Sequence[str], boxes: Sequence[transforms.Box | None]) -> list[str]:
+    """The paths of images, or of parts of them."""
+    return [file if box is None else transforms.with_box(file, box) for file, box in zip(files, boxes)]
+
+
+def _find_row(file: Path, path: str) -> str:
+    """The row of a dataset's CSV file that lists an image first, as `row 7 of photos.csv: `."""
+    table = read_csv(file, ("path", "label"), CSV_COLUMNS)
+    listed = real_files([os.path.join(file.parent, name) for name in table.columns["path"]])
+    listed = _with_boxes(listed, read_boxes(table))
+    (wanted,) = real_files([path])
+    return f"row {table.rows[listed.index(wanted)]} of {file}: " if wanted in listed else ""
+
+
+def read_boxes(table: Table) -> list[transforms.Box | None]:
+    """The crop box of each row of a table, in whole pixels; None where the row has none.
+
+    Raises:
+        UserError: one isn't a box, or lacks a value.
+    """
+    there = [name for name in BOX_COLUMNS if name in table.columns]
+    if not there:
+        return [None] * len(table)
+    absent = [name for name in BOX_COLUMNS if name not in there]
+    if absent:
+        raise UserError(f"row 1 of {table.file} has no column {absent[0]}: a crop box needs {', '.join(BOX_COLUMNS)}")
+    sides = np.stack([_read_numbers(table, name) for name in BOX_COLUMNS])  # (4, R)
+    has_box = (~np.isnan(sides)).any(axis=0)  # (R,)
+    for name, side in zip(BOX_COLUMNS, sides):
+        table.refuse(name, np.isnan(side) & has_box, "it is empty, and other sides of the box aren't: give all or none")
+        table.refuse(name, side < 0, "{} is outside of the image: pixels are counted from 0")
+    x1, y1, x2, y2 = sides
+    table.refuse("x2", x2 <= x1, "{} is not above x1: boxes are x1, y1 (upper left), x2, y2 (lower right)")
+    table.refuse("y2", y2 <= y1, "{} is not above y1: boxes are x1, y1 (upper left), x2, y2 (lower right)")
+    corners = np.nan_to_num(sides).astype(np.int64).tolist()
+    return [box if is_there else None for box, is_there in zip(zip(*corners), has_box.tolist())]
+
+
+def _read_numbers(table: Table, name: str) -> np.ndarray:
+    """A column as whole numbers `(R,)` float64, NaN where it is empty.
+
+    Raises:
+        UserError: a value is not a number, or too large for one of pixels.
+    """
+    values = [value.strip() or "nan" for value in table.columns[name]]
+    try:
+        numbers = np.array(values, dtype=np.float64)
+    except ValueError:
+        numbers = np.array([_number_or_infinity(value) for value in values])
+    is_wrong = ~(np.abs(numbers) < 1e9)
+    is_wrong &= np.fromiter((value != "nan" for value in values), bool)
+    table.refuse(name, is_wrong, "{} is not a number of pixels")
+    return np.rint(numbers)
+
+
+def _number_or_infinity(text: str) -> float:
+    """A number from text; infinity for what isn't one."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.inf
+
+
+def _note_torn_classes(table: Table, groups: Sequence[str], column: str, what: str) -> None:
+    """Says in a notice, with the rows of the first, which classes have images in several groups of a column."""
+    if len(set(zip(table.columns["label"], groups))) == len(set(table.columns["label"])):
+        return
+    first: dict[str, int] = {}
+    torn: dict[str, int] = {}
+    for i, (label, group) in enumerate(zip(table.columns["label"], groups)):
+        j = first.setdefault(label, i)
+        if group != groups[j]:
+            torn.setdefault(label, i)
+    label, i = next(iter(torn.items()))
+    j = first[label]
+    notice(
+        f"{len(torn)} of {len(first)} labels have {what}, such as {shown(label)}: {shown(groups[j])} in row "
+        f"{table.rows[j]}, and {shown(groups[i])} in row {table.rows[i]} of {table.file}, column {column}"
+    )
+
+
+def _read_roles(table: Table) -> list[str]:
+    """What each row is for: `train`, `val` or `test`, of which the latter may have ` query`, ` gallery` or both.
+
+    Without a column split all are "".
+
+    Raises:
+        UserError: a value is unknown, or says nothing or too much.
+    """
+    asked = [name for name in ("is_query", "is_gallery") if name in table.columns]
+    if len(asked) == 1 or (asked and "split" not in table.columns):
+        absent = next(name for name in ("split", "is_query", "is_gallery") if name not in table.columns)
+        raise UserError(f"row 1 of {table.file} has {asked[0]} and no column {absent}: add it, or remove {asked[0]}")
+    if "split" not in table.columns:
+        return [""] * len(table)
+    splits = [value.strip() for value in table.columns["split"]]
+    for i, split in enumerate(splits):
+        if split not in PARTS:
+            known = NAMES_OF_PARTS.get(split.lower(), split.lower())
+            near = f" (did you mean {known}?)" if known in PARTS else ""
+            raise table.error(i, "split", f"{shown(split)} is not one of {', '.join(PARTS)}{near}")
+    _note_torn_classes(table, splits, "split", "images in several splits")
+    if "train" not in splits:
+        raise UserError(f"{table.file}, column split, has no row with train: there is nothing to train on")
+    if not asked:
+        return splits
+    is_query, is_gallery = (_read_answers(table, name, splits) for name in asked)
+    is_neither = (split != "train" and not (q or g) for split, q, g in zip(splits, is_query, is_gallery))
+    table.refuse("is_query", is_neither, "the image is neither a query nor in the gallery: set one, or remove the row")
+    return [f"{split}{' query' * q}{' gallery' * g}" for split, q, g in zip(splits, is_query, is_gallery)]
+
+
+def _read_answers(table: Table, name: str, splits: Sequence[str]) -> list[bool]:
+    """A column of yes and no, which is empty or no for training images.
+
+    Raises:
+        UserError: it has other values, or isn't.
+    """
+    values = [value.strip().lower() for value in table.columns[name]]
+    table.refuse(name, (value not in YES_OR_NO for value in values), "{} is neither true nor false")
+    answers = [YES_OR_NO[value] for value in values]
+    is_wrong = (split == "train" and answer for split, answer in zip(splits, answers))
+    table.refuse(name, is_wrong, "{} says that a training image is for retrieval: leave it empty")
+    return answers
+
+
+def _split_by_role(
+    table: Table, paths: Sequence[str], roles: Sequence[str], levels: Sequence[Sequence[str]], test_size: float
+) -> Splits:
+    """Splits by the roles of `_read_roles`; where these are "", by class.
+
+    Raises:
+        UserError: there are no queries, or no gallery, or the flag contradicts the file.
+    """
+    key = by_number if all(name.isdecimal() for name in set(levels[0])) else None
+    images = make_image_set(paths, *levels, roles, key=key)
+    names, role = images.class_names[-1], images.labels[:, -1]
+    images = ImageSet(images.paths, images.labels[:, :-1], images.class_names[:-1])
+    if "split" not in table.columns:
+        return split_classes(images, test_size)
+    if test_size != TEST_SIZE:
+        raise UserError(f"--test_size {test_size} contradicts the column split of {table.file}: drop one")
+
+    def having(split: str, what: str = "") -> ImageSet:
+        ends = (split, f"{split} query gallery", f"{split} {what}")
+        return images.subset(np.isin(role, [i for i, name in enumerate(names) if name in ends]))
+
+    sets: dict[str, list[RetrievalSet[ImageSet]]] = {"val": [], "test": []}
+    for split in sets:
+        there = {name for name in names if name.split(" ")[0] == split}
+        if there <= {split, f"{split} query gallery"}:
+            sets[split] = [RetrievalSet(split, having(split))] if there else []
+            continue
+        query, gallery = having(split, "query"), having(split, "gallery")
+        for column, part in (("is_query", query), ("is_gallery", gallery)):
+            if not len(part):
+                raise UserError(f"{table.file}, column {column}, is true of no row of split {split}: set it")
+        sets[split] = [RetrievalSet(split, query, gallery)]
+    return Splits(having("train"), **sets)
+
+
+def write_csv_splits(file: Path, splits: Splits) -> int:
+    """Writes splits to a CSV file, which `--dataset` reads back: paths below its folder are relative to that.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        UserError: such a file can't hold these splits, or can't be written.
+    """
+    for kind, several in (("validation", splits.val), ("test", splits.test)):
+        if len(several) > 1:
+            names = ", ".join(one.name for one in several)
+            raise UserError(f"a CSV file holds one {kind} set, and these splits have {names}: choose cross_validation")
+    sets: list[tuple[str, tuple[str, ...], ImageSet]] = [("train", (), splits.train)]
+    for split, found in (("val", splits.val), ("test", splits.test)):
+        for one in found:
+            sets.append((split, ("is_query", "is_gallery") if one.gallery is None else ("is_query",), one.query))
+            sets += [] if one.gallery is None else [(split, ("is_gallery",), one.gallery)]
+    rows: dict[str, dict[str, Any]] = {}
+    for split, roles, images in sets:
+        for path, labels in zip(images.paths, images.labels.tolist()):
+            row = rows.setdefault(path, _describe_row(file.parent, path, images.class_names, labels, split))
+            if row["split"] != split:
+                both = f"{row['split']} and in {split}"
+                raise UserError(f"{path} is in {both}, and a CSV file can't say so: choose another --split_scheme")
+            row |= dict.fromkeys(roles, "true")
+    used = {name for row in rows.values() for name in row}
+    if all(one.gallery is None for one in (*splits.val, *splits.test)):
+        used -= {"is_query", "is_gallery"}
+    columns = [name for name in CSV_COLUMNS if name in used]
+    save_table(file, columns, ([row.get(name, "") for name in columns] for row in rows.values()))
+    return len(rows)
+
+
+def _describe_row(
+    folder: Path, path: str, class_names: Sequence[Sequence[str]], labels: Sequence[int], split: str
+) -> dict[str, Any]:
+    """A row of a dataset's CSV file in a folder, by column."""
+    whole, box = transforms.split_box(path)
+    row = {"path": relative_path(whole, folder), "label": class_names[0][labels[0]], "split": split}
+    if len(labels) > 1:
+        row["parent"] = class_names[1][labels[1]]
+    return row | (dict(zip(BOX_COLUMNS, box)) if box else {})
+
+
+def relative_path(path: str, folder: Path) -> str:
+    """A path as it is seen from a folder that it lies in; as an absolute path, if it lies elsewhere."""
+    seen = os.path.relpath(path, folder)
+    return os.path.abspath(path) if seen.split(os.sep)[0] == ".." else seen
+
+
+def save_image_table(file: Path, names: Sequence[str], rows: Iterable[Sequence[Any]], folder: Path) -> None:
+    """Writes a CSV file of images, as `leave_out` reads it: a path, its crop box if any has one, and other values.
+
+    Args:
+        file: the CSV file.
+        names: of the other columns.
+        rows: each an image and its other values.
+        folder: where relative paths begin, the dataset's folder.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    parts = [(*transforms.split_box(path), values) for path, *values in rows]
+    has_boxes = any(box for _, box, _ in parts)
+    columns = ("path", *(BOX_COLUMNS if has_boxes else ()), *names)
+    empty = [""] * len(BOX_COLUMNS)
+    save_table(
+        file,
+        columns,
+        ([relative_path(path, folder), *(box or empty if has_boxes else ()), *values] for path, box, values in parts),
+    )
+
+
+def save_table(file: Path, names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a CSV file.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    try:
+        with atomic_write(file) as beside, open(beside, "w", newline="", encoding="utf-8") as opened:
+            writer = csv.writer(opened, lineterminator="\n")
+            writer.writerow(names)
+            writer.writerows(rows)
+    except UnicodeEncodeError as error:
+        name = printable(error.object)
+        raise UserError(f"{file} can't hold a name that is not UTF-8, {shown(name)}: rename that file") from None
+
+
+def leave_out(splits: Splits, file: Path, dataset: str, folder: Path) -> Splits:
+    """The splits without the images that a CSV file lists in its column path; a notice counts them.
+
+    A row with a crop box leaves out that part of an image, one without a box the image with all its parts. Columns
+    other than these are ignored.
+
+    Args:
+        splits: of all images.
+        file: the CSV file.
+        dataset: the dataset's name.
+        folder: where relative paths begin.
+
+    Raises:
+        UserError: the file can't be read, or lists what is not an image of the dataset.
+    """
+    table = read_csv(file, ("path",))
+    listed = real_files([os.path.join(folder, path) for path in table.columns["path"]])
+    listed = _with_boxes(listed, read_boxes(table))
+    wanted, found, dropped = set(listed), set[str](), set[str]()
+    is_kept: dict[int, np.ndarray] = {}
+    for _, images in splits.named_sets():
+        names = [(path, transforms.split_box(path)[0]) for path in real_files(images.paths)]
+        hits = [wanted.intersection(name) for name in names]
+        found.update(*hits)
+        dropped |= {path for (path, _), hit in zip(names, hits) if hit}
+        is_kept[id(images)] = np.array([not hit for hit in hits], bool)
+    unknown = [i for i, path in enumerate(listed) if path not in found]
+    if unknown:
+        more = f", nor are those of {len(unknown) - 1} other rows" if len(unknown) > 1 else ""
+        problem = f"{shown(table.columns['path'][unknown[0]])} is not an image of {dataset}{more}"
+        raise table.error(unknown[0], "path", f"{problem}: correct the path, or remove the row")
+    left = [f"{(~is_kept[id(images)]).sum()} of {len(images)} of {name}" for name, images in splits.named_sets()]
+    notice(f"--exclude {file} leaves out {len(dropped)} images of {dataset}: {', '.join(left)}")
+    return splits.map(lambda images: images.subset(is_kept[id(images)]))
 
 
 def read_cub200(root: Path) -> Splits:
@@ -1068,11 +1569,15 @@ def read_glyphs(root: Path) -> Splits:
     return split_classes(make_image_set(images.paths, finest, coarser, key=by_number))
 
 
-def render_glyphs(folder: Path) -> None:
+def render_glyphs(folder: Path, skip_look_alikes: bool = True) -> None:
     """Renders every letter, number, symbol and other punctuation mark that all `GLYPH_FONTS` have, 64 × 64 px.
 
-    Writes `folder/U+0041/<font>.png`, black on white. A character that looks exactly like an earlier one in any font
-    (Greek Alpha like Latin A) is skipped, since it would put training images into the test set.
+    Writes `folder/U+0041/<font>.png`, black on white.
+
+    Args:
+        folder: where to.
+        skip_look_alikes: whether to leave out a character that looks exactly like an earlier one in any font (Greek
+            Alpha like Latin A), since it would put training images into the test set.
     """
     from matplotlib import get_data_path
     from matplotlib.ft2font import FT2Font
@@ -1088,7 +1593,7 @@ def render_glyphs(folder: Path) -> None:
         for character in drawable:
             renderings = {name: _render(character, font) for name, font in fonts.items()}
             pixels = {rendering.tobytes() for rendering in renderings.values()}
-            if pixels & seen:
+            if skip_look_alikes and pixels & seen:
                 continue
             seen |= pixels
             kept += 1
@@ -1470,7 +1975,7 @@ def default_k_vals(dataset: str) -> tuple[int, ...]:
 
 
 def find_dataset(dataset: str, source_path: str) -> tuple[str, str]:
-    """Name and parent folder of a dataset that is given by its name in `source_path`, or by a path to its folder.
+    """Name and parent folder of a dataset, given by its name in `source_path`, or by a path to its folder or CSV file.
 
     Raises:
         UserError: torchvision has no such dataset, or the name is too long for a folder.
@@ -1478,14 +1983,32 @@ def find_dataset(dataset: str, source_path: str) -> tuple[str, str]:
     dataset = name_of_row(dataset)
     if any(len(name.encode(errors="replace")) > MAX_NAME for name in Path(dataset).parts):
         raise UserError(f"--dataset {shown(dataset)} is not a name: it is longer than {MAX_NAME} bytes")
-    if os.sep not in dataset and dataset not in (".", "..") and not dataset.startswith("~"):
+    is_here = names_csv(Path(dataset)) and not os.path.exists(Path(source_path) / dataset) and os.path.isfile(dataset)
+    if os.sep not in dataset and dataset not in (".", "..") and not dataset.startswith("~") and not is_here:
         return dataset, source_path
     folder = Path(os.path.normpath(os.path.expanduser(dataset)))
-    if not os.path.isdir(folder) and os.path.isdir(Path(source_path) / folder):
+    if not os.path.exists(folder) and os.path.exists(Path(source_path) / folder):
         folder = Path(source_path) / folder
     if folder.name in ("", ".."):
         folder = Path(os.path.abspath(folder))
     return folder.name, str(folder.parent)
+
+
+def names_csv(root: Path) -> bool:
+    """Whether a dataset's place is a CSV file, there or not, rather than a folder."""
+    return root.suffix.lower() == ".csv" and not root.is_dir()
+
+
+def csv_file(dataset: str, source_path: str) -> Path | None:
+    """The CSV file that lists a dataset's images, if it is one."""
+    root = Path(source_path) / dataset
+    return root if names_csv(root) else None
+
+
+def image_folder(dataset: str, source_path: str) -> Path:
+    """The folder below which a dataset's images are named: its own, or that of its CSV file."""
+    root = Path(source_path) / dataset
+    return root.parent if names_csv(root) else root
 
 
 def read_splits(
@@ -1494,6 +2017,7 @@ def read_splits(
     download: bool = False,
     download_url: str | None = None,
     test_size: float = TEST_SIZE,
+    exclude: str | None = None,
 ) -> Splits:
     """Reads a dataset's protocol, with `download` after downloading the dataset if it is missing.
 
@@ -1503,6 +2027,7 @@ def read_splits(
         download: whether to download it if it is missing.
         download_url: from where, in place of where it is published.
         test_size: the fraction of the classes to test on, of a folder of class folders; 0: train and test on all.
+        exclude: a CSV file of images to leave out.
 
     Raises:
         UserError: the data is missing, incomplete, or not in a layout of the dataset.
@@ -1518,20 +2043,29 @@ def read_splits(
         )
     root = Path(source_path) / dataset
     try:
-        if _is_missing(root) and not find_spec(dataset).made_here:
-            if not (download and dataset in DATASETS):
-                raise UserError(_how_to_get(dataset, root))
-            download_archives(dataset, root, download_url)
-        splits = DATASETS[dataset].read(root) if dataset in DATASETS else read_folder(root, test_size)
+        splits = _read(dataset, root, download, download_url, test_size)
     except OSError as error:
         where = os.fsdecode(error.filename) if error.filename else root
         raise UserError(f"{where} can't be used ({error.strerror}): see to its permissions and its name") from None
-    splits = drop_repeats(splits)
     compare_counts(dataset, splits)
+    if exclude is not None:
+        splits = leave_out(splits, Path(exclude), dataset, image_folder(dataset, source_path))
     if test_size == 0:
         notice(f"--test_size 0: {dataset} is evaluated on its training classes, which says nothing about unseen ones")
         return Splits(splits.train, test=[RetrievalSet("test", splits.train)])
     return splits
+
+
+def _read(dataset: str, root: Path, download: bool, download_url: str | None, test_size: float) -> Splits:
+    """Reads a dataset from its folder or CSV file; every image occurs once in a set."""
+    if names_csv(root):
+        with without_collection():
+            return read_csv_splits(root, test_size)
+    if _is_missing(root) and not find_spec(dataset).made_here:
+        if not (download and dataset in DATASETS):
+            raise UserError(_how_to_get(dataset, root))
+        download_archives(dataset, root, download_url)
+    return drop_repeats(DATASETS[dataset].read(root) if dataset in DATASETS else read_folder(root, test_size))
 
 
 def _is_missing(root: Path) -> bool:
@@ -1723,15 +2257,16 @@ def check_splits(dataset: str, splits: Splits, shares_classes: bool = False) -> 
 
 
 @by_first_rank
-def check_images(splits: Splits, exif_orientation: bool = False) -> None:
+def check_images(splits: Splits, exif_orientation: bool = False, listed_in: Path | None = None) -> None:
     """Makes sure that every image can be opened, without decoding it: headers are read, in parallel, with a bar.
 
     Args:
         splits: the images.
         exif_orientation: whether images will be turned as their EXIF data say; otherwise a notice counts those.
+        listed_in: the CSV file of the dataset, whose rows are to be named in errors.
 
     Raises:
-        UserError: some can't be read; it names the first, and how many there are.
+        UserError: some can't be read, or a crop box isn't in its image; it names the first, and how many there are.
     """
     paths = list(dict.fromkeys(path for _, images in splits.named_sets() for path in images.paths))
     parts = [paths[start : start + 64] for start in range(0, len(paths), 64)]
@@ -1742,14 +2277,16 @@ def check_images(splits: Splits, exif_orientation: bool = False) -> None:
         tqdm(desc="checking images", total=len(paths), leave=False, unit=" images", disable=None) as bar,
     ):
         warnings.simplefilter("ignore")  # about oddities that Pillow copes with
-        for part in threads.map(_check_images, parts):
+        for part in threads.map(partial(_check_images, exif_orientation=exif_orientation), parts):
             results += part
             bar.update(len(part))
-    errors = [result for result in results if isinstance(result, UserError)]
-    if len(errors) == 1:
-        raise errors[0]
+    errors = {path: result for path, result in zip(paths, results) if isinstance(result, UserError)}
     if errors:
-        raise UserError(f"{len(errors)} of {len(paths)} images can't be read, of which the first is: {errors[0]}")
+        path, error = next(iter(errors.items()))
+        row = "" if listed_in is None else _find_row(listed_in, path)
+        if len(errors) == 1:
+            raise UserError(f"{row}{error}")
+        raise UserError(f"{len(errors)} of {len(paths)} images can't be read, of which the first is: {row}{error}")
     turned = sum(result is True for result in results)
     if turned and not exif_orientation:
         notice(
@@ -1758,12 +2295,12 @@ def check_images(splits: Splits, exif_orientation: bool = False) -> None:
         )
 
 
-def _check_images(paths: Sequence[str]) -> list[bool | UserError]:
+def _check_images(paths: Sequence[str], exif_orientation: bool) -> list[bool | UserError]:
     """For each image whether it is to be turned, or why it can't be read."""
     results: list[bool | UserError] = []
     for path in paths:
         try:
-            results.append(transforms.check_image(path))
+            results.append(transforms.check_image(path, exif_orientation))
         except UserError as error:
             results.append(error)
     return results

@@ -11,7 +11,6 @@ import argparse
 import inspect
 import math
 import re
-import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -34,10 +33,28 @@ MAX_IN_TURN = 16  # thresholds that are compared with one after the other
 MAX_DIFFERENCES = 2**19  # coordinates that are subtracted at once
 MAX_POSITIVES = 2**20  # scores of positives that are compared at once
 MAX_ROWS = 2**25  # scores that are ranked at once, each query's in one piece
+ITERATIONS = 20  # of k-means
+MAX_RANKED = 2**21  # distances that a ranking gives at once
 MAX_CELLS = 2**16  # that a query's scores are sorted into, to rank only those near a positive's
 TIE = 1 + 1e-14  # distances in float64 that differ by less are equal: their last bits depend on the order of sums
 CELL_BITS = 4  # of the 23 bits after the point of a squared distance in float32, which verification drops
 MAX_OCTAVES = 60  # powers of two of squared distances that verification tells from 0: beyond, float32 ends
+
+
+KMEANS = ("own", "faiss")
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """How points are clustered for NMI, AMI and F1.
+
+    Attributes:
+        method: one of `KMEANS`.
+        restarts: the number of clusterings, from different points, over which these metrics are averaged.
+    """
+
+    method: str = "own"
+    restarts: int = 1
 
 
 def add_arguments(parser: FlagParser) -> None:
@@ -55,6 +72,11 @@ def add_arguments(parser: FlagParser) -> None:
         help="the k of Recall @ k; 1 is always among them (default: depends on the dataset)")
     add("--testing_method", choices=TESTING_METHODS, default=TESTING_METHODS[0],
         help="WithSameParentLabel: metrics inside each class of the next coarser label level, and their mean")
+    add("--kmeans", choices=KMEANS, default="own", compared=False,
+        help="what clusters embeddings for NMI, AMI and F1, by 20 iterations from the same points: own, which compares "
+        "only with the centers that moved, or faiss, as earlier versions did; they differ by rounding")
+    add("--kmeans_restarts", type=number(int, 1), default=1, metavar="N", compared=False,
+        help="average NMI, AMI and F1 over N clusterings from different points")
     add("--meta_testing_method", choices=("ConcatenateEmbeddings",), compared=False, needs="cross_validation",
         help="with folds: also evaluate the concatenated embeddings of the folds' best networks")
     add("--normalize_members", action="switch", default=True, compared=False, needs="cross_validation",
@@ -76,6 +98,11 @@ def add_arguments(parser: FlagParser) -> None:
     # fmt: on
 
 
+def give_clustering(opt: argparse.Namespace) -> Clustering:
+    """How the flags say that points are clustered."""
+    return Clustering(opt.kmeans, opt.kmeans_restarts)
+
+
 @torch.inference_mode()
 def embed(net: nn.Module, loader: ImageLoader, device: torch.device, name: str = "") -> torch.Tensor:
     """Embeds a loader's images.
@@ -95,6 +122,9 @@ def embed(net: nn.Module, loader: ImageLoader, device: torch.device, name: str =
     return gather_rows(own, len(loader.dataset)) if getattr(loader, "is_shared", False) else own
 
 
+Ranking = Callable[[torch.Tensor], torch.Tensor]  # see EmbeddingSpace.ranking
+
+
 class EmbeddingSpace:
     """Queries and the gallery that they search; what metrics share is computed once, when first asked for.
 
@@ -112,8 +142,11 @@ class EmbeddingSpace:
         num_positives: `(Q,)` the number of items that each query should find (R).
         has_positive: `(Q,)` bool, whether there are any; queries without don't count in retrieval metrics.
         counted_k: the k for which `precisions` counts, from `count_at`.
+        clustering: how points are clustered.
         threshold: the distance up to which verification takes a pair for one class, chosen on other images; NaN where
             it should be, and is not known. None: it is chosen on these images.
+        ranking: gives other distances to rank by than Euclidean ones: of queries `(rows,)` to the whole gallery,
+            `(rows, G)` float64, at least 0 and 0 from a query to itself. What judges pairs or clusters ignores it.
 
     Raises:
         UserError: an embedding is not finite, or a query has another label in the gallery.
@@ -147,17 +180,26 @@ class EmbeddingSpace:
         self.has_positive = self.num_positives > 0  # (Q,)
         self.counted_k: set[int] = set()
         self.threshold: float | None = None
+        self.ranking: Ranking | None = None
+        self.clustering = Clustering()
+
+    def with_labels(self, query_labels: np.ndarray, gallery_labels: np.ndarray) -> EmbeddingSpace:
+        """The same points with other labels `(Q, H)` and `(G, H)`."""
+        space = EmbeddingSpace(self.query, query_labels, self.gallery, gallery_labels, self.query_in_gallery)
+        space.ranking, space.clustering = self.ranking, self.clustering
+        return space
 
     @cached_property
     def num_negatives_ahead(self) -> np.ndarray:
         """For each query the number of items of other classes at least as near as its nearest positive, `(Q,)` int64.
 
-        The query finds a positive among its k nearest, ties counted against it, when this is below k.
+        The query finds a positive among its k nearest, ties counted against it, when this is below k. 0 where there is
+        none.
         """
         ahead = np.empty(len(self.query), np.int64)
         for queries, counts in self._count_negatives(nearest_only=True):
             ahead[queries] = counts[:, 0].cpu().numpy()
-        return ahead
+        return ahead * self.has_positive
 
     @cached_property
     def reciprocal_ranks(self) -> np.ndarray:
@@ -192,11 +234,13 @@ class EmbeddingSpace:
         found_at = {k: f"found_at_{k}" for k in self.counted_k}
         names = ("r_precision", "map_at_r", "map", "dcg", *found_at.values())
         results = {name: np.zeros(len(self.query)) for name in names}
+        ahead = np.zeros(len(self.query), np.int64)
         num_positives = torch.from_numpy(self.num_positives)
-        for queries, counts in self._count_negatives(nearest_only=False):
+        for queries, counts in _in_parts(self._count_negatives(nearest_only=False)):
             found = torch.arange(1, counts.shape[1] + 1)  # (M,) the j of the j-th nearest positive
             r = num_positives[queries][:, None]  # (rows, 1)
-            rank = found + counts.cpu()  # (rows, M)
+            ahead[queries] = counts[:, 0].numpy()
+            rank = found + counts  # (rows, M)
             precision = (found / rank.double()).masked_fill_(found > r, 0)  # (rows, M)
             within_r = (rank <= r) & (found <= r)  # (rows, M)
             for name, total in (
@@ -208,6 +252,7 @@ class EmbeddingSpace:
             results["dcg"][queries] = (1 / rank.double().add_(1).log2_()).masked_fill_(found > r, 0).sum(dim=1).numpy()
             for k, name in found_at.items():
                 results[name][queries] = ((rank <= k) & (found <= r)).sum(dim=1).numpy()
+        vars(self).setdefault("num_negatives_ahead", ahead * self.has_positive)  # which need no pass of their own now
         return results
 
     @cached_property
@@ -225,8 +270,7 @@ class EmbeddingSpace:
                     f"a class of label level {level - 1} belongs to several classes of level {level}, so H-AP and nDCG "
                     "are not defined: correct the labels, or leave these metrics out"
                 )
-            query, gallery = self.query_hierarchy[:, level:], self.gallery_hierarchy[:, level:]
-            spaces.append(EmbeddingSpace(self.query, query, self.gallery, gallery, self.query_in_gallery))
+            spaces.append(self.with_labels(self.query_hierarchy[:, level:], self.gallery_hierarchy[:, level:]))
         return spaces
 
     @cached_property
@@ -281,6 +325,9 @@ class EmbeddingSpace:
             of them, nearest first; a query with fewer positives has counts without meaning at the end.
         """
         waiting = torch.from_numpy(np.argsort(self.query_labels, kind="stable")).to(self.query.device)  # by label
+        if self.ranking is not None:
+            yield from self._count_by_ranking(self.ranking, waiting, nearest_only)
+            return
         crowded = [waiting[:0]]
         if nearest_only or self.num_positives.max(initial=0) <= MAX_IN_TURN:
             products = _Products(self, torch.float32)
@@ -361,6 +408,23 @@ class EmbeddingSpace:
             own_class = torch.searchsorted(positives, reached, right=True) + (own >= 0)  # (rows, M)
             yield rows.cpu().numpy(), counts - own_class
 
+    def _count_by_ranking(
+        self, ranking: Ranking, waiting: torch.Tensor, nearest_only: bool
+    ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """The same as `_count_negatives` of some queries, by the distances that a ranking gives."""
+        for rows in waiting.split(max(1, MAX_RANKED // len(self.gallery))) if len(waiting) else ():
+            distances = ranking(rows)  # (rows, G)
+            start, end, own = (columns[rows][:, None] for columns in self.class_columns)  # (rows, 1) each
+            columns = start + torch.arange(int((end - start).max().clamp(min=1)), device=rows.device)  # (rows, M)
+            items = self.gallery_order[columns.clamp(max=len(self.gallery) - 1)]  # (rows, M)
+            positives = distances.gather(1, items)  # (rows, M)
+            positives = positives.masked_fill_((columns >= end) | (columns == own), torch.inf).sort(dim=1).values
+            reached = TIE * (positives[:, :1] if nearest_only else positives)  # (rows, M)
+            first = torch.searchsorted(reached, distances)  # (rows, G), of the positives that are at least as far away
+            as_near = first.new_zeros(len(rows), reached.shape[1] + 1).scatter_add_(1, first, torch.ones_like(first))
+            own_class = torch.searchsorted(positives, reached, right=True) + (own >= 0)  # (rows, M)
+            yield rows.cpu().numpy(), as_near.cumsum(dim=1)[:, :-1] - own_class
+
     @cached_property
     def gallery_order(self) -> torch.Tensor:
         """`(G,)` the gallery's positions, sorted by label."""
@@ -402,7 +466,8 @@ class EmbeddingSpace:
         wanted = min(k, len(self.gallery) - bool((self.query_in_gallery >= 0).any()))
         gallery, found = self.gallery.double(), []
         for queries in np.array_split(np.asarray(chosen), math.ceil(len(chosen) / 64) or 1):
-            distances = _cdist(self.query[torch.from_numpy(queries)], gallery)  # (rows, G)
+            rows = torch.from_numpy(queries).to(gallery.device)
+            distances = self.ranking(rows) if self.ranking else _cdist(self.query[rows], gallery)  # (rows, G)
             place = self.query_in_gallery[queries]
             distances[np.flatnonzero(place >= 0), place[place >= 0]] = torch.inf
             found.append(distances.argsort(dim=1, stable=True)[:, :wanted].cpu().numpy())
@@ -423,40 +488,54 @@ class EmbeddingSpace:
 
     @cached_property
     def clusters(self) -> np.ndarray:
-        """`(N,)` the k-means cluster of every point: 20 iterations on all points, k = number of their classes.
+        """`(N,)` the k-means cluster of every point, see `cluster`."""
+        return self.cluster()
 
-        It starts from k random points, which differ as far as possible: otherwise classes whose points coincide would
-        not be told apart. Points that float32 can't tell from their cluster's center are clustered in float64.
+    @cached_property
+    def clusterings(self) -> list[np.ndarray]:
+        """Clusters `(N,)` of the points from each start."""
+        return [self.clusters, *map(self.cluster, range(1, self.clustering.restarts))]
+
+    def cluster(self, restart: int = 0) -> np.ndarray:
+        """Clusters all points: 20 iterations of k-means, k = number of their classes, `(N,)`.
+
+        It starts from k random points, others for each restart, which differ as far as possible: otherwise classes
+        whose points coincide would not be told apart. Points that float32 can't tell from their cluster's center are
+        clustered in float64.
         """
-        points = _to_numpy(self.points if 1e-9 < self.scale < 1e9 else self.points * self.scale)  # (N, D)
         k = len(np.unique(self.labels))
-        rng = np.random.default_rng(0)
+        rng = np.random.default_rng(restart)
         distinct, _, _ = _distinct_rows(self.points)
         start = rng.permutation(distinct)[:k]
-        start = np.concatenate([start, rng.choice(len(points), k - len(start), replace=False)])  # (k,)
-        if import_faiss() is not None:
-            clusters, squared_distances = self._cluster_with_faiss(points, points[start])
-            squared_norms = np.einsum("nd,nd->n", points, points)  # (N,)
-            if np.median(squared_distances) > 1e-5 * np.median(squared_norms) or len(distinct) <= k:
-                return clusters
-        from sklearn.cluster import KMeans
+        start = np.concatenate([start, rng.choice(len(self.points), k - len(start), replace=False)])  # (k,)
+        if self.clustering.method == "faiss" and import_faiss() is not None:
+            clusters, spread = self._cluster_with_faiss(start)
+        else:
+            clusters, spread = self._cluster_by_own(start, torch.float32)
+        if spread <= 1e-5 and len(distinct) > k:
+            clusters, _ = self._cluster_by_own(start, torch.float64)
+        return clusters
 
-        kmeans = KMeans(k, init=points[start].astype(np.float64), max_iter=20, n_init=1, random_state=0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about equal points
-            return kmeans.fit_predict(points.astype(np.float64))
+    def _cluster_by_own(self, start: np.ndarray, dtype: torch.dtype) -> tuple[np.ndarray, float]:
+        """Clusters of the points, from those in which the centers start `(k,)`, and their `_KMeans.spread`."""
+        kmeans = _KMeans(self, torch.from_numpy(start).to(self.points.device), dtype)
+        kmeans.run(ITERATIONS)
+        return kmeans.clusters.cpu().numpy(), kmeans.spread()
 
-    def _cluster_with_faiss(self, points: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Clusters of points `(N, D)`, starting from centers `(k, D)`, and squared distances to the final centers."""
+    def _cluster_with_faiss(self, start: np.ndarray) -> tuple[np.ndarray, float]:
+        """The same by faiss."""
         faiss = import_faiss()
+        points = _to_numpy(self.points if 1e-9 < self.scale < 1e9 else self.points * self.scale)  # (N, D)
         kmeans = faiss.Clustering(points.shape[1], len(start))
-        kmeans.niter, kmeans.seed = 20, 0
+        kmeans.niter, kmeans.seed = ITERATIONS, 0
         kmeans.min_points_per_centroid, kmeans.max_points_per_centroid = 1, 10**9  # or it drops points
-        faiss.copy_array_to_vector(start.ravel(), kmeans.centroids)
+        faiss.copy_array_to_vector(points[start].ravel(), kmeans.centroids)
         index = self._faiss_index()
         kmeans.train(points, index)
         squared_distances, clusters = index.search(points, 1)  # (N, 1) each
-        return clusters[:, 0], squared_distances[:, 0]
+        squared_norms = np.einsum("nd,nd->n", points, points)  # (N,)
+        tiny = np.finfo(np.float32).tiny
+        return clusters[:, 0], float(np.median(squared_distances) / np.maximum(np.median(squared_norms), tiny))
 
     def _faiss_index(self) -> Any:
         """An empty index for exact search, on the embeddings' own CUDA device where faiss can use it."""
@@ -465,6 +544,175 @@ class EmbeddingSpace:
         if self.query.is_cuda and faiss.get_num_gpus() > 0:
             return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), self.query.device.index or 0, index)
         return index
+
+
+class _KMeans:
+    """k-means by Lloyd's iterations, which compare points only with the centers that moved.
+
+    A point is compared with all centers only where its own one has moved away from it: no center that stayed is nearer
+    than its own one was. Apart from rounding the result is that of faiss, whose iterations compare all with all.
+
+    Args:
+        space: of which all points `(N, D)` are clustered.
+        start: `(k,)` the points where the centers start.
+        dtype: the precision.
+
+    Attributes:
+        clusters: `(N,)` int64, the nearest center of each point.
+        squared: `(N,)` squared distances to it, of the scaled points.
+    """
+
+    def __init__(self, space: EmbeddingSpace, start: torch.Tensor, dtype: torch.dtype):
+        self.points, self.scale, self.dtype = space.points, space.scale, dtype
+        self.mean = (self.points.mean(dim=0, dtype=torch.float64) * self.scale).to(dtype)  # (D,)
+        self.centers = self._prepare(start)  # (k, D)
+        self.clusters = torch.zeros(len(self.points), dtype=torch.int64, device=self.points.device)
+        self.squared = torch.full_like(self.clusters, torch.inf, dtype=dtype)
+
+    def run(self, iterations: int) -> None:
+        """Moves the centers so many times, or until they stay, and assigns each point to the nearest one."""
+        moved = torch.arange(len(self.centers), device=self.clusters.device)
+        for iteration in range(iterations):
+            before = self.clusters.clone()
+            self._assign(moved)
+            changed = self.clusters != before
+            if iteration > 0:
+                moved = torch.cat([before[changed], self.clusters[changed]]).unique()
+            moved = self._move(moved)
+            if len(moved) == 0:
+                return
+        self._assign(moved)
+
+    def spread(self) -> float:
+        """The median squared distance of points to their centers, as a share of that to the mean of all points."""
+        to_mean = torch.cat([self._prepare(rows).square().sum(dim=1) for rows in self._parts()])  # (N,)
+        return float(self.squared.median() / to_mean.median().clamp(min=torch.finfo(self.dtype).tiny))
+
+    def _parts(self, rows: torch.Tensor | None = None) -> Sequence[torch.Tensor]:
+        """All points, or those `(rows,)`, in parts."""
+        rows = torch.arange(len(self.points), device=self.points.device) if rows is None else rows
+        return rows.split(max(1, MAX_ROWS // self.points.shape[1])) if len(rows) else ()
+
+    def _prepare(self, rows: torch.Tensor) -> torch.Tensor:
+        """Points `(rows,)`, scaled, and moved by their mean, `(rows, D)`: then their products are exact."""
+        return self.points[rows].to(self.dtype).mul_(self.scale).sub_(self.mean)
+
+    def _is_among(self, chosen: torch.Tensor) -> torch.Tensor:
+        """`(N,)` bool, which points have their center among those `(chosen,)`."""
+        is_chosen = torch.zeros(len(self.centers), dtype=torch.bool, device=chosen.device)
+        return is_chosen.index_fill_(0, chosen, True)[self.clusters]
+
+    def _assign(self, moved: torch.Tensor) -> None:
+        """Assigns each point to its nearest center, where centers `(moved,)` are elsewhere than before."""
+        is_open = torch.ones_like(self.clusters, dtype=torch.bool)  # (N,) which points are compared with all centers
+        if len(moved) < len(self.centers):
+            is_open = self._is_among(moved)
+            for rows in self._parts(is_open.nonzero()[:, 0]):
+                squared = (self._prepare(rows) - self.centers[self.clusters[rows]]).square_().sum(dim=1)  # (rows,)
+                is_open[rows] = squared > self.squared[rows]
+                self.squared[rows] = squared
+            self._search((~is_open).nonzero()[:, 0], moved)
+        self.squared[is_open] = torch.inf
+        self._search(is_open.nonzero()[:, 0], torch.arange(len(self.centers), device=moved.device))
+
+    def _search(self, chosen: torch.Tensor, among: torch.Tensor) -> None:
+        """Compares points `(chosen,)` with centers `(among,)`."""
+        search = _make_search(self.centers[among])
+        for rows in self._parts(chosen):
+            squared, place = search(self._prepare(rows))
+            is_nearer = squared < self.squared[rows]
+            self.clusters[rows] = torch.where(is_nearer, among[place], self.clusters[rows])
+            self.squared[rows] = torch.where(is_nearer, squared, self.squared[rows])
+
+    def _move(self, chosen: torch.Tensor) -> torch.Tensor:
+        """Moves centers `(chosen,)` to the means of their points; returns those that moved."""
+        sizes = torch.bincount(self.clusters, minlength=len(self.centers))  # (k,)
+        sums = torch.zeros_like(self.centers, dtype=torch.float64)  # (k, D)
+        for rows in self._parts(self._is_among(chosen).nonzero()[:, 0]):
+            sums.index_add_(0, self.clusters[rows], self._prepare(rows).double())
+        moved = chosen[sizes[chosen] > 0]
+        self.centers[moved] = (sums[moved] / sizes[moved, None]).to(self.dtype)
+        fill = self._split if self.dtype == torch.float32 else self._move_far  # points crowd closer than splits reach
+        return torch.cat([moved, *fill(sizes.cpu().numpy())]).unique()
+
+    def _move_far(self, sizes: np.ndarray) -> list[torch.Tensor]:
+        """Moves each center without points to one of the points farthest from their centers; returns which moved."""
+        empty = torch.from_numpy(np.flatnonzero(sizes == 0)).to(self.centers.device)
+        squared, farthest = self.squared.topk(len(empty))
+        is_apart = squared > 0
+        self.centers[empty[is_apart]] = self._prepare(farthest[is_apart])
+        return [empty[is_apart]]
+
+    def _split(self, sizes: np.ndarray) -> list[torch.Tensor]:
+        """Gives each center without points half of those of another one; returns which moved.
+
+        As in faiss, the two centers lie on both sides of where the one was.
+        """
+        signs = 1 - 2 * (torch.arange(self.centers.shape[1], device=self.centers.device) % 2)  # (D,)
+        split = []
+        for empty, other in _choose_splits(sizes):
+            offset = (self.centers[other] + self.mean) * signs / 1024  # (D,)
+            self.centers[empty] = self.centers[other] + offset
+            self.centers[other] -= offset
+            split.append(torch.tensor([empty, other], device=self.centers.device))
+        return split
+
+
+def _choose_splits(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
+    """For clusters of sizes `(k,)`, each of them that is empty, and another one, which is split for it.
+
+    As in faiss, and with its random numbers: clusters are asked in turn, larger ones agree more often.
+    """
+    generator, draws = np.random.MT19937(), np.zeros(0)
+    generator._legacy_seeding(1234)
+    sizes, num_spare = sizes.copy(), sizes.sum() - len(sizes)
+    for empty in np.flatnonzero(sizes == 0):
+        asked = 0
+        while True:
+            if len(draws) == 0:
+                draws = generator.random_raw(len(sizes)) / (2**32 - 1)
+            turns = np.arange(asked, asked + len(draws)) % len(sizes)
+            agreed = np.flatnonzero(draws * num_spare < sizes[turns] - 1)
+            if len(agreed):
+                break
+            asked, draws = asked + len(draws), draws[:0]
+        other, draws = int(turns[agreed[0]]), draws[agreed[0] + 1 :]
+        sizes[empty] = sizes[other] // 2
+        sizes[other] -= sizes[empty]
+        yield int(empty), other
+
+
+def _make_search(centers: torch.Tensor) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """A function of points `(rows, D)` that finds the squared distance of each to the nearest center, and which it is.
+
+    On the CPU faiss does it in float32, several times as quickly as products and their maxima.
+    """
+    if centers.device.type == "cpu" and centers.dtype == torch.float32 and import_faiss() is not None:
+        index = import_faiss().IndexFlatL2(centers.shape[1])
+        index.add(centers.numpy())
+
+        def search(points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            squared, place = index.search(points.numpy(), 1)
+            return torch.from_numpy(squared[:, 0]), torch.from_numpy(place[:, 0])
+
+        return search
+
+    lengths = centers.square().sum(dim=1)  # (k,)
+
+    def search_by_products(points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = [torch.addmm(lengths, part, centers.T, alpha=-2).min(dim=1) for part in points.split(QUERY_TILE)]
+        squared, place = (torch.cat(pieces) for pieces in zip(*parts))
+        return (squared + points.square().sum(dim=1)).clamp_(min=0), place
+
+    return search_by_products
+
+
+def _in_parts(counted: Iterable[tuple[np.ndarray, torch.Tensor]]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """Queries `(rows,)` and their counts `(rows, M)`, on the CPU, in parts that stay in its cache."""
+    for queries, counts in counted:
+        step = 1 + MAX_CELLS // counts.shape[1]
+        for start in range(0, len(queries), step):
+            yield queries[start : start + step], counts[start : start + step].cpu()
 
 
 def _as_columns(labels: np.ndarray) -> np.ndarray:
@@ -480,10 +728,20 @@ def _cdist(some: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 def _distinct_rows(points: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where each distinct point first stands `(U,)`, which of them every point is `(N,)`, and how often `(U,)`."""
+    if points.device.type != "cpu":
+        return _find_distinct(points)
     rows = _to_numpy(points)
     rows = rows.view(np.dtype((np.void, rows.strides[0]))).ravel()  # (N,)
     _, first, which, repeats = np.unique(rows, return_index=True, return_inverse=True, return_counts=True)
     return first, which, repeats
+
+
+def _find_distinct(points: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same on the points' device, in the same order, which is that of bytes."""
+    _, which, repeats = points.contiguous().view(torch.uint8).unique(dim=0, return_inverse=True, return_counts=True)
+    first = torch.full_like(repeats, len(points))
+    first.scatter_reduce_(0, which, torch.arange(len(points), device=points.device), "amin")
+    return first.cpu().numpy(), which.cpu().numpy(), repeats.cpu().numpy()
 
 
 class _Products:
@@ -524,7 +782,11 @@ class _Products:
         size = len(queries) * len(self.gallery)
         if self.whole.numel() < size:
             self.whole = self.gallery.new_empty(size)
-        return torch.mm(queries, self.gallery.T, out=self.whole[:size].view(len(queries), -1))
+        return torch.mm(queries, self.gallery.T, out=self.last_scores(len(queries)))
+
+    def last_scores(self, num_queries: int) -> torch.Tensor:
+        """The scores `(num_queries, G)` that `score_all` gave last."""
+        return self.whole[: num_queries * len(self.gallery)].view(num_queries, -1)
 
     def multiply(self, queries: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
         """Products `(rows, columns)` of prepared queries `(rows, D + 2)` and items `(columns, D + 2)`, in `memory`."""
@@ -562,9 +824,13 @@ class _QueryTile:
         start, end, own = (columns[queries][:, None] for columns in products.space.class_columns)  # (rows, 1) each
         self.start, self.end, self.own, self.first, self.last = start, end, own, int(start.min()), int(end.max())
         self.inside = int(start.max()), int(end.min())  # columns of which every query's class is
+        self.place = int(own[0])  # the first query's column, if it is in the gallery
         points = self._points()  # (rows, D + 2)
+        self.by_rank = not nearest_only and products.space.num_positives.max(initial=0) > MAX_IN_TURN
+        if not nearest_only:
+            self.positives = self._score_positives(points)  # (rows, M)
         # (rows, M), or (rows, 1): the scores of the positives that are compared, nearest first
-        self.wanted = self._score_nearest(points) if nearest_only else _sort(self._score_positives(points)).flip(1)
+        self.wanted = self._score_nearest(points) if nearest_only else _sort(self.positives).flip(1)
 
         # An item about as far away as a positive at distance d has ‖g‖ ≤ ‖q‖ + d, and products of D terms are off by up
         # to about eps √D ‖q‖ ‖g‖. Equal distances must be in doubt, too.
@@ -615,6 +881,9 @@ class _QueryTile:
     def _score_positives(self, points: torch.Tensor) -> torch.Tensor:
         """Scores `(rows, M)` of each query's class; -∞ for the query itself, and where its class has fewer items."""
         columns = self.start + torch.arange(int((self.end - self.start).max().clamp(min=1)), device=points.device)
+        if self.by_rank:
+            positives = self.products.score_all(points).gather(1, columns.clamp(max=len(self.products.gallery) - 1))
+            return positives.masked_fill_((columns >= self.end) | (columns == self.own), -torch.inf)
         positives = torch.full(columns.shape, -torch.inf, dtype=points.dtype, device=points.device)  # (rows, M)
         for column in range(self.first, self.last, GALLERY_TILE):
             scores = self.products.score(points, column, self.last)  # (rows, columns)
@@ -625,11 +894,11 @@ class _QueryTile:
 
     def count(self) -> None:
         """Counts the items of other classes that are at least as near as each positive."""
-        points = self._points() * (0.5 / self.margin)  # (rows, D + 2)
-        if not self.nearest_only and self.thresholds.shape[1] > MAX_IN_TURN:
-            self._count_by_rank(points)
+        if self.by_rank:
+            self._count_by_rank()
             self.settle_doubts()
             return
+        points = self._points() * (0.5 / self.margin)  # (rows, D + 2)
         for column in range(0, len(self.products.gallery), GALLERY_TILE):
             end = min(column + GALLERY_TILE, len(self.products.gallery))
             if not self._is_inside(column, end):
@@ -656,25 +925,24 @@ class _QueryTile:
         These products are -‖q - g‖²/2, which is the same for either point. Queries with a larger margin take no part.
         """
         self.is_shared = (self.margin <= margin)[:, 0]
+        margin = 1.5 * margin  # ‖q‖²/2 is rounded, too
         self.scale = 0.5 / margin
         wanted = self.wanted - self.squared / 2  # (rows, M)
         self._set_thresholds(wanted.masked_fill_(~self.is_shared[:, None], -torch.inf), margin)
 
     def compare_among(self, tiles: Sequence[_QueryTile]) -> None:
         """Compares with tiles of the same points, each of which compares with this one: the first is this one."""
-        items, size = self.products.gallery, len(self.queries)
-        row = int(self.own[0, 0])
-        points = items[row : row + size] * self.scale  # (rows, D + 2)
+        items = self.products.gallery
+        points = items[self.place : self.place + len(self.queries)] * self.scale  # (rows, D + 2)
         points[:, -2:] = points[:, -2:].flip(1)
         for tile in tiles:
-            column = int(tile.own[0, 0])
-            end = column + len(tile.queries)
+            column, end = tile.place, tile.place + len(tile.queries)
             if self._is_inside(column, end) or (self.is_crowded.all() and tile.is_crowded.all()):
                 continue
             scores = self._mask_positives(self.products.multiply(points, items[column:end]), column)  # (rows, columns)
             self._compare(scores, column)
             if tile is not self:
-                tile._compare(scores.T, row)
+                tile._compare(scores.T, self.place)
 
     def _compare(self, scores: torch.Tensor, column: int) -> None:
         """Compares scaled scores `(rows, columns)` from a column on with the thresholds.
@@ -738,9 +1006,9 @@ class _QueryTile:
             self.doubts.append((asking[rows[places]], positives[places], columns + column))
         self.counts[asking] += total.round().long()
 
-    def _count_by_rank(self, points: torch.Tensor) -> None:
+    def _count_by_rank(self) -> None:
         """The same with all thresholds and the whole gallery at once, which is quicker where there are many."""
-        scores = self.products.score_all(points)  # (rows, G)
+        scores = self.products.last_scores(len(self.queries)).mul_(0.5 / self.margin)  # (rows, G)
         ascending = self.thresholds.masked_fill(self.thresholds.isinf(), -torch.inf).flip(1).contiguous()  # (rows, M)
         if scores.device.type == "cpu":
             bounds = zip(self.start[:, 0].tolist(), self.end[:, 0].tolist())
@@ -784,10 +1052,12 @@ class _QueryTile:
             rows, items = self._find_nearest(asking)
             distances = torch.full((len(asking),), torch.inf, dtype=torch.float64, device=rows.device)
             return distances.scatter_reduce_(0, rows, space.distances(self.queries[asking[rows]], items), "amin")[place]
-        scores = self._score_positives(self._points())  # (rows, M)
-        asked, place = (rows * scores.shape[1] + positives).unique(return_inverse=True)
-        rows, positives = asked // scores.shape[1], asked % scores.shape[1]
-        places = scores.argsort(dim=1, descending=True)[rows, positives]  # (some,) which of the class they are
+        width = self.positives.shape[1]
+        asked, place = (rows * width + positives).unique(return_inverse=True)
+        rows, positives = asked // width, asked % width
+        asking, which = rows.unique(return_inverse=True)
+        order = self.positives[asking].argsort(dim=1, descending=True)  # (asking, M)
+        places = order[which, positives]  # (some,) which of the class they are
         return space.distances(self.queries[rows], space.gallery_order[self.start[rows, 0] + places])[place]
 
     def _find_nearest(self, asking: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -844,13 +1114,15 @@ def _rank_rows(scores: np.ndarray, ascending: np.ndarray) -> tuple[torch.Tensor,
     """The same, more quickly, by NumPy, on as many threads as torch has."""
     certain, possible = np.zeros((2, *ascending.shape), np.int64)
 
-    def rank(row: int) -> None:
-        first = int(np.isneginf(ascending[row]).sum())
-        if first < ascending.shape[1]:
-            certain[row, first:], possible[row, first:] = _rank_row(scores[row], ascending[row, first:])
+    def rank(rows: range) -> None:
+        for row in rows:
+            first = int(np.isneginf(ascending[row]).sum())
+            if first < ascending.shape[1]:
+                certain[row, first:], possible[row, first:] = _rank_row(scores[row], ascending[row, first:])
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        list(threads.map(rank, range(len(scores))))
+    num_threads = torch.get_num_threads()
+    with ThreadPoolExecutor(num_threads) as threads:
+        list(threads.map(rank, [range(start, len(scores), num_threads) for start in range(num_threads)]))
     return torch.from_numpy(certain), torch.from_numpy(possible)
 
 
@@ -861,10 +1133,10 @@ def _rank_row(scores: np.ndarray, ascending: np.ndarray) -> tuple[np.ndarray, np
     """
     num_cells = min(MAX_CELLS, 12 * len(ascending))
     low, high = ascending[0], ascending[-1] + 1
-    per_unit = (num_cells - 1) / (high - low)
+    per_unit = float((num_cells - 1) / (high - low))
 
     def find_cells(values: np.ndarray) -> np.ndarray:
-        places = values - low
+        places = (values - low).astype(np.float32)  # no order changes
         places *= per_unit
         places += 1
         return places.clip(0, num_cells + 1, out=places).astype(np.intp)
@@ -1043,14 +1315,16 @@ def import_faiss() -> Any:
     try:
         import faiss
     except ImportError:
-        notice("faiss can't be imported: scikit-learn clusters, more slowly")
+        notice("faiss can't be imported: own code takes its place, more slowly")
         return None
     return faiss
 
 
-def has_several_classes(space: EmbeddingSpace) -> bool:
-    """Whether there is more than one class: a clustering of a single one says nothing."""
-    return len(np.unique(space.labels)) > 1
+def mean_over_clusterings(space: EmbeddingSpace, score: Callable[[np.ndarray, np.ndarray], float]) -> float:
+    """The mean score of labels and clusters over clusterings; NaN for a single class, of which they say nothing."""
+    if len(np.unique(space.labels)) < 2:
+        return math.nan
+    return float(np.mean([score(space.labels, clusters) for clusters in space.clusterings]))
 
 
 def nmi(space: EmbeddingSpace) -> float:
@@ -1060,7 +1334,7 @@ def nmi(space: EmbeddingSpace) -> float:
     """
     from sklearn.metrics import normalized_mutual_info_score
 
-    return float(normalized_mutual_info_score(space.labels, space.clusters)) if has_several_classes(space) else math.nan
+    return mean_over_clusterings(space, normalized_mutual_info_score)
 
 
 def f1(space: EmbeddingSpace) -> float:
@@ -1070,11 +1344,12 @@ def f1(space: EmbeddingSpace) -> float:
     """
     from sklearn.metrics.cluster import pair_confusion_matrix
 
-    if not has_several_classes(space):
-        return math.nan
-    (_, only_in_cluster), (only_in_class, in_both) = pair_confusion_matrix(space.labels, space.clusters)
-    total = 2 * in_both + only_in_cluster + only_in_class
-    return float(2 * in_both / total) if total else math.nan
+    def score(labels: np.ndarray, clusters: np.ndarray) -> float:
+        (_, only_in_cluster), (only_in_class, in_both) = pair_confusion_matrix(labels, clusters)
+        total = 2 * in_both + only_in_cluster + only_in_class
+        return 2 * in_both / total if total else math.nan
+
+    return mean_over_clusterings(space, score)
 
 
 def mean_over_queries(space: EmbeddingSpace, values: np.ndarray) -> float:
@@ -1183,7 +1458,7 @@ def ami(space: EmbeddingSpace) -> float:
     """Mutual information of clusters and labels, adjusted for chance; NaN where there is only one class."""
     from sklearn.metrics import adjusted_mutual_info_score
 
-    return float(adjusted_mutual_info_score(space.labels, space.clusters)) if has_several_classes(space) else math.nan
+    return mean_over_clusterings(space, adjusted_mutual_info_score)
 
 
 def rho_spectrum(space: EmbeddingSpace) -> float:
@@ -1388,11 +1663,18 @@ def selecting_metrics(k_vals: Sequence[int], names: Sequence[str]) -> list[str]:
     return [name for name in chosen_metrics(k_vals, names) if name not in neither]
 
 
+def ranking_metrics(names: Sequence[str]) -> list[str]:
+    """Those of `names` that judge the order of the items that queries find, not pairs or clusters."""
+    return [name for name in names if METRICS[name.partition(" @ ")[0]].by_query]
+
+
 def evaluate_space(space: EmbeddingSpace, k_vals: Sequence[int], names: Sequence[str] = LITERATURE) -> dict[str, float]:
     """Computes the metrics of one space, those of `chosen_metrics`."""
     chosen = chosen_metrics(k_vals, names)
     space.count_at([int(name.removeprefix("Precision @ ")) for name in chosen if name.startswith("Precision @ ")])
-    return {name: compute(space) for name, compute in chosen.items()}
+    # the last ones first: they count for all positives what Recall counts for the nearest
+    values = {name: compute(space) for name, compute in reversed(chosen.items())}
+    return {name: values[name] for name in chosen}
 
 
 def evaluate_within_parents(
@@ -1446,9 +1728,20 @@ def spaces_of_parents(
             space.gallery_hierarchy[items],
             np.where(place < 0, -1, np.searchsorted(items, place)),
         )
-        inside.threshold = space.threshold
+        inside.threshold, inside.ranking = space.threshold, _restrict_ranking(space, queries, items)
+        inside.clustering = space.clustering
         if inside.has_positive.any():
             yield queries, inside
+
+
+def _restrict_ranking(space: EmbeddingSpace, queries: np.ndarray, items: np.ndarray) -> Ranking | None:
+    """A space's ranking, if it has one, of some queries and items alone, by their positions."""
+    ranking = space.ranking
+    if ranking is None:
+        return None
+    of_query, columns = (torch.from_numpy(places).to(space.query.device) for places in (queries, items))
+    step = max(1, MAX_RANKED // len(space.gallery))
+    return lambda rows: torch.cat([ranking(some)[:, columns] for some in of_query[rows].split(step)])
 
 
 def query_results(space: EmbeddingSpace, testing_method: str = TESTING_METHODS[0]) -> dict[str, np.ndarray]:
@@ -1468,8 +1761,8 @@ def query_results(space: EmbeddingSpace, testing_method: str = TESTING_METHODS[0
         spaces = list(spaces_of_parents(space, space.query_hierarchy[:, 1], space.gallery_hierarchy[:, 1]))
     correct, ap_at_r, weight = np.zeros(size, bool), np.zeros(size, np.float32), np.zeros(size)
     for queries, one in spaces:
-        correct[queries] = (one.num_negatives_ahead < 1) & one.has_positive
         ap_at_r[queries] = np.where(one.has_positive, one.precisions["map_at_r"], 0)
+        correct[queries] = (one.num_negatives_ahead < 1) & one.has_positive
         weight[queries] = one.has_positive / (one.has_positive.sum() * len(spaces))
     label = space.query_labels.astype(np.int32)
     return {"correct_at_1": correct, "ap_at_r": ap_at_r, "label": label, "weight": weight}
@@ -1486,8 +1779,7 @@ def parts_of_spaces(
             continue
         for level in range(space.query_hierarchy.shape[1] - (testing_method == "WithSameParentLabel")):
             labels = space.query_hierarchy[:, level:], space.gallery_hierarchy[:, level:]
-            coarser = EmbeddingSpace(space.query, labels[0], space.gallery, labels[1], space.query_in_gallery)
-            yield f"{of_set}Level {level} ", level, coarser if level else space
+            yield f"{of_set}Level {level} ", level, space.with_labels(*labels) if level else space
 
 
 def class_means_of_queries(
@@ -1586,6 +1878,8 @@ def evaluate_points(
     testing_method: str = TESTING_METHODS[0],
     validation: Mapping[str, float] | None = None,
     all_levels: bool = False,
+    change: Callable[[EmbeddingSpace], EmbeddingSpace] | None = None,
+    clustering: Clustering | None = None,
 ) -> tuple[dict[str, float], list[EmbeddingSpace]]:
     """Computes the metrics of embedded retrieval sets.
 
@@ -1597,6 +1891,8 @@ def evaluate_points(
         validation: metrics of the same network on the validation classes, whose threshold verification takes (default:
             these are the validation classes, and choose it).
         all_levels: whether to compute them at each level of the labels (WithSameParentLabel: that has a coarser one).
+        change: makes the space that is evaluated of each set's, see `retrieval`.
+        clustering: how points are clustered (default: once, by own code).
 
     Returns:
         The metrics in one flat dict, named `Set 0 Recall @ 1`, … where there are several sets, and at all levels
@@ -1606,12 +1902,13 @@ def evaluate_points(
         UserError: no query of a set has anything to find, or it can find nothing else.
     """
     if all_levels:
-        return _evaluate_levels(points, k_vals, names, testing_method, validation)
+        return _evaluate_levels(points, k_vals, names, testing_method, validation, change, clustering)
     metrics: dict[str, float] = {}
-    spaces = [build_space(one_set) for one_set in points]
+    spaces = [change(build_space(one_set)) if change else build_space(one_set) for one_set in points]
     for position, (one_set, space) in enumerate(zip(points, spaces)):
         prefix = f"Set {position} " if len(points) > 1 else ""
         space.threshold = None if validation is None else _find_threshold(validation, prefix)
+        space.clustering = clustering or space.clustering
         if not space.has_positive.any():
             raise UserError(
                 f"{one_set.name}: no query's class is among the images that it is compared to: choose another "
@@ -1636,6 +1933,8 @@ def _evaluate_levels(
     names: Sequence[str],
     testing_method: str,
     validation: Mapping[str, float] | None,
+    change: Callable[[EmbeddingSpace], EmbeddingSpace] | None,
+    clustering: Clustering | None,
 ) -> tuple[dict[str, float], list[EmbeddingSpace]]:
     """`evaluate_points` at each level of the labels."""
     metrics: dict[str, float] = {}
@@ -1644,7 +1943,8 @@ def _evaluate_levels(
         at_level = [one.map(lambda part, level=level: part.at_level(level)) for one in points]  # type: ignore[misc]
         name = f"Level {level} "
         chosen = validation and {key.replace(name, ""): value for key, value in validation.items() if name in key}
-        of_level, found = evaluate_points(at_level, k_vals, names, testing_method, chosen)
+        which = k_vals, names, testing_method, chosen
+        of_level, found = evaluate_points(at_level, *which, change=change, clustering=clustering)
         metrics |= {_put_level(key, name): value for key, value in of_level.items()}
         by_level.append(of_level)
         spaces.append(found)
@@ -1680,6 +1980,7 @@ def evaluate(
     testing_method: str = TESTING_METHODS[0],
     validation: Mapping[str, float] | None = None,
     all_levels: bool = False,
+    clustering: Clustering | None = None,
 ) -> tuple[dict[str, float], list[EmbeddingSpace]]:
     """Embeds retrieval sets and computes their metrics.
 
@@ -1692,10 +1993,12 @@ def evaluate(
         testing_method: one of `TESTING_METHODS`.
         validation: metrics of the validation classes, as for `evaluate_points`.
         all_levels: whether to compute them at each level of the labels.
+        clustering: how points are clustered (default: once, by own code).
 
     Returns:
         The metrics and the embedding spaces, as from `evaluate_points`.
     """
     points = [embed_set(net, images, device) for images in sets]
-    metrics, spaces = evaluate_points(points, k_vals, names, testing_method, validation, all_levels)
+    which = k_vals, names, testing_method, validation, all_levels
+    metrics, spaces = evaluate_points(points, *which, clustering=clustering)
     return from_first_rank(metrics), spaces  # what follows from them must be the same on all ranks

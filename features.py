@@ -317,7 +317,7 @@ def describe_images(paths: Sequence[str], source_path: str) -> dict[str, Any]:
     """The number of image files, and a digest of their names below the source path, sizes and times of change."""
     images, root = hashlib.sha256(), os.path.abspath(source_path)
     for path in paths:
-        status = os.stat(path)
+        status = os.stat(transforms.split_box(path)[0])
         name = os.path.relpath(path, root)
         images.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
     return {"count": len(paths), "sha256": images.hexdigest()}

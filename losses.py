@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from auxiliaries import (
     FlagParser,
@@ -240,6 +239,58 @@ def _as_triplets(tuples: torch.Tensor | Indices) -> Indices:
     anchors, positives, other_anchors, negatives = _as_pairs(tuples)
     of_positive, of_negative = torch.where(anchors[:, None] == other_anchors)  # makes the host wait, as miners do
     return anchors[of_positive], positives[of_positive], negatives[of_negative]
+
+
+class _InParts(torch.autograd.Function):
+    """See `_in_parts`. Checkpoints would do, but what they keep of each part leaves holes in memory."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        points: torch.Tensor,
+        tuples: torch.Tensor,
+        compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        size: int,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(points, tuples)
+        ctx.compute, ctx.size = compute, size
+        first = compute(points, tuples[:size])
+        results = first.new_empty(len(tuples), *first.shape[1:])
+        results[:size] = first
+        for result, part in zip(results[size:].split(size), tuples[size:].split(size)):
+            result.copy_(compute(points, part))
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        points, tuples = ctx.saved_tensors
+        points = points.detach().requires_grad_()
+        parts = zip(tuples.split(ctx.size), gradients[0].split(ctx.size))
+        for part, gradient in reversed(list(parts)):  # the order in which autograd itself would sum
+            with torch.enable_grad():
+                result = ctx.compute(points, part)
+            result.backward(gradient)
+        return points.grad, None, None, None
+
+
+def _in_parts(
+    compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], points: torch.Tensor, tuples: torch.Tensor
+) -> torch.Tensor:
+    """Calls a function with points and tuples, in parts where its intermediate results would be large.
+
+    Args:
+        compute: gives `(P, …)` for points and tuples `(P, m)`, each by itself; its intermediate results for a tuple are
+            as wide as the points.
+        points: `(B, W)`, which the gradient is of.
+        tuples: `(T, m)`.
+
+    Returns:
+        `(T, …)`. Of several parts only these results are kept; all others are computed again on the way back.
+    """
+    size = max(1, ELEMENTS_AT_ONCE // points.shape[1])
+    if len(tuples) <= size:
+        return compute(points, tuples)
+    return _InParts.apply(points, tuples, compute, size)
 
 
 class Sampler:
@@ -677,10 +728,14 @@ class TripletLoss(Criterion):
     def forward(self, batch: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Computes the loss, a scalar, of embeddings `(B, D)` and labels `(B,)`."""
         triplets = self.sampler.give(batch, labels, margin=self.margin, squared=True)  # (T, 3)
-        anchors, positives, negatives = (batch.index_select(0, column) for column in triplets.T)  # (T, D) each
-        to_positive = (anchors - positives).square().sum(dim=1)  # (T,)
-        to_negative = (anchors - negatives).square().sum(dim=1)  # (T,)
-        terms = F.relu(to_positive - to_negative + self.margin)  # (T,)
+
+        def distances(batch: torch.Tensor, triplets: torch.Tensor) -> torch.Tensor:
+            anchors, positives, negatives = (batch.index_select(0, column) for column in triplets.T)  # (P, D) each
+            others = positives, negatives
+            return torch.stack([(anchors - other).square().sum(dim=1) for other in others], dim=1)  # (P, 2)
+
+        apart = _in_parts(distances, batch, triplets)  # (T, 2)
+        terms = F.relu(apart[:, 0] - apart[:, 1] + self.margin)  # (T,)
         self.active = terms.detach() > 0
         return terms.sum() / max(1, len(terms))  # a miner may find none
 
@@ -727,16 +782,20 @@ class MarginLoss(Criterion):
     def forward(self, batch: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Computes the loss, a scalar, of embeddings `(B, D)` and labels `(B,)`."""
         triplets = self.sampler.give(batch, labels, margin=self.margin)  # (T, 3)
-        anchors, positives, negatives = (batch.index_select(0, column) for column in triplets.T)  # (T, D) each
-        # linalg.norm has gradient 0 where two embeddings are the same
-        to_positive = torch.linalg.norm(anchors - positives, dim=1)  # (T,)
-        to_negative = torch.linalg.norm(anchors - negatives, dim=1)  # (T,)
+
+        def distances(batch: torch.Tensor, triplets: torch.Tensor) -> torch.Tensor:
+            anchors, positives, negatives = (batch.index_select(0, column) for column in triplets.T)  # (P, D) each
+            # linalg.norm has gradient 0 where two embeddings are the same
+            others = positives, negatives
+            return torch.stack([torch.linalg.norm(anchors - other, dim=1) for other in others], dim=1)  # (P, 2)
+
+        apart = _in_parts(distances, batch, triplets)  # (T, 2)
         if self.beta_constant:
             beta = self.beta.expand(len(triplets))  # (T,)
         else:
             beta = self.beta.index_select(0, upload(labels, batch.device).index_select(0, triplets[:, 0]))  # (T,)
-        positive_terms = F.relu(to_positive - beta + self.margin)  # (T,)
-        negative_terms = F.relu(beta - to_negative + self.margin)  # (T,)
+        positive_terms = F.relu(apart[:, 0] - beta + self.margin)  # (T,)
+        negative_terms = F.relu(beta - apart[:, 1] + self.margin)  # (T,)
         self.active = (positive_terms + negative_terms).detach() > 0
         num_active_terms = (positive_terms > 0).sum() + (negative_terms > 0).sum()
         total = positive_terms.sum() + negative_terms.sum()
@@ -900,9 +959,13 @@ class ContrastiveLoss(Criterion):
         if self.sampler is None:
             return self._of_all_pairs(batch, upload(labels, batch.device))
         anchors, positives, others, negatives = _as_pairs(self.sampler.give_indices(batch, labels))
-        # linalg.norm has gradient 0 where two embeddings are the same
-        to_positive = torch.linalg.norm(batch.index_select(0, anchors) - batch.index_select(0, positives), dim=1)
-        to_negative = torch.linalg.norm(batch.index_select(0, others) - batch.index_select(0, negatives), dim=1)
+
+        def distances(batch: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+            one, other = (batch.index_select(0, column) for column in pairs.T)  # (P, D) each
+            return torch.linalg.norm(one - other, dim=1)  # (P,), with gradient 0 where two embeddings are the same
+
+        to_positive = _in_parts(distances, batch, torch.stack([anchors, positives], dim=1))  # (T,)
+        to_negative = _in_parts(distances, batch, torch.stack([others, negatives], dim=1))  # (N,)
         return self.of_distances(to_positive, to_negative)
 
     def of_distances(self, to_positive: torch.Tensor, to_negative: torch.Tensor) -> torch.Tensor:
@@ -966,17 +1029,12 @@ class RankLoss(Criterion):
         similarities = points @ points.T  # (B, B)
         labels = upload(labels, batch.device)
 
-        def rank_some(some: torch.Tensor) -> torch.Tensor:
+        def rank_some(similarities: torch.Tensor, some: torch.Tensor) -> torch.Tensor:
             queries = some[:, 0]
             rows = similarities.index_select(0, queries)  # (P, B)
             return rank(some, rows - rows.gather(1, some[:, 1:]), labels.index_select(0, queries)[:, None] == labels)
 
-        parts = upload(pairs, batch.device).split(max(1, ELEMENTS_AT_ONCE // len(batch)))
-        if len(parts) == 1:
-            ranks = rank_some(parts[0])
-        else:  # intermediate results are computed again on the way back
-            again = partial(checkpoint, rank_some, use_reentrant=False, preserve_rng_state=False)
-            ranks = torch.cat([again(part) for part in parts])
+        ranks = _in_parts(rank_some, similarities, upload(pairs, batch.device))  # (P, n)
         num_positives = upload(is_positive.sum(axis=1), batch.device)  # (B,)
         return ranks, upload(np.ascontiguousarray(pairs[:, 0]), batch.device), num_positives
 

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Trains an embedding network on labeled images and evaluates it by retrieval on classes it has never seen.
 
 One run, on a GPU or else on the CPU:
@@ -17,6 +18,10 @@ import os
 import signal
 
 if __name__ == "__main__":  # before torch is loaded: threads that spin while they wait take cores from others
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what can stand at the cursor
+        import completion
+
+        completion.complete("main")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load ends it at once, without a traceback
@@ -33,11 +38,13 @@ import auxiliaries
 import config
 import datasets
 import evaluate
+import evaluate_runs
 import features
 import image_cache
-import inference
+import loggers
 import methods
 import netlib
+import plan
 import plots
 import protocol
 import records
@@ -65,13 +72,14 @@ def main(opt: argparse.Namespace, folder: Path | None = None, only_check: bool =
     if opt.split_scheme != "predefined" and opt.fold is None:
         raise UserError(f"one training run is one fold of {opt.split_scheme}: give --fold")
     runs.check_folder(folder or runs.default_folder(opt))
+    loggers.check(opt.logger)
     device = auxiliaries.pick_device(opt.gpu, opt.deterministic)
 
     # ================================================== Data ==========================================================
     splits = datasets.give_splits(opt)
     if opt.check_images:
-        datasets.check_images(splits, opt.exif_orientation)
-    if opt.cache_features is not None:
+        datasets.check_images(splits, opt.exif_orientation, datasets.csv_file(opt.dataset, opt.source_path))
+    if opt.cache_features is not None and not opt.dry_run:
         features.make_folder(opt.cache_path)
     seen = methods.relabel(opt, splits)
     loaders = datasets.give_dataloaders(opt, seen, pin_memory=device.type == "cuda")
@@ -81,18 +89,19 @@ def main(opt: argparse.Namespace, folder: Path | None = None, only_check: bool =
     method = methods.build_training(
         opt, seen.train.num_classes(), device, not runs.has_state(folder), len(loaders.train), lower_is_better
     )
-    if only_check:
-        runs.restore(opt, splits, method, folder)
+    if only_check or opt.dry_run:
+        run = runs.restored(opt, splits, method, folder)
+        if opt.dry_run:
+            plan.print_plan(run, loaders, device)
         return {}
 
     with runs.open_run(opt, splits, method, device, folder) as run, records.resume_hint(run.folder):
-        print_start(run, device, len(loaders.train))
+        plan.print_start(run, device, len(loaders.train))
         if opt.cache_features is not None:
             loaders = features.give_cached_loaders(opt, loaders, [method.net, method.evaluated], device)
         image_cache.use_cached_images(opt, loaders)
-        console = records.Console(
-            opt.n_epochs, opt.eval_metric_for_best_epoch, f"{'validation' if splits.val else 'test'} classes"
-        )
+        classes = "validation classes" if splits.val else "test classes"
+        console = records.Console(opt.n_epochs, opt.eval_metric_for_best_epoch, classes)
         gradients = None
         if opt.grad_measure:
             gradients = records.GradientRecord(run.folder / "grad_measure.npz", run.log.iterations())
@@ -127,8 +136,8 @@ def main(opt: argparse.Namespace, folder: Path | None = None, only_check: bool =
         # ===================================== Test classes and summary ===============================================
         if splits.val and splits.test and "test" not in opt.splits_to_eval:
             evaluate_saved_networks(run, loaders, device)
-        inference.save_query_results(run, loaders, device)
-        return summarize(run, has_val=bool(splits.val))
+        evaluate_runs.save_query_results(run, loaders, device)
+        return summarize(run, loaders, device)
 
 
 def train_one_epoch(
@@ -200,7 +209,8 @@ def evaluate_sets(
     net = run.method.evaluated if epoch >= 0 else netlib.Trunk(run.method.evaluated)
     validation = None if kind == "val" else run.log.row_of("val", epoch)  # chooses the threshold of verification
     which = opt.k_vals, device, opt.eval_metrics, opt.testing_method, validation
-    metrics, spaces = evaluate.evaluate(net, sets, *which, opt.label_hierarchy_level == datasets.ALL_LEVELS)
+    all_levels = opt.label_hierarchy_level == datasets.ALL_LEVELS
+    metrics, spaces = evaluate.evaluate(net, sets, *which, all_levels, evaluate.give_clustering(opt))
     run.log.add(kind, {"Epochs": epoch, "Time": time.perf_counter() - start, **metrics})
     run.spaces[epoch, kind] = spaces
     return spaces
@@ -255,6 +265,7 @@ def show_retrievals(run: runs.Run, space: evaluate.EmbeddingSpace, epoch: int) -
     path, images = run.folder / "sample_recoveries.png", (run.splits.val or run.splits.test)[0]
     plots.draw_retrievals(path, space, images, run.opt.seed, run.opt.exif_orientation)
     run.log.add_picture("sample recoveries", path, epoch)
+    evaluate_runs.show_attention(run, space, images, epoch)
 
 
 def draw_curves(run: runs.Run, best_epoch: int, has_val: bool) -> None:
@@ -270,33 +281,20 @@ def draw_curves(run: runs.Run, best_epoch: int, has_val: bool) -> None:
         plots.save_curve(run.folder / "distance_measures_Train.svg", rows["distances"], "Intra / Inter")
 
 
-def print_start(run: runs.Run, device: torch.device, num_batches: int) -> None:
-    """Prints what the run is made of."""
-    opt, net = run.opt, run.method.net
-    weights = "random weights" if opt.not_pretrained else f"weights of {opt.weights}" if opt.weights else "pretrained"
-    million = sum(parameter.numel() for parameter in net.parameters()) / 1e6
-    network = f"{opt.arch} ({weights}), {million:.2f} million parameters, {net.embed_dim}-dimensional embeddings"
-    sampling = f" with {records.join_names(opt.sampling)} sampling" if opt.sampling else ""
-    loss = (
-        f"{records.join_names(opt.loss)}{sampling}, --lr {opt.lr:g}, {num_batches} batches of {opt.bs} images per epoch"
-    )
-    records.print_start(opt.dataset, run.splits, network, loss, device, run.folder, run.epoch)
-
-
-def summarize(run: runs.Run, has_val: bool) -> dict[str, float]:
-    """Writes and prints how the run ended.
+def summarize(run: runs.Run, loaders: datasets.Loaders, device: torch.device) -> dict[str, float]:
+    """Writes and prints how the run ended, and its page.
 
     Returns:
         The selected epoch's metrics on the test classes (on the validation classes, where there are no others).
     """
-    metric = run.opt.eval_metric_for_best_epoch
-    lower_is_better = evaluate.lower_is_better(metric)
-    watches_test = "test" in run.opt.splits_to_eval and bool(run.splits.test)
-    is_pretrained = not run.opt.not_pretrained
-    summary = records.build_summary(run.log.rows, metric, lower_is_better, has_val, watches_test, is_pretrained)
+    opt, metric, has_val = run.opt, run.opt.eval_metric_for_best_epoch, bool(loaders.val)
+    watches_test = "test" in opt.splits_to_eval and bool(loaders.test)
+    about = metric, evaluate.lower_is_better(metric), has_val, watches_test, not opt.not_pretrained
+    summary = records.build_summary(run.log.rows, *about)
     auxiliaries.save_json(run.folder / "summary.json", summary)
     records.print_summary(summary)
     print(f"plots, retrievals and checkpoints: {run.folder}")
+    evaluate_runs.save_report(run, loaders, device, summary)
     return runs.test_metrics(summary)
 
 
@@ -311,7 +309,7 @@ def command(argv: Sequence[str]) -> dict[str, float]:
     """
     opt = config.parse(argv)
     config.refuse_unused(opt, config.given_flags(argv))
-    return inference.evaluate_run(argv) if opt.evaluate is not None else protocol.run(argv, main)
+    return evaluate_runs.evaluate_run(argv) if opt.evaluate is not None else protocol.run(argv, main)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 import googlenet
 from auxiliaries import (
@@ -94,6 +95,11 @@ def add_arguments(parser: FlagParser) -> None:
     add("--cascade_layers", nargs="*", metavar="NAME", fixed=True,
         help="CascadedEmbeddings: modules of the backbone whose pooled outputs each get a head (default: the ends of "
         "three stages, for ResNets layer2 layer3 layer4)")
+
+    add = parser.add_argument_group("pictures of the network", machine=True, compared=False).add_argument
+    add("--attention", action="switch",
+        help="also draw, for the sample retrievals, where in query and neighbor their similarity comes from, as "
+        "attention.png; with --evaluate: as attention_<split>.png. It takes a few seconds on a CPU")
 
     add = parser.add_argument_group("speed of the network").add_argument
     add("--precision", choices=PRECISIONS,
@@ -430,11 +436,18 @@ def _find_pooling(network: nn.Module) -> tuple[str, tuple[int, ...], bool] | Non
         for more in [*([nn.ReLU()] if is_before_relu else []), nn.Identity()]:
             layers.append(more)
         return f"{name}.{len(layers) - 1}", (2, 3), True
+    return _find_pooling_module(network)
+
+
+def _find_pooling_module(network: nn.Module) -> tuple[str, tuple[int, ...], bool] | None:
+    """What `_find_pooling` finds, without changing networks that pool in a function: of these it finds nothing."""
     found = None
     for name, module in network.named_modules():
         is_gate = type(network.get_submodule(name.rpartition(".")[0])).__name__ == "SqueezeExcitation"
         if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)) and not is_gate:
             found = name, (2, 3), True
+        elif isinstance(module, GlobalPool):
+            return name, module.dims, module.keepdim
         elif type(module).__name__ == "SelectAdaptivePool2d":  # timm's
             pooled = module(torch.zeros(1, 4, 5, 6))
             if pooled.shape in ((1, 4), (1, 4, 1, 1)):
@@ -869,6 +882,165 @@ class Trunk(nn.Module):
         return F.normalize(features, dim=1) if self.net.normalize else features
 
 
+# Where a similarity comes from
+
+
+@dataclass(frozen=True)
+class LastMap:
+    """Where a backbone has its last positions, before it pools them.
+
+    Attributes:
+        module: the name of the module that takes them, or gives them.
+        is_input: whether it takes them.
+        dims: their dimensions, such as (2, 3) of `(B, C, H, W)`, or (1,) of tokens `(B, N, C)`.
+        num_prefix_tokens: how many tokens that are not positions stand before them.
+    """
+
+    module: str
+    is_input: bool
+    dims: tuple[int, ...]
+    num_prefix_tokens: int = 0
+
+    def cut(self, backbone: nn.Module, leaves: list[torch.Tensor]) -> list[RemovableHandle]:
+        """Makes the next forward pass, which runs without gradients, compute them from here on.
+
+        Args:
+            backbone: the backbone.
+            leaves: gets the tensor of positions, whose gradient can be asked for.
+
+        Returns:
+            Handles that undo it.
+        """
+
+        def begin(positions: torch.Tensor) -> torch.Tensor:
+            torch.set_grad_enabled(True)  # until the block ends that turned them off
+            leaves.append(positions.detach().float().requires_grad_())
+            return leaves[-1].clone()  # some networks go on in place, after the pooling too
+
+        module = backbone.get_submodule(self.module)
+        if not self.is_input:
+            return [module.register_forward_hook(lambda _, inputs, output: begin(output))]
+        before = module.register_forward_pre_hook(lambda _, inputs: (begin(inputs[0]), *inputs[1:]))
+        return [before, module.register_forward_hook(lambda _, inputs, output: output.clone())]
+
+    def positions(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor's positions, with their features last: `(B, P, C)`."""
+        if len(self.dims) == 1:
+            return tensor[:, self.num_prefix_tokens :]
+        features_last = tensor if self.dims == (1, 2) else tensor.permute(0, 2, 3, 1)
+        return features_last.flatten(1, 2)
+
+
+def find_last_map(backbone: nn.Module) -> LastMap | None:
+    """Where a backbone has the map or the tokens that it pools; None where it has neither."""
+    inner: Any = backbone.network if isinstance(backbone, TokenPool) else backbone
+    if isinstance(backbone, CascadeBackbone):
+        return None
+    num_prefix_tokens = _num_prefix_tokens(inner)
+    if num_prefix_tokens is not None:
+        name = next((name for name in ("encoder", "norm") if isinstance(getattr(inner, name, None), nn.Module)), None)
+        prefix = "network." if isinstance(backbone, TokenPool) else ""
+        return None if name is None else LastMap(f"{prefix}{name}", False, (1,), num_prefix_tokens)
+    if (place := _find_pooling_module(backbone)) is not None:
+        return LastMap(place[0], True, place[1])
+    name, _ = FUNCTIONAL_POOLING.get(type(backbone).__name__, (None, False))
+    return None if name is None else LastMap(name, False, (2, 3))
+
+
+@dataclass(frozen=True)
+class SimilarityMaps:
+    """Where the similarities of a query and K other images come from.
+
+    Attributes:
+        similarities: `(K,)` cosine similarities.
+        of_query: `(K, h, w)` what each position of the query adds to each: a map's sum is the similarity.
+        of_others: `(K, h, w)` what each position of the other image adds.
+        is_of_embedding: whether they are similarities of embeddings; else those of the mean of the last tokens, since
+            the network makes its embedding of the class token alone.
+    """
+
+    similarities: torch.Tensor
+    of_query: torch.Tensor
+    of_others: torch.Tensor
+    is_of_embedding: bool = True
+
+
+def similarity_maps(net: EmbeddingNet | Trunk, images: torch.Tensor) -> SimilarityMaps:
+    """Decomposes the similarities of the first image and the others over the positions of the network's last map.
+
+    Where features are averaged and embedded by a linear layer, a position adds the dot product of its own embedding and
+    the other image's (Stylianou, Souvenir, Pless, WACV 2019). This is the gradient times the positions' features, plus
+    an equal share of the bias, and so it is computed; it holds for max and gem pooling and for ReLUs in the embedding,
+    too. Layer normalization counts as a scaling by a constant (Ali et al., ICML 2022).
+
+    Args:
+        net: the network, whose backbone has a last map; it stays as it is.
+        images: `(1 + K, 3, H, W)` uint8, the query first, on the network's device.
+    """
+    bare, was_training = net.net if isinstance(net, Trunk) else net, net.training
+    place = find_last_map(bare.backbone)
+    assert place is not None, "the backbone has no last map"
+    leaves: list[torch.Tensor] = []
+    norms = [module for module in net.modules() if isinstance(module, nn.LayerNorm)]
+    hooks = [norm.register_forward_hook(_keep_scale) for norm in norms] + place.cut(bare.backbone, leaves)
+    net.eval()
+    try:
+        with torch.no_grad():
+            features = bare.backbone((images - bare.mean) / bare.std)
+            embeddings = features if isinstance(net, Trunk) else bare.embedding(features)  # (1 + K, D)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        net.train(was_training)
+    maps = _decompose(embeddings, leaves[-1], place)
+    if maps is None:
+        with torch.enable_grad():
+            maps = _decompose(place.positions(leaves[-1]).mean(1), leaves[-1], place, is_of_embedding=False)
+    assert maps is not None
+    return maps
+
+
+def _keep_scale(norm: nn.LayerNorm, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+    """A layer normalization's output, whose gradient takes its standard deviation for a constant."""
+    if not torch.is_grad_enabled():
+        return None
+    dim = next(dim for dim in (-1, 1) if inputs[0].shape[dim] == norm.normalized_shape[-1])  # 1 of maps
+    centered = inputs[0] - inputs[0].mean(dim, keepdim=True)
+    scale = (centered.square().mean(dim, keepdim=True) + norm.eps).sqrt().detach()
+    added = centered / scale
+    if norm.weight is not None:
+        added = (added.transpose(dim, -1) * norm.weight).transpose(dim, -1)
+    return output.detach() + added - added.detach()
+
+
+def _decompose(
+    embeddings: torch.Tensor, leaf: torch.Tensor, place: LastMap, is_of_embedding: bool = True
+) -> SimilarityMaps | None:
+    """The maps of embeddings `(1 + K, D)` over the positions that they were computed from; None where they weren't."""
+    units = embeddings / embeddings.detach().norm(dim=1, keepdim=True).clamp(min=1e-12)
+    fixed = units.detach()
+    similarities = fixed[1:] @ fixed[0]  # (K,)
+
+    def spread(similarity: torch.Tensor) -> torch.Tensor:
+        (gradient,) = torch.autograd.grad(similarity, leaf, retain_graph=True)
+        return (place.positions(gradient) * place.positions(leaf.detach())).sum(2)  # (1 + K, P)
+
+    others = spread((units[1:] @ fixed[0]).sum())[1:]  # (K, P)
+    query = torch.stack([spread(units[0] @ other)[0] for other in fixed[1:]])  # (K, P)
+    if place.num_prefix_tokens and not (others.any() or query.any()):
+        return None
+    size = leaf.shape[place.dims[0]], leaf.shape[place.dims[-1]]
+    if len(place.dims) == 1:
+        count, side = others.shape[1], math.isqrt(others.shape[1])
+        size = (side, side) if side**2 == count else (1, count)
+
+    def complete(parts: torch.Tensor) -> torch.Tensor:
+        rest = (similarities - parts.sum(1)) / parts.shape[1]  # (K,) what depends on no position, in equal shares
+        return (parts + rest[:, None]).view(-1, *size)
+
+    return SimilarityMaps(similarities, complete(query), complete(others), is_of_embedding)
+
+
 def networkselect(opt: argparse.Namespace | Mapping[str, Any], load_pretrained: bool | None = None) -> EmbeddingNet:
     """Builds the network of the resolved flags.
 
@@ -897,6 +1069,9 @@ def networkselect(opt: argparse.Namespace | Mapping[str, Any], load_pretrained: 
     if opt.cascade_layers is not None:
         backbone = CascadeBackbone(backbone, opt.cascade_layers, opt.arch, opt.crop_size, opt.pooling or "avg")
         features = sum(backbone.widths)
+    if opt.attention and find_last_map(backbone) is None:
+        what = "a cascade pools several" if opt.cascade_layers is not None else f"--arch {opt.arch} has none"
+        raise UserError(f"--attention shows the positions of a network's last map or tokens, and {what}: drop it")
     check_memory(16.0 * features * opt.embed_dim, f"--embed_dim {opt.embed_dim}")  # weights, gradient, Adam's moments
     embedding = select_embedding(opt, backbone, features)
     net = EmbeddingNet(
@@ -986,6 +1161,8 @@ def refuse_contradictions(opt: argparse.Namespace) -> None:
             f"--{frozen[0]} and --{frozen[1]} contradict each other, since either says which part of the backbone "
             "learns: drop one"
         )
+    if opt.attention and not opt.pictures and opt.evaluate is None:
+        raise UserError("--attention belongs to the pictures of retrievals, which --no-pictures leaves out: drop one")
     device = find_device(opt.gpu)
     if opt.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         raise UserError("--precision bf16: this GPU does not compute in bfloat16; give fp16 or fp32")

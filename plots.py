@@ -6,29 +6,29 @@ import math
 import re
 import textwrap
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from auxiliaries import atomic_write, by_first_rank
-from records import Row, metrics_of
+from records import Row, mean_over_sets, metrics_of
 from transforms import load_image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.ft2font import FT2Font
-    from PIL import ImageDraw, ImageFont
+    from PIL import Image, ImageDraw, ImageFont
 
     from datasets import ImageSet, RetrievalSet
     from evaluate import EmbeddingSpace
 
-QUERIES_SHOWN, NEIGHBORS_SHOWN = 8, 6
+QUERIES_SHOWN, NEIGHBORS_SHOWN, FOUND_SHOWN = 8, 6, 10
 NAMED_CLASSES = 20  # as many as there are colors that can be told apart
 SMALLEST_RANGE = 0.05  # of an axis, as a share of its values: less would make a trend of noise
 
@@ -80,7 +80,7 @@ def _choose_font(text: str) -> tuple[str, str]:
     return text, other or _default_font()
 
 
-def _display_name(class_name: str) -> str:
+def display_name(class_name: str) -> str:
     """A class's name as captions show it: `Laysan_Albatross` -> `Laysan Albatross`; a glyph's with the character's."""
     if re.fullmatch(r"U\+[0-9A-F]{4,5}", class_name):
         return f"{class_name} {unicodedata.name(chr(int(class_name[2:], 16)), '').lower()}".strip()
@@ -134,7 +134,7 @@ def _marker(num_points: int) -> str:
     return "o" if num_points < 30 else ""
 
 
-def _family(name: str) -> str:
+def metric_family(name: str) -> str:
     """The metric without its set, its label level and its k: `Set 0 Recall @ 4` -> `Recall`."""
     return re.sub(r"^(Set \d+ )?(Level (\d+|mean) )?| @ [\d.e-]+$", "", name)
 
@@ -169,7 +169,7 @@ def save_info_plot(
     panels: dict[str, tuple[Sequence[Row], list[str]]]  # rows, and the names of the columns to draw
     panels = {"Train Loss": (train_rows, ["Train Loss"])} if train_rows else {}
     for name in metrics:
-        panels.setdefault(_family(name), (val_rows, []))[1].append(name)
+        panels.setdefault(metric_family(name), (val_rows, []))[1].append(name)
     columns = min(len(panels), 2 if len(panels) in (2, 4) else 3)
     rows = math.ceil(len(panels) / columns)
     width = 5.5 * columns
@@ -182,14 +182,14 @@ def save_info_plot(
     for number, (family, (source, names)) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(rows, columns, number)
         axes.set_title(family)
-        _draw_panel(axes, source, {name: _label(name, family) for name in names}, selected_epoch, epochs)
+        _draw_panel(axes, source, {name: label_in_family(name, family) for name in names}, selected_epoch, epochs)
     figure.suptitle(header, fontsize="medium", parse_math=False)
     if footer:
         figure.supxlabel(footer, fontsize="small", parse_math=False)
     _save(figure, path)
 
 
-def _label(name: str, family: str) -> str:
+def label_in_family(name: str, family: str) -> str:
     """What tells a metric from the others of its family: `Set 0 Recall @ 4` -> `Set 0 @ 4`."""
     return " ".join(name.replace(family, "", 1).split()) or name
 
@@ -263,6 +263,21 @@ def save_curve(path: Path, rows: Sequence[Mapping[str, float]], name: str) -> No
     _save(figure, path)
 
 
+def save_sizes(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    """Draws times, in seconds, and memory, in GiB, against numbers of items into an SVG, both axes logarithmic."""
+    figure = _new_figure(6, 4)
+    axes = figure.add_subplot()
+    for name, points in curves.items():
+        axes.plot(*zip(*points), marker="o", ms=3, label=name)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("items")
+    axes.set_ylabel("seconds, GiB")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+
+
 def save_bands(path: Path, curves: Mapping[str, Sequence[tuple[int, float, float]]], name: str) -> None:
     """Draws mean curves with their confidence bands into an SVG.
 
@@ -290,6 +305,30 @@ def save_bands(path: Path, curves: Mapping[str, Sequence[tuple[int, float, float
     legend = axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12))
     for text in legend.get_texts():
         text.set_parse_math(False)
+    _save(figure, path)
+
+
+def save_costs(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Draws Recall @ 1 over bytes per image, a curve for each precision, into an SVG.
+
+    Args:
+        path: the SVG to write.
+        rows: ways to keep embeddings: `precision`, `dimensions`, `bytes` and metrics.
+        title: what stands above.
+    """
+    figure = _new_figure(6, 4)
+    axes = figure.add_subplot()
+    for precision in dict.fromkeys(row["precision"] for row in rows):
+        points = sorted(
+            (row["bytes"], mean_over_sets(row, "Recall @ 1")) for row in rows if row["precision"] == precision
+        )
+        axes.plot(*zip(*points), marker="o", ms=3, label=precision)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("bytes per image")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
     _save(figure, path)
 
 
@@ -481,7 +520,7 @@ def save_scatter(
     axes.margins(0.08)
     for rank, label in enumerate(classes if class_names and is_few else ()):
         x, y = np.quantile(points[ranks == rank], [0.5, 0.9], axis=0).diagonal()  # above most of its points
-        name = _display_name(class_names[label])
+        name = display_name(class_names[label])
         name = name if len(name) <= 60 else f"{name[:57]}..."
         text = axes.annotate(
             textwrap.fill(name, 24 if name.isascii() else 14),
@@ -502,14 +541,25 @@ def save_scatter(
 
 @dataclass(frozen=True)
 class Retrieval:
-    """A query and its nearest neighbors, ready to draw: images are `(H, W, 3)` uint8 arrays."""
+    """A query and its nearest neighbors, ready to draw: images are `(H, W, 3)` uint8 arrays.
+
+    Whether a neighbor is of the query's class is None where that is not known.
+    """
 
     query: np.ndarray
     query_class: str
     neighbors: Sequence[np.ndarray]
     neighbor_classes: Sequence[str]
-    correct: Sequence[bool]
+    correct: Sequence[bool | None]
     distances: Sequence[float]
+
+
+def choose_retrievals(space: EmbeddingSpace, seed: int) -> Iterator[tuple[int, np.ndarray]]:
+    """A few queries that have a positive, the same at every call with the same seed, and their nearest neighbors."""
+    candidates = np.flatnonzero(space.has_positive)
+    count = min(QUERIES_SHOWN, len(candidates))
+    chosen = np.sort(np.random.default_rng(seed).choice(candidates, count, replace=False))
+    yield from zip(chosen.tolist(), space.neighbors(chosen, NEIGHBORS_SHOWN))
 
 
 @by_first_rank
@@ -526,11 +576,8 @@ def draw_retrievals(
         exif_orientation: whether to turn images as their EXIF data say.
     """
     gallery, class_names = images.gallery or images.query, images.query.class_names[0]
-    candidates = np.flatnonzero(space.has_positive)
-    count = min(QUERIES_SHOWN, len(candidates))
-    chosen = np.sort(np.random.default_rng(seed).choice(candidates, count, replace=False))
     retrievals = []
-    for query_idx, neighbor_idx in zip(chosen, space.neighbors(chosen, NEIGHBORS_SHOWN)):
+    for query_idx, neighbor_idx in choose_retrievals(space, seed):
         label, neighbor_labels = space.query_labels[query_idx], space.gallery_labels[neighbor_idx]
         neighbors = space.gallery[torch.from_numpy(neighbor_idx)].double()  # (neighbors, D)
         distances = torch.linalg.norm(neighbors - space.query[query_idx].double(), dim=1)  # (neighbors,)
@@ -547,13 +594,49 @@ def draw_retrievals(
     save_recoveries(path, retrievals)
 
 
+@by_first_rank
+def draw_found(
+    path: Path,
+    queries: Sequence[str],
+    found: Sequence[Sequence[tuple[str, float, str | None]]],
+    labels: Sequence[str | None],
+    exif_orientation: bool = False,
+) -> None:
+    """Draws the first few queries with what was found for them into a PNG.
+
+    Args:
+        path: the PNG to write.
+        queries: their files.
+        found: for each query paths, distances and labels, where there are any, the nearest first.
+        labels: the queries' labels, where they are known.
+        exif_orientation: whether to turn images as their EXIF data say.
+    """
+    retrievals = []
+    for query, neighbors, label in list(zip(queries, found, labels))[:QUERIES_SHOWN]:
+        shown = neighbors[:FOUND_SHOWN]
+        retrievals.append(
+            Retrieval(
+                query=_load_pixels(query, exif_orientation),
+                query_class=label or Path(query).name,
+                neighbors=[_load_pixels(file, exif_orientation) for file, _, _ in shown],
+                neighbor_classes=[Path(file).name if name is None else name for file, _, name in shown],
+                correct=[None if label is None or name is None else name == label for _, _, name in shown],
+                distances=[distance for _, distance, _ in shown],
+            )
+        )
+    save_recoveries(path, retrievals)
+
+
 def _load_pixels(path: str, exif_orientation: bool) -> np.ndarray:
     """An image file as `(H, W, 3)` uint8."""
     return load_image(path, exif_orientation).permute(1, 2, 0).numpy()
 
 
 def save_recoveries(path: Path, retrievals: Sequence[Retrieval]) -> None:
-    """Draws each query (framed red) beside its nearest neighbors (green: right class; gray: wrong) into a PNG."""
+    """Draws each query (framed red) beside its nearest neighbors into a PNG, whose frames say of which class they are.
+
+    They are green for the right class, gray for a wrong one, blue where that is not known.
+    """
     from PIL import Image, ImageDraw, ImageOps
 
     side, frame, gap, header = 128, 5, 10, 34  # px
@@ -561,15 +644,17 @@ def save_recoveries(path: Path, retrievals: Sequence[Retrieval]) -> None:
     captions = [[_caption(name, cell) for name in (one.query_class, *one.neighbor_classes)] for one in retrievals]
     num_lines = max(len(lines) for row in captions for lines, _ in row)
     caption, below = 16 * num_lines + 4, 22  # px above and below a picture
-    columns = max(map(len, captions))
+    columns = max(*map(len, captions), 5)  # for the title
+    is_known = any(is_correct is not None for one in retrievals for is_correct in one.correct)
     size = columns * (cell + gap) + gap, header + len(retrievals) * (cell + caption + below + gap)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
-    title = "query (red) and its nearest neighbors (green: right class, gray: wrong) with their distances"
+    meaning = " (green: right class, gray: wrong)" if is_known else ""
+    title = f"query (red) and its nearest neighbors{meaning} with their distances"
     draw.text((gap, 8), title, "black", _pil_font(_default_font(), 14))
     for row, retrieval in enumerate(retrievals):
         images = [retrieval.query, *retrieval.neighbors]
-        colors = ["#d62728", *("#2ca02c" if is_correct else "#b0b0b0" for is_correct in retrieval.correct)]
+        colors = ["#d62728", *(FRAMES[is_correct] for is_correct in retrieval.correct)]
         notes = ["query", *(f"{distance:#.3g}".rstrip(".") for distance in retrieval.distances)]
         for column, (image, (lines, font), color, note) in enumerate(zip(images, captions[row], colors, notes)):
             x, y = gap + column * (cell + gap), header + row * (cell + caption + below + gap)
@@ -582,7 +667,82 @@ def save_recoveries(path: Path, retrievals: Sequence[Retrieval]) -> None:
         canvas.save(beside, format="png")
 
 
+@dataclass(frozen=True)
+class SharedSimilarity:
+    """A query and its nearest neighbors, with where their similarities come from.
+
+    Attributes:
+        query: `(H, W, 3)` uint8, as the network sees it.
+        query_class: its class.
+        neighbors: K such images.
+        neighbor_classes: their classes.
+        similarities: `(K,)`.
+        query_maps: `(K, h, w)` what each position of the query adds to each similarity.
+        neighbor_maps: `(K, h, w)` what each position of the neighbor adds.
+    """
+
+    query: np.ndarray
+    query_class: str
+    neighbors: Sequence[np.ndarray]
+    neighbor_classes: Sequence[str]
+    similarities: np.ndarray
+    query_maps: np.ndarray
+    neighbor_maps: np.ndarray
+
+
+def save_attention(path: Path, retrievals: Sequence[SharedSimilarity], title: str) -> None:
+    """Draws each query above each of its neighbors, red where their similarity comes from, into a PNG.
+
+    All positions of a query and of its neighbors have one scale: the largest addition is the reddest.
+    """
+    from PIL import Image, ImageDraw
+
+    side, gap, header = 128, 10, 34  # px
+    captions = [[_caption(name, side) for name in (one.query_class, *one.neighbor_classes)] for one in retrievals]
+    below = 16 * (max(len(lines) for row in captions for lines, _ in row) + 1) + 24
+    block, columns = 2 * side + 4 + below, max(map(len, captions))
+    canvas = Image.new("RGB", (columns * (side + gap) + gap, header + len(retrievals) * block), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((gap, 8), title, "black", _pil_font(_default_font(), 14))
+    for row, one in enumerate(retrievals):
+        largest = float(max(one.query_maps.max(), one.neighbor_maps.max(), 1e-12))
+        pairs: list[tuple[Image.Image, Image.Image | None]] = [(_fit(one.query, side), None)]
+        for query_map, neighbor, neighbor_map in zip(one.query_maps, one.neighbors, one.neighbor_maps):
+            query_part, part = query_map / largest, neighbor_map / largest
+            pairs.append((_redden(one.query, query_part, side), _redden(neighbor, part, side)))
+        notes = ["query", *(f"{similarity:.2f}" for similarity in one.similarities)]
+        for column, ((upper, lower), (lines, font)) in enumerate(zip(pairs, captions[row])):
+            x, y = gap + column * (side + gap), header + row * block
+            canvas.paste(upper, (x, y))
+            if lower is not None:
+                canvas.paste(lower, (x, y + side + 4))
+            text = y + side + 5 + (0 if lower is None else side + 4)
+            for position, (line, of_line) in enumerate([*((line, font) for line in lines), (notes[column], None)]):
+                _write(draw, line, of_line or _default_font(), x + side // 2, text + 16 * position)
+    with atomic_write(path) as beside:
+        canvas.save(beside, format="png")
+
+
+def _fit(image: np.ndarray, side: int) -> Image.Image:
+    from PIL import Image
+
+    return Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS)
+
+
+def _redden(image: np.ndarray, shares: np.ndarray, side: int) -> Image.Image:
+    """An image `(H, W, 3)` in gray, with red where the shares `(h, w)`, up to 1, are high."""
+    from PIL import Image
+
+    small = Image.fromarray(shares.astype(np.float32))
+    smooth = np.asarray(small.resize((side, side), Image.Resampling.BICUBIC))
+    strength = 0.85 * smooth.clip(0, 1)[..., None] ** 0.8  # (side, side, 1)
+    gray = 0.75 * np.asarray(_fit(image, side).convert("L"), np.float32)[..., None] + 55
+    red = np.array([226, 38, 20], np.float32) * (0.45 + 0.55 * gray / 255)
+    return Image.fromarray(((1 - strength) * gray + strength * red).astype(np.uint8))
+
+
 CAPTION_SIZE, CAPTION_LINES = 13, 3
+FRAMES = {True: "#2ca02c", False: "#b0b0b0", None: "#1f77b4"}  # by whether the class is right
 
 
 @cache
@@ -599,7 +759,7 @@ def _write(draw: ImageDraw.ImageDraw, line: str, font: str, x: int, y: int) -> N
 
 def _caption(class_name: str, width: int) -> tuple[list[str], str]:
     """A class's name in a few lines of up to `width` px, and the font's file to write them with."""
-    text, font = _choose_font(_display_name(class_name)[:200])  # far more than fits
+    text, font = _choose_font(display_name(class_name)[:200])  # far more than fits
     measure = _pil_font(font, CAPTION_SIZE).getlength
     lines = [""]
     for word in text.split():

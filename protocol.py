@@ -23,7 +23,9 @@ import config
 import datasets
 import evaluate
 import features
+import loggers
 import records
+import report
 import runs
 from auxiliaries import UserError, by_first_rank, notice
 from config import with_flags
@@ -76,10 +78,13 @@ def train(
     if opt.fold is not None and opt.savename is None:
         raise UserError("--fold needs --savename, the name that all folds share")
     opt = config.resolve(opt)
+    if opt.dry_run:
+        return plan_folds(opt, train_run, folder)
     is_new = folder is None
     if folder is None:
         runs.check_folder(runs.default_folder(opt))
         check_data(with_flags(opt, fold=opt.fold or 0))  # before a folder is created
+        loggers.check(opt.logger)
         folder = open_parent_folder(opt)
     auxiliaries.remove_folder(folder / "meta")  # until all folds are done
     source_folds = runs.fold_folders(source) if source else {}
@@ -97,6 +102,15 @@ def train(
             auxiliaries.remove_folder(folder)  # nothing has been trained
         raise
     return write_meta_results(opt, folder)
+
+
+def plan_folds(opt: argparse.Namespace, train_run: TrainRun, folder: Path | None) -> dict[str, float]:
+    """Prints what training all folds, or the one of --fold, would do."""
+    folder = folder or runs.default_folder(opt)
+    for fold in range(opt.num_training_sets) if opt.fold is None else [opt.fold]:
+        print(f"\nfold {fold} of {opt.num_training_sets}")
+        train_run(with_flags(opt, fold=fold), folder / f"fold_{fold}")
+    return {}
 
 
 def check_data(opt: argparse.Namespace) -> None:
@@ -162,7 +176,7 @@ def train_in_stages(
             stages.append(row)
     same = {name: getattr(opt, name) for name in config.build_parser().names_with(machine=True)}
     for stage, following in itertools.pairwise(stages):
-        stage_flags = {**stage["Configuration"], **same, "n_epochs": following["Epochs"]}
+        stage_flags = {**config.with_todays_names(stage["Configuration"]), **same, "n_epochs": following["Epochs"]}
         train_run(with_flags(opt, **stage_flags), folder)
     return train_run(opt, folder)
 
@@ -206,6 +220,7 @@ def write_meta_results(opt: argparse.Namespace, folder: Path) -> dict[str, float
             for name, value in evaluate_concatenation(opt, finished).items()
         ]
     records.save_meta_rows(folder / "meta", rows)
+    report.save_folds_page(opt, folder, rows, dict(zip(finished, summaries)))
     print(f"\nmean over {len(finished)} folds ± half of its 95 % confidence interval, in {folder / 'meta'}:\n")
     print(records.format_table([_in_words(row) for row in rows]))
     return {row["Metric"]: row["Mean"] for row in rows if (row["Network"], row["Split"]) == ("selected", "test")}
@@ -248,7 +263,9 @@ def evaluate_concatenation(opt: argparse.Namespace, folds: Sequence[Path]) -> di
     together = [concatenate(by_network, opt.normalize_members) for by_network in zip(*by_fold)]
     # The folds have no validation classes in common: there is no threshold for verification.
     all_levels = opt.label_hierarchy_level == datasets.ALL_LEVELS
-    metrics, _ = evaluate.evaluate_points(together, opt.k_vals, opt.eval_metrics, opt.testing_method, {}, all_levels)
+    which = opt.k_vals, opt.eval_metrics, opt.testing_method
+    clustering = evaluate.give_clustering(opt)
+    metrics, _ = evaluate.evaluate_points(together, *which, {}, all_levels, clustering=clustering)
     return metrics
 
 
@@ -279,6 +296,8 @@ def resume(folder: Path, argv: Sequence[str], train_run: TrainRun) -> dict[str, 
     opt = config.parse(argv, runs.config_file(folder))
     parent_opt = config.resolve(with_flags(opt, fold=None))
     flags_of = _resumed_flags(folder, opt)
+    if opt.dry_run:
+        return train(opt, train_run, folder)
     with contextlib.ExitStack() as locks:
         for path in {folder, *flags_of}:  # nothing is changed in a run that another process is using
             locks.enter_context(auxiliaries.locked(path))
@@ -341,6 +360,8 @@ def reproduce(source: Path, argv: Sequence[str], train_run: TrainRun) -> dict[st
     if not is_followed:
         notice("with other flags, the original's changes of flags on resuming, if any, are not followed")
     environment = runs.describe_environment(auxiliaries.pick_device(opt.gpu))
+    if opt.dry_run:
+        return train(opt, train_run)
     folder = runs.create_folder(
         runs.default_folder(after), lambda into: runs.write_description(into, after, environment)
     )

@@ -1,7 +1,8 @@
-"""What a run records and prints: rows in CSV, SQLite and TensorBoard, iterations, the console, and the summary."""
+"""What a run records and prints: rows in CSV, SQLite and mirrors of them, iterations, the console, and the summary."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import glob
@@ -24,12 +25,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import loggers
 from auxiliaries import (
     FlagParser,
     Progress,
     UserError,
     atomic_write,
     by_first_rank,
+    colored,
     disk_advice,
     notice,
     number,
@@ -37,13 +40,10 @@ from auxiliaries import (
     save_json,
     to_builtin,
 )
+from loggers import Row, step_column
 
 if TYPE_CHECKING:
-    from tensorboard.compat.proto.event_pb2 import Event
-
     from datasets import ImageSet, RetrievalSet, Splits
-
-Row = dict[str, Any]
 
 LOGS = {
     "train": "log_train_Base.csv",
@@ -58,16 +58,6 @@ NOT_METRICS = ("Epochs", "Iteration", "Time")
 PER_QUERY = "per_query.npz"
 CONFIGURATION_COLUMNS = ("Epochs", "Time", "Configuration", "Changes", "Environment")
 
-# TensorBoard sorts groups, which are the first parts of tags, by their names: metrics come first.
-TENSORBOARD_TAGS = {
-    "val": "metrics/val",
-    "test": "metrics/test",
-    "train_eval": "metrics/train",
-    "distances": "train",
-    "train": "train",
-    "iterations": "train iterations",
-}
-
 
 def add_arguments(parser: FlagParser) -> None:
     """Declares the flags of what is recorded."""
@@ -75,9 +65,16 @@ def add_arguments(parser: FlagParser) -> None:
     add = parser.add_argument_group("records", compared=False).add_argument
     add("--log_every", type=number(int, 0), default=1,
         help="record loss, learning rates and statistics every so many iterations; 0: never")
-    add("--tensorboard", action="switch", default=True, help="write TensorBoard event files")
+    add("--logger", nargs="*", choices=tuple(loggers.LOGGERS), default=["tensorboard"],
+        help="libraries that show the records, beside CSV and SQLite; --logger without a name: none. wandb writes into "
+        "the run folder if the environment variable WANDB_MODE is offline, mlflow unless MLFLOW_TRACKING_URI is set")
+    add("--tensorboard", action=loggers.TensorBoardAction, dest="logger", default=argparse.SUPPRESS,
+        help="add TensorBoard to --logger, or take it out")
     add("--pictures", action="switch", default=True,
         help="draw curves at every evaluation, and retrievals of the best network; it takes about a second")
+    add("--report", action="switch", default=True, machine=True,
+        help="at the end, write report.html: a page with curves, retrievals, what is confused, and a map of "
+        "embeddings; it takes some seconds, also where data are large")
     add("--dist_measure", action="switch",
         help="record the ratio of intra- to inter-class distances at every evaluation; embeds all training images")
     add("--grad_measure", action="switch",
@@ -88,23 +85,18 @@ def add_arguments(parser: FlagParser) -> None:
 # Rows
 
 
-def _step_column(kind: str) -> str:
-    """The column that numbers the rows of a kind."""
-    return "Iteration" if kind == "iterations" else "Epochs"
-
-
 def _columns(rows: Iterable[Row]) -> list[str]:
     """The columns that any of the rows has, in order of appearance."""
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
 class Records:
-    """A run's rows by kind (a key of `LOGS`): in memory, as CSV, in records.db (SQLite), and in TensorBoard.
+    """A run's rows by kind (a key of `LOGS`): in memory, as CSV, in records.db (SQLite), and in mirrors.
 
     Args:
         folder: the run folder.
         history: the rows so far, as a checkpoint holds them. All files are rewritten to hold these and no others.
-        tensorboard: whether to write event files.
+        mirrored_by: keys of `loggers.LOGGERS`.
 
     Attributes:
         rows: the rows of each kind, in order of their epoch or iteration.
@@ -113,30 +105,31 @@ class Records:
         UserError: something can't be written, or a file is not what a run writes.
     """
 
-    def __init__(self, folder: Path, history: Mapping[str, Sequence[Row]] | None = None, tensorboard: bool = True):
+    def __init__(
+        self,
+        folder: Path,
+        history: Mapping[str, Sequence[Row]] | None = None,
+        mirrored_by: Sequence[str] = ("tensorboard",),
+    ):
         self.folder = folder
         self.rows: dict[str, list[Row]] = {kind: list((history or {}).get(kind, [])) for kind in LOGS}
         self.columns = {kind: _columns(rows) for kind, rows in self.rows.items()}
-        self._open(tensorboard)
+        self._open(mirrored_by)
 
-    def _open(self, tensorboard: bool) -> None:
+    def _open(self, mirrored_by: Sequence[str]) -> None:
         """Makes all files hold the rows of now."""
         folder = self.folder
         self._open_database()
         for kind, name in LOGS.items():
             if self.rows[kind] or (folder / name).exists():
                 self._write_csv(kind)
-        self.tensorboard: Any = None  # a SummaryWriter
-        self.hyperparameters: dict[str, Any] = {}
-        if tensorboard or (folder / "tensorboard").exists():
-            self._open_tensorboard()
-        if not tensorboard and self.tensorboard:
-            self.tensorboard.close()
-            self.tensorboard = None
+        if "tensorboard" not in mirrored_by and (folder / "tensorboard").exists():
+            loggers.Mirrors(["tensorboard"], folder, self.rows).close(failed=False)  # it holds no other rows either
+        self.mirrors = loggers.Mirrors(mirrored_by, folder, self.rows)
 
     def add(self, kind: str, *rows: Row) -> None:
         """Appends rows; the row of an epoch (or iteration) that is already there is replaced."""
-        step, earlier, columns = _step_column(kind), self.rows[kind], self.columns[kind]
+        step, earlier, columns = step_column(kind), self.rows[kind], self.columns[kind]
         follows = not earlier or earlier[-1][step] < rows[0][step]
         if not follows:
             replaced = {row[step] for row in rows}
@@ -158,11 +151,10 @@ class Records:
                 csv.DictWriter(file, columns).writerows(rows)
         else:
             self._write_csv(kind)
-        if self.tensorboard and follows:
-            with _writing(self.folder / "tensorboard"):
-                _add_scalars(self.tensorboard, kind, rows)
-        elif self.tensorboard:
-            self._open_tensorboard()
+        if follows:
+            self.mirrors.add(kind, rows)
+        else:
+            self.mirrors.replace(self.rows)
 
     def row_of(self, kind: str, epoch: int) -> Row:
         """The row of an epoch; empty where there is none."""
@@ -173,13 +165,11 @@ class Records:
         return sum(row["Iterations"] for row in self.rows["train"])
 
     def add_picture(self, name: str, path: Path, epoch: int) -> None:
-        """Shows a PNG in TensorBoard."""
-        if self.tensorboard:
-            with _writing(self.folder / "tensorboard"):
-                self.tensorboard.add_image(name, _read_pixels(path), epoch, dataformats="HWC")
+        """Shows a PNG in mirrors."""
+        self.mirrors.add_picture(name, path, epoch)
 
     def note_configuration(self, epoch: int, flags: Mapping[str, Any], environment: Any) -> None:
-        """Adds a row to the table `configurations`, and shows the flags in TensorBoard.
+        """Adds a row to the table `configurations`, and shows the flags in mirrors.
 
         Args:
             epoch: the epoch after which these flags hold.
@@ -193,24 +183,16 @@ class Records:
         values = (epoch, now, *map(json.dumps, (flags, changes, to_builtin(environment))))
         with _writing(self.folder / "records.db"), self.database:
             self.database.execute("INSERT INTO configurations VALUES (?, ?, ?, ?, ?)", values)
-        self.hyperparameters = flags
-        if self.tensorboard:
-            with _writing(self.folder / "tensorboard"):
-                rows = [{"Flag": f"--{name}", "Value": value} for name, value in flags.items()]
-                self.tensorboard.add_text("configuration", format_table(rows), epoch)
-                _add_hyperparameters(self.tensorboard, flags)
+        table = format_table([{"Flag": f"--{name}", "Value": value} for name, value in flags.items()])
+        self.mirrors.note_flags(epoch, flags, table)
 
     def flush(self) -> None:
-        """Writes TensorBoard's pending events; CSV and SQLite are written as rows are added."""
-        if self.tensorboard:
-            with _writing(self.folder / "tensorboard"):
-                self.tensorboard.flush()
+        """Writes what mirrors have pending; CSV and SQLite are written as rows are added."""
+        self.mirrors.flush()
 
-    def close(self) -> None:
-        """Closes all files."""
-        if self.tensorboard:
-            with _writing(self.folder / "tensorboard"):
-                self.tensorboard.close()
+    def close(self, failed: bool = False) -> None:
+        """Closes all files, and tells mirrors whether the run failed."""
+        self.mirrors.close(failed)
         self.database.close()
 
     def _open_database(self) -> None:
@@ -233,7 +215,7 @@ class Records:
     def _insert(self, kind: str, rows: Sequence[Row]) -> None:
         """Inserts rows into a kind's table, which gets the columns that it lacks."""
         if rows:
-            self.database.execute(f'CREATE TABLE IF NOT EXISTS {kind} ("{_step_column(kind)}" INTEGER PRIMARY KEY)')
+            self.database.execute(f'CREATE TABLE IF NOT EXISTS {kind} ("{step_column(kind)}" INTEGER PRIMARY KEY)')
         known = {column[1] for column in self.database.execute(f"PRAGMA table_info({kind})")}
         for row in rows:
             for name in [name for name in row if name not in known]:
@@ -252,40 +234,12 @@ class Records:
         with _writing(path):
             path.unlink()
 
-    def _open_tensorboard(self) -> None:
-        """Starts an event file with the rows of now, in place of earlier ones, whose pictures it takes over."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        if self.tensorboard:
-            self.tensorboard.close()
-        folder = self.folder / "tensorboard"
-        last_epoch = max((row["Epochs"] for rows in self.rows.values() for row in rows), default=-1)
-        with _writing(folder):
-            # Earlier versions had a folder for epochs and one for iterations.
-            places = [folder, folder / "epochs", folder / "iterations"]
-            earlier = [path for place in places for path in sorted(place.glob("events.out.tfevents.*"))]
-            times, pictures = _read_events(earlier)
-            self.tensorboard = SummaryWriter(str(folder), purge_step=0)
-            for kind, rows in self.rows.items():
-                _add_scalars(self.tensorboard, kind, rows, times)
-            for event in pictures:
-                if event.step <= last_epoch:
-                    self.tensorboard.file_writer.add_event(event, event.step, event.wall_time)
-            if self.hyperparameters:
-                _add_hyperparameters(self.tensorboard, self.hyperparameters)
-            self.tensorboard.flush()  # only then may the earlier ones go
-            for path in earlier:
-                path.unlink()
-            for place in places[1:]:
-                if place.is_dir() and not any(place.iterdir()):
-                    place.rmdir()
-
 
 class RowsAlone(Records):
     """A run's rows in memory alone, as another rank than the first has them."""
 
-    def _open(self, tensorboard: bool) -> None:
-        self.tensorboard = None
+    def _open(self, mirrored_by: Sequence[str]) -> None:
+        self.mirrors = loggers.Mirrors([], self.folder, self.rows)
 
     def _write(self, kind: str, rows: Sequence[Row], follows: bool, has_same_columns: bool) -> None:
         pass
@@ -293,64 +247,8 @@ class RowsAlone(Records):
     def note_configuration(self, epoch: int, flags: Mapping[str, Any], environment: Any) -> None:
         """Does nothing: the first rank writes it."""
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Does nothing: no file is open."""
-
-
-# TensorBoard
-
-
-def _add_scalars(
-    writer: Any, kind: str, rows: Iterable[Row], times: Mapping[tuple[str, int], float] | None = None
-) -> None:
-    """Writes rows as TensorBoard scalars, all those of a row in one event.
-
-    Args:
-        writer: a SummaryWriter.
-        kind: a key of `LOGS`.
-        rows: the rows.
-        times: when rows were made, where that is not now: what `_read_events` returns.
-    """
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    step_column = _step_column(kind)
-    for row in rows:
-        step = row[step_column]
-        tags = {name: f"{TENSORBOARD_TAGS[kind]}/{name}" for name in row if name not in ("Epochs", "Iteration")}
-        if kind != "train" and "Time" in tags:
-            tags["Time"] = f"train/Time ({kind})"
-        values = [Summary.Value(tag=tag, simple_value=row[name]) for name, tag in tags.items()]
-        writer.file_writer.add_summary(Summary(value=values), step, (times or {}).get((step_column, step)))
-
-
-def _add_hyperparameters(writer: Any, flags: Mapping[str, Any]) -> None:
-    """Writes flags for TensorBoard's HPARAMS, which compares runs by them and by their last metrics."""
-    from torch.utils.tensorboard.summary import hparams
-
-    plain = {name: value if type(value) in (int, float) else str(value) for name, value in flags.items()}
-    _, start, _ = hparams(plain, {})
-    writer.file_writer.add_summary(start)
-
-
-def _read_events(paths: Iterable[Path]) -> tuple[dict[tuple[str, int], float], list[Event]]:
-    """Reads event files as far as they are intact.
-
-    Returns:
-        The time of each row of scalars, by the column that numbers it and its number; and the events of pictures and
-        texts, the last one of each name and step.
-    """
-    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
-
-    times: dict[tuple[str, int], float] = {}
-    others: dict[tuple[str, int], Event] = {}
-    for path in paths:
-        for event in LegacyEventFileLoader(str(path)).Load():
-            for value in event.summary.value:
-                if value.HasField("simple_value"):
-                    times["Iteration" if "iterations/" in value.tag else "Epochs", event.step] = event.wall_time
-                elif value.HasField("image") or value.metadata.plugin_data.plugin_name == "text":
-                    others[value.tag, event.step] = event
-    return times, [others[key] for key in sorted(others)]
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -402,21 +300,13 @@ def save_rows(path: Path, rows: Sequence[Row]) -> None:
         _save_csv(path, _columns(rows), rows)
 
 
-def _read_pixels(path: Path) -> np.ndarray:
-    """A picture as `(H, W, 3)` uint8."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
-
-
 def _check_tables(path: Path, database: sqlite3.Connection) -> None:
     """Makes sure that a database, if it has any tables, is one that a run writes.
 
     Raises:
         UserError: it is another program's, or its tables have other columns.
     """
-    needed = {**{kind: {_step_column(kind)} for kind in LOGS}, "configurations": set(CONFIGURATION_COLUMNS)}
+    needed = {**{kind: {step_column(kind)} for kind in LOGS}, "configurations": set(CONFIGURATION_COLUMNS)}
     found = {name.lower(): kind for name, kind in database.execute("SELECT name, type FROM sqlite_master")}
     wrong = [name for name in needed if name in found and found[name] != "table"]
     for name in found.keys() & needed.keys():
@@ -559,25 +449,24 @@ def save_meta_rows(folder: Path, rows: Sequence[Row]) -> None:
     Raises:
         UserError: something can't be written.
     """
-    from torch.utils.tensorboard import SummaryWriter
-
     with _writing(folder):
         folder.mkdir(exist_ok=True)
         _save_csv(folder / "results.csv", _columns(rows), rows)
         save_json(folder / "results.json", rows)
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         shown = [{k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
-        with SummaryWriter(str(folder / "tensorboard")) as tensorboard:
-            tensorboard.add_text("results over folds", format_table(shown))
+        loggers.write_table(folder / "tensorboard", "results over folds", format_table(shown))
 
 
 @by_first_rank
 def show_in_tensorboard(folder: Path, name: str, picture: Path) -> None:
-    """Adds a PNG to a folder of event files."""
-    from torch.utils.tensorboard import SummaryWriter
+    """Adds a PNG to a folder of event files.
 
-    with _writing(folder), SummaryWriter(str(folder)) as tensorboard:
-        tensorboard.add_image(name, _read_pixels(picture), dataformats="HWC")
+    Raises:
+        UserError: it can't be written.
+    """
+    with _writing(folder):
+        loggers.write_picture(folder, name, picture)
 
 
 # Results by query
@@ -585,7 +474,7 @@ def show_in_tensorboard(folder: Path, name: str, picture: Path) -> None:
 QUERY_ARRAYS = {"correct_at_1": "b", "ap_at_r": "f", "label": "i", "weight": "f"}  # and their kinds of values
 
 
-def save_query_results(folder: Path, results: Mapping[str, np.ndarray], **about: str | int) -> None:
+def save_query_results(folder: Path, results: Mapping[str, np.ndarray], **about: str | int | Sequence[str]) -> None:
     """Writes what the selected network's figures are made of, query by query, as per_query.npz.
 
     Args:
@@ -881,7 +770,8 @@ class Console:
         texts = [format_cell(cell, name) for cell, name in zip(cells, ["loss", *columns])]
         texts[0] = texts[0] if epoch in losses else " " * len(texts[0])
         mark = " *" if epoch == best_epoch > 0 else ""
-        print(f"{counted:>9}{''.join(texts)}{tqdm.format_interval(round(seconds)):>9}{mark}", flush=True)
+        line = f"{counted:>9}{''.join(texts)}{tqdm.format_interval(round(seconds)):>9}{mark}"
+        print(colored(line, "green", sys.stdout) if mark else line, flush=True)
 
     def _print_header(self, row: Row) -> None:
         """Prints what the columns are."""
@@ -929,7 +819,14 @@ def join_names(names: str | Sequence[str] | None) -> str:
 
 
 def print_start(
-    dataset: str, splits: Splits, network: str, loss: str, device: torch.device, folder: Path, epoch: int
+    dataset: str,
+    splits: Splits,
+    network: str,
+    loss: str,
+    device: torch.device,
+    folder: Path,
+    epoch: int,
+    mirrors: Sequence[str] = (),
 ) -> None:
     """Prints what a run is made of.
 
@@ -941,6 +838,7 @@ def print_start(
         device: where.
         folder: the run folder.
         epoch: the epoch after which the run goes on; 0 in a new run.
+        mirrors: where its records can be looked at, beside the run folder.
     """
     one = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     facts = {
@@ -952,7 +850,13 @@ def print_start(
         "loss": loss,
         "device": one if ranks().count == 1 else f"{ranks().count} processes, each with {one}",
         "run folder": f"{folder}, after epoch {epoch}" if epoch else str(folder),
+        "mirrored to": ", ".join(mirrors),
     }
+    print_facts(facts)
+
+
+def print_facts(facts: Mapping[str, str]) -> None:
+    """Prints a line for each fact that isn't empty, after its name."""
     print("\n".join(f"{name:<12}{fact}" for name, fact in facts.items() if fact), flush=True)
 
 
@@ -1039,21 +943,29 @@ def build_summary(
     return {"selection": selection, "metric": metric, **networks, **initial, "seconds": seconds}
 
 
-def print_summary(summary: Mapping[str, Any]) -> None:
-    """Prints a summary as a table: a row per network and kind of classes, networks of the same epoch in one."""
-    before_training = "before training" if summary.get("initial weights") == "pretrained" else "untrained"
-    other_names = {"untrained": before_training, "trunk": f"backbone {before_training}"}
+def _before_training(summary: Mapping[str, Any]) -> str:
+    return "before training" if summary.get("initial weights") == "pretrained" else "untrained"
+
+
+def summary_rows(summary: Mapping[str, Any]) -> dict[tuple[str, int, str], dict[str, float]]:
+    """A summary as a table: metrics by network, its epoch and kind of classes; networks of one epoch are in one row."""
+    other_names = {"untrained": _before_training(summary), "trunk": f"backbone {_before_training(summary)}"}
     networks = {name: network for name, network in summary.items() if isinstance(network, Mapping)}
     names: dict[int, list[str]] = {}
     for name, network in networks.items():
         names.setdefault(network["epoch"], []).append(other_names.get(name, name))
     by_epoch = {network["epoch"]: network for network in networks.values()}
-    rows = {
+    return {
         (" = ".join(names[epoch]), epoch, kind): network[kind]
         for epoch, network in by_epoch.items()
         for kind in ("val", "test", "train")
         if kind in network
     }
+
+
+def print_summary(summary: Mapping[str, Any]) -> None:
+    """Prints a summary as a table."""
+    rows = summary_rows(summary)
     first, width = max(len(label) for label, _, _ in rows), max(4, *(len(kind) for _, _, kind in rows))
     columns = fit_columns(next(iter(rows.values())), summary["metric"], CONSOLE_WIDTH - first - 9 - width)
     header = "".join(f"{short_name(name):>{column_width(name)}}" for name in columns)
@@ -1064,8 +976,8 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     for (label, epoch, kind), metrics in rows.items():
         cells = "".join(format_cell(mean_over_sets(metrics, name), name) for name in columns)
         print(f"{label:>{first}}  {epoch:>5}  {kind:<{width}}{cells}")
-    if "untrained" in networks and networks["selected"]["epoch"] > 0:
-        metric, kind = summary["metric"], "test" if "test" in networks["untrained"] else "val"
-        before, after = (mean_over_sets(networks[name][kind], metric) for name in ("untrained", "selected"))
+    if "untrained" in summary and summary["selected"]["epoch"] > 0:
+        metric, kind = summary["metric"], "test" if "test" in summary["untrained"] else "val"
+        before, after = (mean_over_sets(summary[name][kind], metric) for name in ("untrained", "selected"))
         trained = f"{after:.4f} trained ({after - before:+.4f})"
-        print(f"{metric} on unseen classes: {before:.4f} {before_training}, {trained}")
+        print(f"{metric} on unseen classes: {before:.4f} {_before_training(summary)}, {trained}")

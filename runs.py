@@ -35,12 +35,13 @@ import torch
 
 import auxiliaries
 import config
+import datasets
+import loggers
 import netlib
 import records
 from auxiliaries import UserError, by_first_rank, disk_advice, notice
 
 if TYPE_CHECKING:
-    import datasets
     from evaluate import EmbeddingSpace
     from methods import MetricLossOnly
 
@@ -250,12 +251,25 @@ def open_run(
             change_flags(folder, {folder: opt}, opt)
             auxiliaries.save_json(folder / "data.json", describe_data(opt, splits))
         kind = records.Records if auxiliaries.is_first_rank() else records.RowsAlone
-        log = kind(folder, _history_to_keep(opt, state), opt.tensorboard)
-        stack.callback(log.close)
+        log = kind(folder, _history_to_keep(opt, state), opt.logger)
+        stack.push(lambda error, *_: log.close(failed=error is not None))
         epoch = state["epoch"] if state else 0
         log.note_configuration(epoch, config.configuration(opt), environment)
-        auxiliaries.remove_file(folder / "summary.json")  # until this process is done
+        for name in ("summary.json", "report.html"):  # until this process is done
+            auxiliaries.remove_file(folder / name)
         yield Run(folder, opt, splits, method, log, epoch)
+
+
+def restored(opt: argparse.Namespace, splits: datasets.Splits, method: MetricLossOnly, folder: Path | None) -> Run:
+    """A run as it would begin or go on, without a folder being made, changed or locked.
+
+    Raises:
+        UserError: it can't continue.
+    """
+    state = restore(opt, splits, method, folder)
+    folder = folder or default_folder(opt)
+    log = records.RowsAlone(folder, _history_to_keep(opt, state))
+    return Run(folder, opt, splits, method, log, state["epoch"] if state else 0)
 
 
 def restore(
@@ -369,8 +383,11 @@ def write_flags(folder: Path, opt: argparse.Namespace) -> None:
 
 
 def write_description(folder: Path, opt: argparse.Namespace, environment: Mapping[str, Any]) -> None:
-    """Writes the flags, the environment, and how a changed tree of this repository differs from its commit."""
+    """Writes the flags, the environment, how a changed tree of this repository differs from its commit, and which
+    images are left out."""
     write_flags(folder, opt)
+    if opt.exclude is not None:
+        auxiliaries.copy_file(Path(opt.exclude), folder / "exclude.csv")
     auxiliaries.save_json(folder / "environment.json", environment)
     if environment["git tree is dirty"]:
         with auxiliaries.atomic_write(folder / "git.diff") as path:
@@ -432,7 +449,7 @@ def describe_data(opt: argparse.Namespace, splits: datasets.Splits) -> DataDescr
             sets[f"{kind} {retrieval_set.name} query"] = retrieval_set.query
             if retrieval_set.gallery:
                 sets[f"{kind} {retrieval_set.name} gallery"] = retrieval_set.gallery
-    root = f"{Path(opt.source_path) / opt.dataset}{os.sep}"
+    root = f"{datasets.image_folder(opt.dataset, opt.source_path)}{os.sep}"
     return {name: _describe_images(images, root) for name, images in sets.items()}
 
 
@@ -446,7 +463,7 @@ def _describe_images(images: datasets.ImageSet, root: str) -> dict[str, Any]:
 
 def digest_sets(opt: argparse.Namespace, sets: Sequence[datasets.RetrievalSet[datasets.ImageSet]]) -> str:
     """A digest of retrieval sets' images and classes in their order: results of queries with the same one are pairs."""
-    root = f"{Path(opt.source_path) / opt.dataset}{os.sep}"
+    root = f"{datasets.image_folder(opt.dataset, opt.source_path)}{os.sep}"
     digest = hashlib.sha256()
     for one in sets:
         for role, images in (("query", one.query), ("gallery", one.gallery)):
@@ -581,7 +598,7 @@ def read_configuration(folder: Path) -> dict[str, Any]:
     values = config.read_yaml(config_file(folder))
     if not isinstance(values, dict):
         raise UserError(f"{folder / 'config.yaml'} is damaged: it is not a mapping of flags")
-    return {**_stored_defaults(), **config.MEANT_BEFORE, **values}
+    return {**_stored_defaults(), **config.MEANT_BEFORE, **config.with_todays_names(values)}
 
 
 @functools.cache  # a comparison reads a thousand configurations
@@ -841,10 +858,12 @@ def _go_back_to_best(folder: Path) -> None:
         return
 
     def keep(into: Path) -> None:
-        for name in ("last.pth.tar", "records.db", "grad_measure.npz", *records.LOGS.values()):
+        for name in ("last.pth.tar", "records.db", "grad_measure.npz", *records.LOGS.values(), *loggers.SENDERS):
             if (folder / name).exists():
                 shutil.copyfile(folder / name, into / name)
 
     kept = create_folder(folder / f"dropped_after_epoch_{epoch}", keep)
+    for name in loggers.SENDERS:  # they can't take rows back: another run begins there
+        auxiliaries.remove_file(folder / name)
     auxiliaries.copy_file(folder / "checkpoint.pth.tar", last)
     print(f"going back to epoch {epoch}; what came after it is in {kept}")

@@ -29,8 +29,12 @@ CROP_SCALE = 0.08  # of torchvision's RandomResizedCrop, and of the literature
 MAX_SIDE = 8192  # px, of what an image is resized to
 LONGEST = 16  # times its shorter side: of a longer image only the middle is resized
 ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # what a whole file of a format ends with
+EXIF_SIDEWAYS = (5, 6, 7, 8)  # orientations whose images are as wide as they are stored high
 EXIF_ORIENTATION, TIFF_BITS_PER_SAMPLE, TIFF_MAX_SAMPLE_VALUE = 274, 258, 281  # tags
 TIFF_DATA = ((273, 279), (324, 325))  # tags of where strips, or tiles, of pixels are, and of their lengths in bytes
+
+Box = tuple[int, int, int, int]  # x1, y1, x2, y2 in px, from the upper left corner; x2 and y2 lie just outside
+BOX_MARK = "#box="
 
 
 def add_arguments(parser: FlagParser) -> None:
@@ -101,25 +105,70 @@ def _share(text: str) -> float:
     return value
 
 
+def with_box(file: str, box: Box) -> str:
+    """The path of a part of an image: `photo.jpg#box=10,20,110,140`.
+
+    Wherever images are named by their paths, it names that part alone.
+    """
+    x1, y1, x2, y2 = box
+    return f"{file}{BOX_MARK}{x1},{y1},{x2},{y2}"
+
+
+def split_box(path: str) -> tuple[str, Box | None]:
+    """The file of an image's path, and the box of its part, if it is a part."""
+    path = os.fspath(path)
+    if BOX_MARK not in path:
+        return path, None
+    file, _, box = path.rpartition(BOX_MARK)
+    if not re.fullmatch(r"\d+,\d+,\d+,\d+", box, re.ASCII):
+        return path, None
+    x1, y1, x2, y2 = map(int, box.split(","))
+    return file, (x1, y1, x2, y2)
+
+
 def load_image(path: str, exif_orientation: bool = False) -> torch.Tensor:
     """Reads an image of any kind as RGB `(3, H, W)` uint8, transparent parts on white.
 
     Args:
-        path: the file.
-        exif_orientation: whether to turn the image as its EXIF data say.
+        path: the file, or a part of its image as `with_box` names it.
+        exif_orientation: whether to turn the image as its EXIF data say, before a part is cut out.
 
     Raises:
-        UserError: the file can't be read as an image.
+        UserError: the file can't be read as an image, or the part lies outside of it.
     """
+    file, box = split_box(path)
     try:
-        data = np.fromfile(path, np.uint8)
-        if data[:3].tolist() == [0xFF, 0xD8, 0xFF]:
-            image = _decode_jpeg(data, exif_orientation)
-            if image is not None:
-                return image
-        return _decode_with_pillow(data.tobytes(), exif_orientation)
+        image = _decode(np.fromfile(file, np.uint8), exif_orientation)
     except Exception as error:  # Pillow raises anything at all on a damaged file
-        raise _unreadable(path, error) from None
+        raise _unreadable(file, error) from None
+    if box is None:
+        return image
+    _check_box(file, box, image.shape[2], image.shape[1])
+    x1, y1, x2, y2 = box
+    return image[:, y1:y2, x1:x2]
+
+
+def _decode(data: np.ndarray, exif_orientation: bool) -> torch.Tensor:
+    """Decodes an image file's bytes."""
+    if data[:3].tolist() == [0xFF, 0xD8, 0xFF]:
+        image = _decode_jpeg(data, exif_orientation)
+        if image is not None:
+            return image
+    return _decode_with_pillow(data.tobytes(), exif_orientation)
+
+
+def _check_box(file: str, box: Box, width: int, height: int) -> None:
+    """Makes sure that a box lies in the image of a file.
+
+    Raises:
+        UserError: it doesn't.
+    """
+    x1, y1, x2, y2 = box
+    for axis, first, last, size, side in (("x", x1, x2, width, "wide"), ("y", y1, y2, height, "high")):
+        if last > size:
+            raise UserError(f"{file} is {size} px {side}, and {axis}2 of its crop box is {last}: correct the box")
+        if first >= last:
+            raise UserError(f"{axis}2 {last} of a crop box in {file} is not above its {axis}1 {first}: correct the box")
 
 
 def _unreadable(path: str, error: Exception) -> UserError:
@@ -160,9 +209,14 @@ def _decode_with_pillow(data: bytes, exif_orientation: bool) -> torch.Tensor:
                 values = np.array(image).astype(np.uint32)  # Pillow would clip, not scale
                 levels = _white_level(opened, data, int(values.max())) + 1
                 image = Image.fromarray((values * 256 // levels).astype(np.uint8))
-            rgba = image.convert("RGBA")
-        rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+            return from_pillow(image)
+
+
+def from_pillow(image: Image.Image) -> torch.Tensor:
+    """An image of up to 8 bits per channel as RGB `(3, H, W)` uint8, transparent parts on white."""
+    rgba = image.convert("RGBA")
+    rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 
 def _refuse_32_bits(opened: Image.Image) -> None:
@@ -242,18 +296,23 @@ def _lacks_pixels(opened: Image.Image, size: int) -> bool:
     return False
 
 
-def check_image(path: str) -> bool:
+def check_image(path: str, exif_orientation: bool = False) -> bool:
     """Makes sure, without decoding it, that a file is an image that can be read, and isn't cut off.
+
+    Args:
+        path: the file, or a part of its image as `with_box` names it.
+        exif_orientation: whether it will be turned as its EXIF data say.
 
     Returns:
         Whether its EXIF data say that it has to be turned.
 
     Raises:
-        UserError: it can't be read.
+        UserError: it can't be read, or the part lies outside of it.
     """
+    name, box = split_box(path)
     try:
-        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as opened:
-            kind = str(opened.format)
+        with open(name, "rb") as file, Image.open(file, formats=FORMATS) as opened:
+            kind, sides = str(opened.format), opened.size
             # Pillow turns TIFF images anyway, and would have to decode a PNG to find what follows its pixels.
             exif = opened.getexif() if "exif" in opened.info else {}
             size = file.seek(0, os.SEEK_END)
@@ -261,10 +320,13 @@ def check_image(path: str) -> bool:
             is_suspicious = _lacks_end(kind, file.read()) or _lacks_pixels(opened, size)
             _refuse_32_bits(opened)
     except Exception as error:  # Pillow raises anything at all on a damaged file
-        raise _unreadable(path, error) from None
+        raise _unreadable(name, error) from None
+    orientation = exif.get(EXIF_ORIENTATION, 1)
     if is_suspicious:
-        load_image(path)
-    return exif.get(EXIF_ORIENTATION, 1) not in (0, 1)
+        load_image(path, exif_orientation)
+    elif box is not None:
+        _check_box(name, box, *(sides[::-1] if exif_orientation and orientation in EXIF_SIDEWAYS else sides))
+    return orientation not in (0, 1)
 
 
 class RandomCropAndFlip:

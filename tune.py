@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Searches for the best values of flags, by Optuna: every trial is an ordinary run, scored on validation classes.
 
 Tune a learning rate and a margin, with 50 trials of a cross-validation:
@@ -16,6 +17,10 @@ import os
 import signal
 
 if __name__ == "__main__":  # before torch is loaded: threads that spin while they wait take cores from others
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what can stand at the cursor
+        import completion
+
+        completion.complete("tune")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load ends it at once, without a traceback
@@ -207,7 +212,16 @@ class Search:
         opt.check_images = opt.check_images and not self.is_checked
         if opt.split_shuffle == 0:  # trials and reproductions of other seeds share the classes
             opt.split_shuffle = opt.seed
+        opt.report = opt.report and "report" in self.given  # a page takes longer than many a trial
         return with_flags(opt, **more)
+
+
+def build_parser() -> FlagParser:
+    """The parser of main.py's flags, which take suffixes here, and of the script's own."""
+    parser = config.compose_parser("tune.py", f"{str(__doc__).splitlines()[0]} {SUFFIXES}", tunes=True)
+    add_arguments(parser)
+    parser.take_suffixes()
+    return parser
 
 
 def parse(argv: Sequence[str]) -> Search:
@@ -216,9 +230,7 @@ def parse(argv: Sequence[str]) -> Search:
     Raises:
         UserError: a flag is wrong, or can't be tuned.
     """
-    parser = config.compose_parser("tune.py", f"{str(__doc__).splitlines()[0]} {SUFFIXES}", tunes=True)
-    add_arguments(parser)
-    parser.take_suffixes()
+    parser = build_parser()
     layered = config.parse_layers(parser, argv)
     own = {name: layered.pop(name) for name in list(layered) if name not in config.build_parser().traits}
     tuned: dict[str, Tuned] = {}
@@ -249,6 +261,8 @@ def refuse_flags(layered: Mapping[str, Any], given: Sequence[str]) -> None:
     Raises:
         UserError: such a flag is given.
     """
+    if "dry_run" in given:
+        raise UserError("--dry_run is for main.py: give it one trial's flags, without suffixes")
     for name in ("resume_training", "reproduce_results", "evaluate"):
         if name in given:
             raise UserError(f"--{name} is for main.py: the same tune.py command again continues a study")

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A run of these takes about a second: small images, a small network, no download.
 SMALL = ["--arch", "shufflenet_v2_x0_5", "--not_pretrained", "--crop_size", "32", "--gpu", "-1", "--kernels", "0"]
+SMALL += ["--no-report"]  # a page takes longer than such a run
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -202,3 +203,78 @@ def embed_by_hand(
         if net.normalize if normalize is None else normalize:
             parts = [torch.nn.functional.normalize(part, dim=1) for part in parts]
         return torch.cat(parts)
+
+
+# Pages in a browser
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless browser."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no chromium is installed")
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+DRAWN = """
+() => !document.querySelector("[data-root-id]")
+  || (window.Bokeh && Bokeh.documents.length && Bokeh.documents.every(one => one.is_idle))
+"""
+
+
+def open_page(browser: Any, path: Path, width: int = 1280, scheme: str = "light") -> tuple[Any, list[str]]:
+    """The page once its charts are drawn, and what went wrong; anything that it loads is an error."""
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    problems: list[str] = []
+
+    def note(text: str, is_problem: bool = True) -> None:
+        problems.extend([text] * is_problem)
+
+    page.on("console", lambda message: note(message.text, message.type in ("error", "warning")))
+    page.on("pageerror", lambda error: note(str(error)))
+    page.on("dialog", lambda dialog: note(dialog.message))
+    page.on("dialog", lambda dialog: dialog.dismiss())
+    page.on("request", lambda request: note(request.url, request.url[:5] not in ("file:", "data:")))
+    page.goto(path.as_uri())
+    page.wait_for_function(DRAWN)
+    return page, problems
+
+
+POINT = """
+(column) => {  // where the first point with a value in that column is on the screen
+  for (const view of Bokeh.index.roots) {
+    for (const renderer of view.model.renderers ?? []) {
+      const data = renderer.data_source?.data;
+      if (!data || !(column in data)) continue;
+      view.el.scrollIntoView({block: "center"});
+      const place = view.el.getBoundingClientRect(), frame = view.frame;
+      return [place.x + frame.x_scale.compute(data.x[0]), place.y + frame.y_scale.compute(data.y[0])];
+    }
+  }
+}
+"""
+TOOLTIP = "() => document.querySelector('.bk-Tooltip')?.shadowRoot"
+OVERLAPS = """
+(width) => {  // elements that stick out of the page, or that share pixels with their neighbors
+  const found = [];
+  for (const one of document.querySelectorAll("body *")) {
+    const box = one.getBoundingClientRect();
+    if (box.width && box.right > width + 1 && !one.closest(".scroll, pre")) found.push(one.outerHTML.slice(0, 80));
+  }
+  const grids = ".columns, .three, .four, .eight, .retrieval, .figures, nav, .tiles";
+  for (const grid of document.querySelectorAll(`${grids}, .pairs, .pair > div, .found, .changed`)) {
+    const boxes = [...grid.children].map(child => child.getBoundingClientRect());
+    boxes.forEach((a, i) => boxes.slice(i + 1).forEach(b => {
+      const shared = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+      if (shared > 1 && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1) found.push(grid.className);
+    }));
+  }
+  return found;
+}
+"""

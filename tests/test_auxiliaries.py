@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import json
 import math
 import os
@@ -746,3 +747,58 @@ def test_a_terminal_stays_one() -> None:
     os.close(terminal)
     os.close(reader)
     assert (done.returncode, printed.strip()) == (0, "True")
+
+
+# Colors
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_colors_are_for_terminals_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert auxiliaries.colored("a", "red", Terminal()) == "\033[31ma\033[0m"
+    assert auxiliaries.colored("a", "red", io.StringIO()) == "a"
+    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert auxiliaries.colored("a", "red", Terminal()) == "a"
+    monkeypatch.setenv("NO_COLOR", "")  # which no-color.org says is as if it weren't set
+    assert auxiliaries.colored("a", "green", Terminal()) == "\033[32ma\033[0m"
+
+
+def test_messages_keep_their_texts_and_have_colors_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a pseudo-terminal, as a user has it, and by a pipe, as a log file has it."""
+    pty = pytest.importorskip("pty")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    code = "import auxiliaries\n\ndef two():\n    auxiliaries.notice('one')\n    raise auxiliaries.UserError('two')\n"
+    command = [sys.executable, "-c", f"{code}\nauxiliaries.run_command(two)"]
+    piped = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (piped.returncode, piped.stderr) == (2, "notice: one\nerror: two\n")
+    controller, terminal = pty.openpty()
+    done = subprocess.run(command, cwd=ROOT, stderr=terminal, check=False)
+    os.close(terminal)
+    assert done.returncode == 2
+    text = os.read(controller, 10000).decode().replace("\r\n", "\n")
+    os.close(controller)
+    assert text == "\033[33mnotice:\033[0m one\n\033[31merror:\033[0m two\n"
+
+
+def test_help_shows_defaults_as_a_user_would_type_them() -> None:
+    parser = FlagParser(prog="main.py")
+    add = parser.add_argument_group("all").add_argument
+    add("--shares", nargs="+", type=float, default=[100.0, 50.0], metavar="N", help="in %%")
+    add("--params", action="params", default={}, help="parameters")
+    add("--on", action="switch", default=True, help="a switch")
+    add("--off", action="switch", help="another one")
+    add("--none", nargs="*", default=[], metavar="N", help="a list")
+    add("--lr", default=1e-5, help="a rate")
+    found = re.findall(r"(in %|parameters|a switch|another one|a list|a rate)(.*)", parser.format_help())
+    assert found == [
+        *[("in %", " (default: 100.0 50.0)"), ("parameters", ""), ("a switch", " (default: on)")],
+        *[("another one", ""), ("a list", ""), ("a rate", " (default: 1e-05)")],
+    ]

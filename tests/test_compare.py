@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import html
 import json
 import re
 import sqlite3
@@ -672,7 +673,7 @@ def test_latex_is_a_tabular_of_plain_latex(tmp_path: Path, capsys: pytest.Captur
 
 
 def make_database(folder: Path, rows: list[dict[str, float]]) -> None:
-    log = records.Records(folder, {"val": rows}, tensorboard=False)
+    log = records.Records(folder, {"val": rows}, mirrored_by=[])
     log.note_configuration(0, {"lr": 1e-5}, {})
     log.close()
 
@@ -728,3 +729,109 @@ def test_a_database_of_something_else_is_refused_and_kept(runs: list[str], tmp_p
         with pytest.raises(UserError, match=words):
             compared(tmp_path, runs, "--database", str(path))
         assert (path.read_bytes() if path.exists() else None) == before
+
+
+# The page
+
+
+def make_classes(tmp_path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Two configurations of two seeds with results by query, and their recall in each of 25 classes."""
+    labels = np.random.default_rng(0).integers(3, 28, 500)
+    folders, by_class = [], []
+    for position, loss in enumerate(("good", "bad")):
+        for seed in (1, 2):
+            correct = np.random.default_rng((position, seed)).random(500) < 0.8 - 0.2 * position
+            folder = make_run(tmp_path / f"{loss} <b>{seed}", [0.4, 0.5], loss=f"{loss}<script>\"'&", seed=seed)
+            folders.append(str(write_results(folder, correct, labels)))
+            by_class.append([correct[labels == label].mean() for label in np.unique(labels)])
+    values = np.array(by_class).reshape(2, 2, -1).mean(axis=1)
+    return folders, values, labels
+
+
+def seeds_of(folders: list[str], metric: str = "Recall @ 1") -> list[Any]:
+    return compare.average_folds(compare.read_runs([Path(folder) for folder in folders], metric))
+
+
+def test_classes_are_means_over_seeds(tmp_path: Path) -> None:
+    folders, values, labels = make_classes(tmp_path)
+    good, bad = (f"loss {name}<script>\"'&" for name in ("good", "bad"))
+    (found,), refused = compare.compare_classes(seeds_of(folders), good, "Recall @ 1")
+    assert (found.label, refused) == (bad, {})
+    assert found.names == [f"class {label}" for label in np.unique(labels)]
+    assert found.sizes == [int((labels == label).sum()) for label in np.unique(labels)]
+    np.testing.assert_allclose([found.reference, found.values], values, atol=1e-12)
+    results = dict(np.load(Path(folders[0]) / "per_query.npz"))  # runs of today say what classes are called
+    names = [f"name {label}" for label in np.unique(labels)]
+    records.save_query_results(
+        Path(folders[0]), {k: results[k] for k in records.QUERY_ARRAYS}, test_set="ab", class_names=names
+    )
+    (found,), _ = compare.compare_classes(seeds_of(folders), good, "Recall @ 1")
+    assert found.names == names
+    (found,), _ = compare.compare_classes(seeds_of(folders, "NMI"), bad, "MAP@R", is_compared=False)
+    np.testing.assert_allclose([found.values, found.reference], values / 2, atol=1e-7)
+
+
+def test_classes_that_cannot_be_compared_say_why(tmp_path: Path) -> None:
+    folders, _, labels = make_classes(tmp_path)
+    good, bad = (f"loss {name}<script>\"'&" for name in ("good", "bad"))
+    seeds = seeds_of(folders)
+
+    def refused() -> dict[str, str]:
+        found, why = compare.compare_classes(seeds, good, "Recall @ 1", is_compared=False)
+        assert not found
+        return why
+
+    write_results(Path(folders[2]), np.ones(500, bool), labels, test_set="other")
+    assert refused() == {bad: "its runs were tested on different queries"}
+    write_results(Path(folders[3]), np.ones(500, bool), labels, test_set="other")
+    assert refused() == {bad: "its queries are different ones"}
+    (Path(folders[1]) / "per_query.npz").unlink()
+    assert "has no per_query.npz" in refused()[good]
+
+
+def test_the_page_says_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders, _, _ = make_classes(tmp_path)
+    page = tmp_path / "page.html"
+    rows = compared(tmp_path, folders, "--html", str(page), "--metrics", "Recall @ 1", "MAP@R", "--json")
+    output = capsys.readouterr()
+    assert f"notice: page in {page}" in output.err
+    text = page.read_text(encoding="utf-8")
+    shown = html.unescape(re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL))
+    for row in rows.values():
+        assert row["Configuration"] in shown
+        assert row["In words"] == "the reference" or row["In words"] in shown
+        assert f"{row['test MAP@R, selected']:.4f} ± {row['CI 95 %, MAP@R, selected']:.4f}" in shown
+    assert all(folder in shown for folder in folders)
+    assert "4 runs of 2 configurations. loss good<script>\"'& has the best Recall @ 1; " in shown
+    assert "25 classes gain" in shown
+    assert "<b>1" not in text
+    assert "good<script>" not in re.sub(r"<script type.*?</script>", "", text, flags=re.DOTALL)
+    assert len(text) < 6e6
+
+
+def test_a_page_without_results_by_query_or_curves(groups: list[str], tmp_path: Path) -> None:
+    for folder in groups:
+        (Path(folder) / "log_val_Base.csv").write_text("Epochs,Time,Recall @ 1\n")
+    page = tmp_path / "page.html"
+    compared(tmp_path, groups, "--html", str(page), "--reference", "good")
+    text = page.read_text(encoding="utf-8")
+    assert re.findall(r'<section id="(\w+)"', text) == ["results", "differences", "classes", "runs"]
+    assert "The reference is loss good; 1 of 2 differences to it holds." in text
+    assert "has no per_query.npz, it is of an earlier version" in text
+    compared(tmp_path, groups[:1], "--html", str(page))
+    assert re.findall(r'<section id="(\w+)"', page.read_text(encoding="utf-8")) == ["results", "runs"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("page.svg", "--html page.svg is not the name of an HTML file: end it with .html"),
+        ("no/a.html", "can't be written"),
+    ],
+)
+def test_a_page_that_cannot_be_written_is_refused_before_runs_are_read(
+    name: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words):
+        compare.main([str(tmp_path / "nothing"), "--html", name])

@@ -190,6 +190,7 @@ CONTROL = {
     "reproduce_results": ["some/run"],
     "evaluate": ["some/run"],
     "accept_changed_data": [],
+    "dry_run": [],
     "eval_reference_set": ["compared_to_training_set"],
     "eval_normalize_embeddings": [],
     "eval_use_trunk_output": [],
@@ -197,6 +198,15 @@ CONTROL = {
     "eval_pca_normalize": [],
     "eval_every_class": [],
     "eval_size_of_tsne": ["50"],
+    "eval_dims": ["8"],
+    "eval_quantize": ["int8"],
+    "tta": ["flip"],
+    "whiten": [],
+    "database_augmentation": ["2"],
+    "query_expansion": ["2"],
+    "expansion_alpha": ["3"],
+    "rerank": ["kreciprocal"],
+    "rerank_params": ["k1=5"],
 }
 
 
@@ -245,7 +255,7 @@ def test_given_flags_are_those_of_the_command_line_and_its_files(tmp_path: Path)
     assert given() == {}
     assert given("--lr", "1e-5", "--no-tensorboard", "--gpu=-1", "--tau") == {
         "lr": 1e-5,  # though it is the default
-        "tensorboard": False,
+        "logger": [],
         "gpu": -1,
         "tau": [],
     }

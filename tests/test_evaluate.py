@@ -25,6 +25,7 @@ from sklearn.metrics import (
 from sklearn.metrics.cluster import pair_confusion_matrix
 from torch import nn
 
+import config
 import datasets
 import evaluate
 import transforms
@@ -247,7 +248,92 @@ def test_the_usual_case_takes_products_in_float32_only(normalized: bool, monkeyp
         points = rng.normal(size=(500, 64))[labels] + noise * rng.normal(size=(3000, 64))
         space = EmbeddingSpace((unit(points) if normalized else points).astype(np.float32), labels)
         evaluate_space(space, [1], ["Recall", "MAP@R"])
-    assert made == [torch.float32] * 6
+    assert made == [torch.float32] * 3
+
+
+@pytest.fixture
+def num_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of all products that are taken."""
+    taken: list[int] = []
+    multiply, score_all = evaluate._Products.multiply, evaluate._Products.score_all
+
+    def record(real: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+        scores = real(*args)
+        taken.append(scores.numel())
+        return scores
+
+    monkeypatch.setattr(evaluate._Products, "multiply", lambda *args: record(multiply, *args))
+    monkeypatch.setattr(evaluate._Products, "score_all", lambda *args: record(score_all, *args))
+    return taken
+
+
+@pytest.mark.parametrize("names", [["Recall"], ["Recall", "MRR", "R-precision", "MAP@R", "mAP"]], ids=len)
+def test_all_against_all_takes_each_product_once(names: list[str], num_products: list[int]) -> None:
+    """For all metrics together; only tiles on the diagonal, and classes, are taken as a whole."""
+    rng = np.random.default_rng(1)
+    labels = np.arange(6000) % 500
+    points = unit(rng.normal(size=(500, 16))[labels] + 0.5 * rng.normal(size=(6000, 16)))
+    space = EmbeddingSpace(points.astype(np.float32), labels)
+    evaluate_space(space, [1, 10], names)
+    assert 0.5 < sum(num_products) / 6000**2 < 0.75
+    np.testing.assert_array_equal(
+        space.num_negatives_ahead, EmbeddingSpace(points.astype(np.float32), labels).num_negatives_ahead
+    )
+
+
+def test_few_big_classes_take_no_more_products_than_a_loop(num_products: list[int]) -> None:
+    rng = np.random.default_rng(1)
+    labels = np.arange(6000) % 2
+    space = EmbeddingSpace((rng.normal(size=(6000, 16)) + labels[:, None]).astype(np.float32), labels)
+    assert 0 < recall_at_k(space, 1) < 1
+    assert sum(num_products) <= 6000**2
+    chosen = rng.choice(6000, 30, replace=False)
+    part = EmbeddingSpace(space.query[chosen], labels[chosen], space.gallery, labels, chosen)
+    np.testing.assert_array_equal(space.num_negatives_ahead[chosen], exact_ahead(part)[0])
+
+
+def test_queries_with_other_rounding_errors_take_products_of_their_own(num_products: list[int]) -> None:
+    rng = np.random.default_rng(1)
+    labels = np.arange(1000) % 200
+    points = rng.normal(size=(200, 16))[labels] + 0.5 * rng.normal(size=(1000, 16))
+    points[rng.choice(1000, 60, replace=False)] *= 30
+    space = EmbeddingSpace(points.astype(np.float32), labels)
+    assert_exact(space)
+    assert 60 * 1000 in num_products
+
+
+@pytest.mark.parametrize("kind", ["Gaussian", "ties", "crowded", "one positive"])
+@pytest.mark.parametrize("cells", [8, 2**16])
+def test_scores_are_ranked_as_by_comparing_all(kind: str, cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "MAX_CELLS", cells)
+    rng = np.random.default_rng(2)
+    scores, ascending = rng.normal(size=(4, 700)) * 1e4, np.sort(rng.normal(size=(4, 90)) * 1e4, axis=1)
+    if kind == "ties":
+        scores, ascending = scores // 1000, ascending // 1000
+    if kind == "crowded":
+        scores, ascending = scores / 1e3, ascending / 1e3
+    if kind == "one positive":
+        ascending[1, :-1] = -np.inf
+    ascending[2, :40], ascending[3], scores[0, :300] = -np.inf, -np.inf, -np.inf
+    wanted = np.isfinite(ascending)
+    difference = scores[:, None] - ascending[:, :, None]  # (rows, M, G)
+    for rank in (
+        evaluate._rank_rows(scores, ascending),
+        evaluate._rank_sorted(torch.from_numpy(scores), torch.from_numpy(ascending)),
+    ):
+        for found, expected in zip(rank, ((difference >= 1).sum(axis=2), (difference > 0).sum(axis=2))):
+            np.testing.assert_array_equal(found.numpy()[wanted], expected[wanted])
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("shape", [(5, 7), (16, 8), (1, 3), (40, 33)])
+def test_scores_above_the_lowest_are_found(shape: tuple[int, int], is_transposed: bool) -> None:
+    scores = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    scores = scores.T if is_transposed else scores
+    lowest = torch.linspace(-0.5, 1, len(scores))[:, None]
+    rows, columns = evaluate._find_above(scores, lowest, scores.numel())
+    assert sorted(map(list, zip(rows.tolist(), columns.tolist()))) == (scores > lowest).nonzero().tolist()
+    assert len(evaluate._find_above(scores, lowest, len(rows) - 1)[0]) == len(rows)
 
 
 @pytest.mark.parametrize("scale", [1e10, 1e20, 1e30, 3e38])
@@ -450,9 +536,114 @@ def test_kmeans_sees_all_points_and_as_many_clusters_as_classes(
     else:
         space = EmbeddingSpace(points, labels)
     evaluate_space(space, [1, 2])
+    assert trained == []  # own code does
+    space.clustering = evaluate.Clustering("faiss")
+    del vars(space)["clusters"], vars(space)["clusterings"]
+    evaluate_space(space, [1, 2])
     assert trained == [(3, 900, 20, 1)]  # once for all metrics; faiss's own limit would be 3 * 256 points
     assert len(space.clusters) == len(space.labels) == len(space.points) == 900
     assert set(space.clusters) == {0, 1, 2}
+
+
+def objective(points: torch.Tensor, clusters: np.ndarray) -> float:
+    """The sum of squared distances of points to the means of their clusters."""
+    return float(evaluate.class_means(points.double(), clusters)[1].sum())
+
+
+@pytest.mark.parametrize("has_faiss", [True, False])
+@pytest.mark.parametrize(("num_classes", "noise"), [(150, 0.3), (150, 1.0), (150, 1e6), (8, 1.0)], ids=str)
+def test_kmeans_equals_that_of_faiss(
+    num_classes: int, noise: float, has_faiss: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(1500) % num_classes
+    points = unit(rng.normal(size=(num_classes, 16))[labels] + noise * rng.normal(size=(1500, 16))).astype(np.float32)
+    theirs, ours = EmbeddingSpace(points, labels), EmbeddingSpace(points, labels)
+    theirs.clustering = evaluate.Clustering("faiss")
+    reference = objective(theirs.points, theirs.clusters)
+    if not has_faiss:
+        monkeypatch.setattr(evaluate, "import_faiss", lambda: None)
+    assert objective(ours.points, ours.clusters) == pytest.approx(reference, rel=1e-4)
+    assert nmi(ours) == pytest.approx(nmi(theirs), abs=1e-3)
+
+
+def test_kmeans_compares_with_centers_that_moved_as_with_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(900) % 90
+    space = EmbeddingSpace(rng.normal(size=(900, 6)).astype(np.float32) + labels[:, None] % 3, labels)
+    num_compared: list[int] = []
+    search = evaluate._KMeans._search
+
+    def counted(self: Any, chosen: torch.Tensor, among: torch.Tensor) -> None:
+        num_compared.append(len(chosen) * len(among))
+        search(self, chosen, among)
+
+    monkeypatch.setattr(evaluate._KMeans, "_search", counted)
+    start = torch.from_numpy(rng.permutation(900)[:90])
+    kmeans = evaluate._KMeans(space, start, torch.float64)
+    kmeans.run(20)
+    assert 2 * 900 * 90 <= sum(num_compared) < 12 * 900 * 90
+    points = space.query.double()
+    centers = points[start]
+    for _ in range(20):
+        nearest = torch.cdist(points, centers).argmin(dim=1)
+        centers = torch.stack([points[nearest == cluster].mean(dim=0) for cluster in range(90)])
+    np.testing.assert_array_equal(kmeans.clusters, torch.cdist(points, centers).argmin(dim=1))
+    squared = (points - centers[kmeans.clusters]).square().sum(dim=1) * space.scale**2
+    np.testing.assert_allclose(kmeans.squared, squared, atol=1e-12)
+
+
+def test_clusters_that_are_split_for_empty_ones() -> None:
+    sizes = np.array([0, 1, 6, 0, 40, 1, 0])
+    pairs = list(evaluate._choose_splits(sizes))
+    assert [empty for empty, _ in pairs] == [0, 3, 6]
+    assert {other for _, other in pairs} <= {0, 2, 3, 4}  # of several points, also after a split
+    drawn = [next(evaluate._choose_splits(np.array([0, 1, 1, 4, large])))[1] for large in range(2, 400)]
+    assert 0.8 < np.mean(np.array(drawn) == 4) < 1
+    points = np.repeat(np.arange(3, dtype=np.float32), 4)[:, None] + np.tile([0, 0.1, 0.2, 0.3], 3)[:, None]
+    kmeans = evaluate._KMeans(EmbeddingSpace(points, np.arange(12)), torch.tensor([0, 0, 0, 4, 8]), torch.float32)
+    kmeans.run(20)
+    assert len(kmeans.clusters.unique()) == 5
+    far = evaluate._KMeans(EmbeddingSpace(points[[0, 1, 4, 10, 11]], np.arange(5)), torch.tensor([0, 0]), torch.float64)
+    far.run(20)
+    assert far.clusters.unique(return_counts=True)[1].tolist() in ([2, 3], [3, 2])
+
+
+def test_stored_runs_are_clustered_by_faiss_as_before(tmp_path: Path) -> None:
+    stored = tmp_path / "config.yaml"
+    stored.write_text("dataset: cub200\n")
+    for argv, expected in (([], "faiss"), (["--kmeans", "own", "--kmeans_restarts", "3"], "own")):
+        clustering = evaluate.give_clustering(config.parse(argv, stored))
+        assert clustering == evaluate.Clustering(expected, restarts=3 if argv else 1)
+    assert evaluate.give_clustering(config.parse([])) == evaluate.Clustering("own")
+
+
+def test_distinct_points_are_found_alike_on_any_device() -> None:
+    points = np.random.default_rng(0).integers(-2, 3, (200, 3)).astype(np.float32)
+    points[::7] = -0.0
+    given = torch.from_numpy(points)
+    for ours, expected in zip(evaluate._find_distinct(given), evaluate._distinct_rows(given)):
+        np.testing.assert_array_equal(ours, expected)
+
+
+def test_metrics_of_clusters_are_averaged_over_restarts() -> None:
+    points, labels = gaussian(np.random.default_rng(6), 240)
+    space = EmbeddingSpace(points, labels)
+    space.clustering = evaluate.Clustering(restarts=3)
+    metrics = evaluate_space(space, [1], ["NMI", "AMI", "F1"])
+    runs = []
+    for restart in range(3):
+        one = EmbeddingSpace(points, labels)
+        vars(one)["clusters"] = one.cluster(restart)
+        runs.append(evaluate_space(one, [1], ["NMI", "AMI", "F1"]))
+    assert len({one["NMI"] for one in runs}) == 3
+    assert metrics == pytest.approx({name: np.mean([one[name] for one in runs]) for name in metrics})
+    by_flags, _ = evaluate.evaluate_points(
+        [RetrievalSet("a", Points(space.query, labels[:, None], [str(i) for i in range(240)]))],
+        [1],
+        clustering=evaluate.Clustering(restarts=3),
+    )
+    assert by_flags["NMI"] == metrics["NMI"]
 
 
 def test_evaluation_repeats_and_leaves_the_generators_alone() -> None:
@@ -516,11 +707,14 @@ def test_a_query_is_no_neighbor_of_itself_even_among_duplicates() -> None:
         assert {neighbor // 10 for neighbor in neighbors} == {query // 10}
 
 
-def test_without_faiss_scikit_learn_clusters(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("method", evaluate.KMEANS)
+def test_without_faiss_own_code_clusters(
+    method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
-    metrics = evaluate_space(perfect_space([5] * 6), [1])
+    space = perfect_space([5] * 6)
+    space.clustering = evaluate.Clustering(method)
+    metrics = evaluate_space(space, [1])
     assert metrics == pytest.approx({"NMI": 1, "F1": 1, "Recall @ 1": 1})
     assert "faiss can't be imported" in capsys.readouterr().err
 
@@ -1368,10 +1562,10 @@ def test_precision_at_k_beyond_the_gallery_and_in_one_pass(monkeypatch: pytest.M
     space = perfect_space([3] * 4)
     metrics = evaluate_space(space, [2, 5], ["Precision", "mAP", "R-precision", "MRR"])
     assert [metrics[f"Precision @ {k}"] for k in (1, 2, 5)] == pytest.approx([1, 1, 2 / 5])
-    assert passes == [True, False]
+    assert passes == [False]  # which counts for the nearest positive, too
     assert evaluate.precision_at_k(space, 1000) == pytest.approx(2 / 11)
     assert evaluate.precision_at_k(space, 4) == pytest.approx(2 / 4)
-    assert passes == [True, False, False, False]
+    assert passes == [False, False, False]
 
 
 @pytest.mark.parametrize("text", ["Recall @ 0", "Recall @ x", "Recall @ ", "mAP @ 3", "FNMR @ 1", "FNMR @ 0"])

@@ -18,8 +18,8 @@ from conftest import CROSS, ROOT, csv_rows, training_flags
 import config
 import datasets
 import evaluate
+import evaluate_runs
 import features
-import inference
 import main
 import methods
 import netlib
@@ -199,7 +199,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(
 
 def test_a_run_folder_is_evaluated_on_images(cached: Callable[..., list[str]], tmp_path: Path) -> None:
     wanted = main.command(cached())
-    found = inference.evaluate_run(["--evaluate", str(tmp_path / "tiny" / "run")])
+    found = evaluate_runs.evaluate_run(["--evaluate", str(tmp_path / "tiny" / "run")])
     assert {name.removeprefix("test "): value for name, value in found.items()} == pytest.approx(wanted, abs=1e-6)
 
 
@@ -224,7 +224,7 @@ def test_every_method_goes_on_bit_for_bit(source: Path, tmp_path: Path, name: st
     states = [torch.load(tmp_path / "tiny" / run / "last.pth.tar", weights_only=True) for run in ("whole", "parts")]
     for key, value in states[0]["state_dict"].items():
         assert torch.equal(value, states[1]["state_dict"][key]), key
-    found = inference.evaluate_run(["--evaluate", str(tmp_path / "tiny" / "whole")])
+    found = evaluate_runs.evaluate_run(["--evaluate", str(tmp_path / "tiny" / "whole")])
     assert {key.removeprefix("test "): value for key, value in found.items()} == pytest.approx(whole, abs=1e-6)
 
 

@@ -101,6 +101,17 @@ def test_a_changed_image_makes_another_file(source: Path, cached: Callable[..., 
     assert len(files(tmp_path)) == 4
 
 
+def test_another_decoder_makes_another_file(
+    cached: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaders_of(cached("--cache_images"))
+    before, version = files(tmp_path), image_cache.metadata.version
+    newer = lambda name: "99.0" if name == "torchvision" else version(name)  # noqa: E731
+    monkeypatch.setattr(image_cache.metadata, "version", newer)
+    loaders_of(cached("--cache_images"))
+    assert len(files(tmp_path)) == 2 * len(before)
+
+
 def test_a_damaged_file_is_made_anew(
     cached: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,7 +23,9 @@ HEAVY = (
         "torch.utils.tensorboard",
         "optuna",
     ),
-    *("timm", "peft", "optuna"),
+    *("onnx", "onnxscript", "onnxruntime", "safetensors"),
+    *("timm", "peft", "optuna", "wandb", "mlflow"),
+    *("jinja2", "bokeh", "imagehash", "pyarrow"),
 )
 
 
@@ -58,9 +60,16 @@ ALLOWED = {
     "transforms": {"auxiliaries"},
     "googlenet": {"auxiliaries"},
     "netlib": {"auxiliaries", "googlenet"},
-    "records": {"auxiliaries"},
+    "loggers": {"auxiliaries"},
+    "plan": {"auxiliaries", "records"},
+    "completion": {"auxiliaries", "datasets", "losses", "netlib"},
+    "records": {"auxiliaries", "loggers"},
     "datasets": {"auxiliaries", "transforms"},
+    "retrieval": {"auxiliaries", "evaluate"},
+    "export": {"auxiliaries", "config", "datasets", "netlib", "transforms"},
     "methods": {"auxiliaries", "losses", "netlib"},
+    "check": {"completion", "auxiliaries", "config", "datasets", "inference", "report", "transforms"},
+    "index": {"auxiliaries", "datasets", "evaluate", "transforms"},
 }
 
 
@@ -76,7 +85,14 @@ def test_nobody_imports_main_but_those_who_start_runs() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [["main.py", "--help"], ["main.py", "--lerning_rate", "1"], ["compare.py", "--help"], ["tune.py", "--help"]],
+    [
+        ["main.py", "--help"],
+        ["main.py", "--lerning_rate", "1"],
+        ["compare.py", "--help"],
+        ["tune.py", "--help"],
+        ["inference.py", "--help"],
+        ["check.py", "--help"],
+    ],
 )
 def test_a_start_imports_nothing_heavy(command: list[str]) -> None:
     """What a start has to cost is `import torch`; a data-loading worker imports the same."""

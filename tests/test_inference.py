@@ -1,317 +1,530 @@
-"""Evaluating a finished run: other splits, galleries, features and projections, against computations by hand."""
+"""A finished network put to use on images of one's own: from Python, and by the commands search, embed and pairs."""
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Callable, Sequence
-from datetime import datetime
-from functools import partial
+import csv
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
-from conftest import CrossValidated, Metrics, Run, embed_by_hand
+from conftest import ROOT, SMALL, embed_by_hand, make_tree
 from PIL import Image
-from sklearn.decomposition import PCA
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import auxiliaries
-import config
 import datasets
 import evaluate
 import inference
 import main
-import records
+import plots
+import retrieval
 import runs
+import transforms
 from auxiliaries import UserError
-from records import read_query_results as read_results
+from evaluate import EmbeddingSpace
+from inference import EmbeddingModel, Match
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_pictures")]
-
-
-def naive_recall(query: torch.Tensor, labels: np.ndarray, gallery: torch.Tensor, of_gallery: np.ndarray) -> float:
-    """Recall @ 1 in a gallery that holds the queries, too."""
-    distances = torch.cdist(query.double(), gallery.double())
-    distances[distances < 1e-6] = torch.inf  # itself
-    return float((of_gallery[distances.argmin(dim=1).numpy()] == labels).mean())
+CPU = torch.device("cpu")
 
 
-def evaluated(folder: Path, *flags: str) -> Metrics:
-    return main.command(["--evaluate", str(folder), *flags])
+@pytest.fixture(scope="module")
+def trained(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network before training, with validation classes."""
+    results = tmp_path_factory.mktemp("results")
+    where = ["--dataset", "cv", "--source_path", str(source), "--save_path", str(results), "--savename", "run"]
+    split = ["--split_scheme", "predefined_with_validation", "--num_training_partitions", "2", "--fold", "0"]
+    flags = ["--n_epochs", "0", "--bs", "8", "--samples_per_class", "2", "--embed_dim", "16", "--no-pictures"]
+    main.command([*SMALL, "--arch", "resnet18", *where, *split, *flags])  # whose embeddings differ well
+    return results / "cv" / "run" / "fold_0"
 
 
-def metrics_by_hand(split: str, embeddings: torch.Tensor, images: datasets.ImageSet) -> Metrics:
-    space = evaluate.EmbeddingSpace(embeddings, images.labels[:, 0])
-    return {f"{split} {k}": v for k, v in evaluate.evaluate_space(space, [1, 2, 4, 8]).items()}
+@pytest.fixture(scope="module")
+def model(trained: Path) -> EmbeddingModel:
+    return inference.load(trained, "cpu")
 
 
-def test_evaluation_equals_the_selected_epochs(copied: Path, go_on: Run, crossed: CrossValidated) -> None:
-    expected = auxiliaries.load_json(copied / "summary.json")["selected"]["test"]
-    expected = {f"test {name}": value for name, value in expected.items()}
-    assert go_on("--evaluate") == expected
-    assert evaluated(copied, "--eval_reference_set", "compared_to_self") == expected
-    images = datasets.give_splits(runs.load_flags(copied)).train
-    found = evaluated(copied, "--splits_to_eval", "train", "test")
-    assert found == pytest.approx({**metrics_by_hand("train", embed_by_hand(copied, images), images), **expected})
-    entries = auxiliaries.load_json(copied / "evaluation.json")
-    assert [entry["metrics"] for entry in entries] == [expected, expected, found]
-    assert entries[2]["settings"]["splits_to_eval"] == ["train", "test"]
-
-    means = evaluated(crossed.folder, "--splits_to_eval", "val", "test")
-    summaries = [auxiliaries.load_json(fold / "summary.json")["selected"] for fold in crossed.folds]
-    for split in ("val", "test"):
-        for name in crossed.metrics:
-            values = [summary[split][name] for summary in summaries]
-            assert means[f"{split} {name}"] == pytest.approx(np.mean(values))
-    assert all((fold / "evaluation.json").exists() for fold in crossed.folds)
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Four classes of five images."""
+    return make_tree(tmp_path / "photos", classes=4, per_class=5, seed=3)
 
 
-def test_evaluation_in_all_sets_together(copied: Path) -> None:
-    flags = ["--splits_to_eval", "train", "test", "--eval_reference_set", "compared_to_sets_combined"]
-    found = evaluated(copied, *flags)
-    splits = datasets.give_splits(runs.load_flags(copied))
-    sets = {"train": splits.train, "test": splits.test[0].query}
-    points = {split: embed_by_hand(copied, images) for split, images in sets.items()}
-    gallery = torch.cat(list(points.values()))
-    labels = np.concatenate([images.labels[:, 0] for images in sets.values()])
-    for split, images in sets.items():
-        expected = naive_recall(points[split], images.labels[:, 0], gallery, labels)
-        assert found[f"{split} Recall @ 1"] == pytest.approx(expected)
+Use = Callable[..., Any]
 
 
-def test_evaluation_in_the_training_images(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where test images are of training classes; otherwise there is nothing to find."""
-    against = ["--eval_reference_set", "compared_to_training_set"]
-    with pytest.raises(UserError, match="no query's class is among the images"):
-        evaluated(copied, *against)
-    whole = datasets.give_splits(runs.load_flags(copied)).train
-    is_test = np.arange(len(whole)) % 3 == 0
-    shared = datasets.Splits(whole.subset(~is_test), test=[datasets.RetrievalSet("test", whole.subset(is_test))])
+@pytest.fixture
+def use(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Use:
+    """A function that gives a command with its flags to inference.py, in tmp_path."""
+    monkeypatch.chdir(tmp_path)
 
-    def keep(splits: datasets.Splits, root: Path) -> datasets.Splits:
-        return splits
+    def use(command: str, *flags: object, run: Path = trained) -> Any:
+        return inference.main([command, "--run", str(run), "--gpu", "-1", *map(str, flags)])
 
-    monkeypatch.setitem(datasets.DATASETS, "tiny", datasets.DatasetSpec(partial(keep, shared), made_here=True))
-    with pytest.raises(UserError, match="train has 16 images of 4 classes instead of 24 images of 4 classes"):
-        evaluated(copied, *against)
-    found = evaluated(copied, *against, "--splits_to_eval", "test", "train", "--accept_changed_data")
-    query, gallery = (embed_by_hand(copied, images) for images in (shared.test[0].query, shared.train))
-    labels, of_gallery = shared.test[0].query.labels[:, 0], shared.train.labels[:, 0]
-    assert found["test Recall @ 1"] == pytest.approx(naive_recall(query, labels, gallery, of_gallery))
-    assert found["train Recall @ 1"] == pytest.approx(naive_recall(gallery, of_gallery, gallery, of_gallery))
+    return use
 
 
-@pytest.mark.parametrize("trunk", [False, True])
-@pytest.mark.parametrize("normalize", [False, True])
-def test_evaluation_of_other_points(copied: Path, trunk: bool, normalize: bool) -> None:
-    images = datasets.give_splits(runs.load_flags(copied)).test[0].query
-    points = embed_by_hand(copied, images, trunk, normalize)
-    assert points.shape == (24, 1024 if trunk else 16)
-    flags = [f"--{'' if normalize else 'no-'}eval_normalize_embeddings", *["--eval_use_trunk_output"] * trunk]
-    assert evaluated(copied, *flags) == pytest.approx(metrics_by_hand("test", points, images))
+# From Python
 
 
-def test_evaluation_on_principal_components(copied: Path) -> None:
-    images = datasets.give_splits(runs.load_flags(copied)).test[0].query
-    points = embed_by_hand(copied, images).numpy()
-    projected = torch.from_numpy(PCA(3, svd_solver="full").fit(points).transform(points))
-    expected = metrics_by_hand("test", projected, images)
-    found = evaluated(copied, "--eval_pca", "3")
-    assert found != metrics_by_hand("test", torch.from_numpy(points), images)
-    assert found == pytest.approx(expected)
-    scaled = projected / projected.norm(dim=1, keepdim=True)
-    found = evaluated(copied, "--eval_pca", "3", "--eval_pca_normalize")
-    assert found == pytest.approx(metrics_by_hand("test", scaled, images))
-    assert found != pytest.approx(expected)
-    with pytest.raises(UserError, match="--eval_pca 17 is more than 24 embeddings of dimension 16"):
-        evaluated(copied, "--eval_pca", "17")
+def test_embeddings_equal_those_of_the_evaluation(trained: Path, model: EmbeddingModel) -> None:
+    images = datasets.give_splits(runs.load_flags(trained)).test[0].query
+    assert torch.equal(model.embed(images.paths), embed_by_hand(trained, images))
 
 
-def test_tsne_is_drawn(copied: Path) -> None:
-    evaluated(copied, "--eval_size_of_tsne", "12")
-    with Image.open(copied / "tsne_test.png") as picture:
-        width, height = picture.size
-    events = EventAccumulator(str(copied / "tensorboard" / "evaluation")).Reload()
-    (tag,) = events.Tags()["images"]
-    (image,) = events.Images(tag)
-    assert (tag, image.width, image.height) == ("t-SNE test", width, height)
+def test_images_of_all_kinds(model: EmbeddingModel, photos: Path) -> None:
+    paths = sorted(photos.rglob("*.jpg"))[:3]
+    expected = model.embed(paths)
+    assert expected.shape == (3, 16)
+    assert expected.dtype == torch.float32
+    opened = [Image.open(path) for path in paths]
+    arrays = [transforms.load_image(str(path)).permute(1, 2, 0).numpy() for path in paths]
+    for images in ([str(path) for path in paths], arrays, np.stack(arrays)):
+        assert torch.equal(model.embed(images), expected)
+    assert torch.allclose(model.embed(opened), expected, atol=0.02)  # Pillow decodes JPEG a little otherwise
+    for single in (paths[0], arrays[0]):
+        assert torch.allclose(model.embed(single), expected[:1], atol=1e-6)
+    assert model.embed([]).shape == (0, 16)
 
 
-REFUSED: Sequence[tuple[list[str], str]] = [
-    (["--evaluate", "--splits_to_eval", "val"], "these splits have no val classes"),
-    (["--evaluate", "--reproduce_results", "x"], "contradict each other"),
+def test_transparent_images_lie_on_white(model: EmbeddingModel) -> None:
+    clear = Image.new("RGBA", (40, 40), (255, 0, 0, 0))
+    assert torch.equal(model.embed([clear]), model.embed([Image.new("RGB", (40, 40), "white")]))
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (np.zeros((3, 8, 8), np.uint8), r"an array is taken as \(H, W, 3\) uint8, RGB; this one is \(3, 8, 8\) uint8"),
+        (np.zeros((8, 8, 3)), r"this one is \(8, 8, 3\) float64"),
+        (7, "images are paths, Pillow images, or arrays .* this is of type int"),
+        ("nowhere.jpg", r"nowhere\.jpg can't be read"),
+        (Image.new("I", (8, 8)), "an image of mode I has more than 8 bits per channel"),
+    ],
+)
+def test_bad_images_are_one_sentence(model: EmbeddingModel, image: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        model.embed([image])
+
+
+def test_three_lines_of_python(trained: Path, photos: Path) -> None:
+    model = inference.load(trained, "cpu")
+    embeddings = model.embed([photos / "class_0/0.jpg", photos / "class_1/0.jpg"])
+    ((match, *_), _) = model.search(photos, [photos / "class_0/0.jpg", photos / "class_1/0.jpg"], k=3)
+    assert embeddings.shape == (2, 16)
+    assert isinstance(match, Match)
+    assert match.path in map(str, photos.rglob("*.jpg"))
+    assert match.label in {"class_0", "class_1", "class_2", "class_3"}
+
+
+def test_a_run_without_a_network_yet(trained: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(trained, tmp_path / "run")
+    for name in ("last.pth.tar", "checkpoint.pth.tar"):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match="has no network yet, it was stopped before its first evaluation"):
+        inference.load(folder, "cpu")
+    with pytest.raises(UserError, match="nowhere is not a run folder"):
+        inference.load(tmp_path / "nowhere", "cpu")
+    with pytest.raises(UserError, match=r"has a network for each fold: name one, such as .*fold_0"):
+        inference.load(trained.parent, "cpu")
+
+
+def test_a_network_is_taken_along_without_its_data(trained: Path, photos: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(trained, tmp_path / "run")
+    config_file = folder / "config.yaml"
+    text = re.sub("source_path: .*", "source_path: /gone", config_file.read_text())
+    config_file.write_text(re.sub("precision: .*", "precision: fp16", text))  # as a GPU trained it
+    paths = sorted(photos.rglob("*.jpg"))
+    assert torch.equal(inference.load(folder, "cpu").embed(paths), inference.load(trained, "cpu").embed(paths))
+
+
+def test_the_key_follows_from_the_network_and_its_transform(
+    trained: Path, model: EmbeddingModel, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(trained, tmp_path / "run")
+    assert inference.load(folder, "cpu").key == model.key
+    state = torch.load(folder / "last.pth.tar", weights_only=True)
+    state["state_dict"]["embedding.bias"][0] += 1e-6
+    for name in ("last.pth.tar", "checkpoint.pth.tar"):
+        torch.save(state, folder / name)
+    other = inference.load(folder, "cpu").key
+    config_file = folder / "config.yaml"
+    config_file.write_text(config_file.read_text().replace("exif_orientation: false", "exif_orientation: true"))
+    assert len({model.key, other, inference.load(folder, "cpu").key}) == 3
+
+
+# Search
+
+
+def nearest_by_hand(model: EmbeddingModel, photos: Path, query: Path, k: int) -> list[tuple[str, float]]:
+    paths = sorted(map(str, photos.rglob("*.jpg")))
+    space = EmbeddingSpace(
+        model.embed([query]), np.zeros(1), model.embed(paths), np.zeros(len(paths)), np.array([paths.index(str(query))])
+    )
+    (found,) = space.neighbors(np.array([0]), k)
+    distances = space.distances(torch.zeros(k, dtype=torch.long), torch.from_numpy(found))
+    return [(paths[i], float(distance)) for i, distance in zip(found, distances)]
+
+
+def test_search(
+    use: Use, model: EmbeddingModel, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queries = [photos / "class_2/3.jpg", photos / "class_0/1.jpg"]
+    results = use("search", "--gallery", photos, "--query", *queries, "--k", 4)
+    out, err = capsys.readouterr()
+    assert "20 images, index flat: exact search" in out
+    assert f"20 of 20 images were embedded: {tmp_path}/.photos.index keeps that for later searches" in err
+    for query, matches in zip(queries, results):
+        expected = nearest_by_hand(model, photos, query, 4)
+        assert [match.path for match in matches] == [path for path, _ in expected]
+        assert [match.distance for match in matches] == pytest.approx([distance for _, distance in expected], abs=1e-6)
+        assert [match.label for match in matches] == [Path(path).parent.name for path, _ in expected]
+        first = matches[0]
+        assert f"\n{query}\n   1  {first.distance:.4f}  {first.path}  {first.label}\n" in out
+    with Image.open("search.png") as picture:
+        assert picture.width > 5 * 128
+        colors = {picture.getpixel((12 + column * 148, y)) for column in range(5) for y in range(40, 200)}
+    assert {(214, 39, 40), (176, 176, 176)} & colors == {(214, 39, 40), (176, 176, 176)}
+    assert results == use("search", "--gallery", photos, "--query", *queries, "--k", 4)
+    assert "embedded" not in capsys.readouterr().err
+
+
+def test_search_writes_a_page(use: Use, photos: Path, tmp_path: Path) -> None:
+    query = photos / "class_0/1.jpg"
+    (matches,) = use("search", "--gallery", photos, "--query", query, "--html", "page.html", "--k", 2)
+    page = Path("page.html").read_text()
+    assert all(Path(match.path).name in page for match in matches)
+    assert not Path("search.png").exists()
+    assert "data:image/" in page
+
+
+def test_search_for_an_image_from_elsewhere(use: Use, photos: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Neither it nor the gallery has a label."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "save_recoveries", lambda path, retrievals: drawn.extend(retrievals))
+    other = shutil.copy(photos / "class_0/1.jpg", tmp_path / "elsewhere.jpg")
+    shutil.copy(other, photos / "on_top.jpg")
+    (matches,) = use("search", "--gallery", photos, "--query", other, "--k", 3)
+    assert [match.label for match in matches] == [None] * 3
+    assert [match.distance for match in matches[:2]] == pytest.approx([0, 0], abs=1e-4)  # both copies
+    (retrieval,) = drawn
+    assert (retrieval.query_class, retrieval.correct) == ("elsewhere.jpg", [None] * 3)
+    assert retrieval.neighbor_classes == [Path(match.path).name for match in matches]
+
+
+def test_the_picture_says_what_is_right(use: Use, photos: Path, monkeypatch: Any) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "save_recoveries", lambda path, retrievals: drawn.extend(retrievals))
+    queries = sorted(photos.rglob("*.jpg"))
+    results = use("search", "--gallery", photos, "--query", *queries, "--k", 12, "--png", "found.png")
+    assert len(drawn) == plots.QUERIES_SHOWN
+    for query, matches, row in zip(queries, results, drawn):
+        assert row.query_class == query.parent.name
+        assert row.correct == [match.label == query.parent.name for match in matches[: plots.FOUND_SHOWN]]
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivfpq"])
+def test_search_by_an_index_of_faiss(use: Use, photos: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    use("search", "--gallery", photos, "--query", photos / "class_0/1.jpg", "--index", kind, "--png", "found.png")
+    out = capsys.readouterr().out
+    assert re.search(rf"20 images, index {kind}: finds \d+\.\d% of the 10 nearest images that exact search finds", out)
+
+
+def test_more_than_the_gallery_has(use: Use, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    query = photos / "class_0/1.jpg"
+    (matches,) = use("search", "--gallery", photos, "--query", query, "--k", 99, "--html", "page.html")
+    assert len(matches) == 19
+    assert f"--k 99 is more than the 20 images of {photos}: all of them are shown" in capsys.readouterr().err
+
+
+def test_an_index_elsewhere_is_of_one_gallery(use: Use, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = shutil.copytree(photos, photos.parent / "other")  # files of the same names, sizes and times
+    query = photos / "class_0/1.jpg"
+    for gallery, words in ((photos, "20 of 20 images were embedded"), (other, "is of another network")):
+        flags = ["--index_path", "index", "--html", "page.html"]
+        use("search", "--gallery", gallery, "--query", query, *flags)
+        assert words in capsys.readouterr().err
+    assert not list(photos.parent.glob(".*.index"))
+
+
+def test_an_image_that_is_cut_off_among_others(use: Use, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cut = photos / "class_1/2.jpg"
+    cut.write_bytes(cut.read_bytes()[:300])
+    (matches,) = use("search", "--gallery", photos, "--query", photos / "class_0/1.jpg", "--k", 50, "--png", "x.png")
+    assert len(matches) == 18
+    assert f"1 of 20 images can't be read and are left out: {cut} is incomplete or corrupt" in capsys.readouterr().err
+
+
+def test_search_by_better_embeddings_and_ranks(
+    use: Use, trained: Path, model: EmbeddingModel, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = sorted(map(str, photos.rglob("*.jpg")))
+    gallery, query = model.embed(paths), paths[7]
+    flags = ["--rerank", "kreciprocal", "--rerank_params", "k1=5", "k2=2", "--query_expansion", "2", "--whiten"]
+    (matches,) = use("search", "--gallery", photos, "--query", query, "--k", 4, "--html", "x.html", *flags)
+    training = datasets.give_splits(runs.load_flags(trained)).train
+    whitened = retrieval.fit_whitening(model.embed(training.paths))
+    space = EmbeddingSpace(whitened(gallery[7:8]), np.zeros(1), whitened(gallery), np.zeros(20), np.array([7]))
+    space = retrieval.expand_queries(space, 2)
+    space = retrieval.rerank(space, lambda points: retrieval.KReciprocal(points, k1=5, k2=2))
+    assert space.ranking is not None
+    distances = space.ranking(torch.tensor([0]))[0]
+    distances[7] = torch.inf
+    expected, order = distances.sort(stable=True)
+    assert [match.path for match in matches] == [paths[i] for i in order[:4]]
+    assert [match.distance for match in matches] == pytest.approx(expected[:4].tolist(), abs=1e-5)
+    err = capsys.readouterr().err
+    assert f"{len(training)} of {len(training)} images were embedded: {trained}/.training.index keeps that" in err
+    use("search", "--gallery", photos, "--query", query, "--html", "x.html", "--whiten")
+    assert "embedded" not in capsys.readouterr().err
+
+
+def test_search_by_means_with_mirror_images(use: Use, model: EmbeddingModel, photos: Path) -> None:
+    paths = sorted(map(str, photos.rglob("*.jpg")))
+    flags = ["--tta", "flip", "--database_augmentation", 1, "--k", 3, "--html", "x.html"]
+    (matches,) = use("search", "--gallery", photos, "--query", paths[3], *flags)
+    pixels = torch.stack([transforms.build_eval_transform(model.opt)(transforms.load_image(path)) for path in paths])
+    with torch.inference_mode():
+        means = torch.nn.functional.normalize((model.net(pixels) + model.net(pixels.flip(3))) / 2, dim=1)
+    apart = torch.cdist(means.double(), means.double()).fill_diagonal_(torch.inf)
+    augmented = torch.nn.functional.normalize((means + means[apart.argmin(dim=1)]) / 2, dim=1)
+    distances = (augmented - means[3]).norm(dim=1)
+    distances[3] = torch.inf
+    expected, order = distances.sort()
+    assert [match.path for match in matches] == [paths[i] for i in order[:3]]
+    assert [match.distance for match in matches] == pytest.approx(expected[:3].tolist(), abs=1e-5)
+
+
+REFUSED = [
     (
-        ["--evaluate", "--arch", "squeezenet1_1"],
-        "was trained with --arch shufflenet_v2_x0_5, which must stay the same: drop the flag",
+        ["search", "--gallery", "photos", "--query", "a.jpg", "--rerank", "kreciprocal", "--index", "hnsw"],
+        "--rerank compares with every image, and --index hnsw does not: drop one of them",
     ),
-    (["--evaluate", "nowhere"], "nowhere is not a run folder"),
-    (["--evaluate", "--eval_pca_normalize"], "--eval_pca_normalize does nothing without --eval_pca"),
-    (["--evaluate", "--no-normalize_members"], "--normalize_members does nothing with --evaluate: give it to --resume"),
-    (["--eval_pca_normalize"], "--eval_pca_normalize says how to --evaluate"),
-    (["--eval_reference_set", "compared_to_self"], "--eval_reference_set says how to --evaluate"),
-    (["--no-eval_normalize_embeddings"], "--eval_normalize_embeddings says how to --evaluate"),
-    (["--eval_use_trunk_output"], "--eval_use_trunk_output says how to --evaluate"),
-    (["--eval_size_of_tsne", "10"], "--eval_size_of_tsne says how to --evaluate"),
+    (
+        ["search", "--gallery", "photos", "--query", "a.jpg", "--rerank_params", "k1=3"],
+        "--rerank_params does nothing without --rerank",
+    ),
+    (["search", "--gallery", "photos", "--query", "gone.jpg"], "--query gone.jpg is not a file: give image files"),
+    (["search", "--gallery", "photos", "--query", "photos"], "--query photos is not a file"),
+    (["search", "--gallery", "photos", "--query", "notes.jpg"], "notes.jpg is incomplete or corrupt, or not an image"),
+    (["search", "--gallery", "empty", "--query", "a.jpg"], "empty contains no images"),
+    (["search", "--gallery", "nowhere", "--query", "a.jpg"], "nowhere does not exist"),
+    (["search", "--query", "a.jpg"], "the following arguments are required: --gallery"),
+    (["search", "--galery", "photos"], "unknown flag --galery (did you mean --gallery?): inference.py search --help"),
+    (["search", "--gallery", "photos", "--query", "a.jpg", "--k", "0"], "--k: 0 is not at least 1"),
+    (["search", "--gallery", "photos", "--query", "a.jpg", "--index", "hnws"], "--index hnws is unknown (did you mean"),
+    (["search", "--gallery", "photos", "--query", "a.jpg", "--html", "x.png"], "x.png does not end with .html or .htm"),
+    (["search", "--gallery", "photos", "--query", "a.jpg", "--png", "gone/x.png"], "--png: gone/x.png is not the name"),
+    (["serch"], "COMMAND serch is unknown (did you mean search?)"),
+    ([], "the following arguments are required: COMMAND"),
+    (["embed", "--images", "photos", "--out", "x.txt"], "--out: x.txt does not end with .parquet or .npy or .csv"),
+    (["embed", "--images", "empty", "--out", "x.npy"], "empty contains no images"),
+    (["pairs"], "which pairs? Give --images IMAGE IMAGE, or --pairs CSV, and not both"),
+    (["pairs", "--images", "notes.jpg", "photos/class_0/0.jpg"], "notes.jpg is incomplete or corrupt, or not an image"),
+    (["pairs", "--pairs", "pairs.csv"], "pairs.csv has no column path_b"),
+    (["pairs", "--pairs", "none.csv"], "none.csv has no rows below the names of its columns: list pairs in it"),
 ]
 
 
 @pytest.mark.parametrize(("flags", "words"), REFUSED)
-def test_evaluation_refused(copied: Path, go_on: Run, flags: list[str], words: str) -> None:
+def test_bad_input_is_one_sentence(
+    trained: Path, photos: Path, flags: list[str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photos.parent)
+    Path("empty").mkdir()
+    Path("notes.jpg").write_text("notes")
+    Path("pairs.csv").write_text("path_a,path_c\nx.jpg,y.jpg\n")
+    Path("none.csv").write_text("path_a,path_b\n")
+    run = ["--run", str(trained), "--gpu", "-1"] if flags and flags[0] in inference.COMMANDS else []
     with pytest.raises(UserError) as error:
-        go_on(*flags)
+        inference.main([*flags, *run])
     assert words in str(error.value)
-    assert not (copied / "evaluation.json").exists()
+    assert "\n" not in str(error.value)
+    assert not list(Path().glob(".*.index"))  # refused before anything expensive
 
 
-def test_evaluation_before_the_first_checkpoint(copied: Path) -> None:
-    for name in ("last.pth.tar", "checkpoint.pth.tar"):
-        (copied / name).unlink()
-    with pytest.raises(UserError, match="stopped before its first evaluation"):
-        evaluated(copied)
+def test_the_program_ends_with_2(trained: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "inference.py",
+        "search",
+        "--run",
+        str(trained),
+        "--gallery",
+        str(tmp_path),
+        "--query",
+        "x",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {tmp_path} contains no images")
 
 
-def test_evaluation_of_one_fold(crossed: CrossValidated) -> None:
-    expected = auxiliaries.load_json(crossed.folds[1] / "summary.json")["selected"]["test"]
-    found = evaluated(crossed.folder, "--fold", "1")
-    assert found == {f"test {name}": value for name, value in expected.items()}
+# Embeddings as a file
 
 
-def test_damaged_evaluations_are_noticed_first(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (copied / "evaluation.json").write_text("")
-    with pytest.raises(UserError, match=r"is not valid JSON.*move it away"):
-        evaluated(copied)
-    assert "test |" not in capsys.readouterr().out
+def expected_rows(model: EmbeddingModel, photos: Path) -> tuple[list[str], list[str], np.ndarray]:
+    paths = sorted(map(str, photos.rglob("*.jpg")))
+    return paths, [Path(path).parent.name for path in paths], model.embed(paths).numpy()
 
 
-def test_an_evaluation_says_of_what_it_was_and_when(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["main.py", "--evaluate", "x"])
-    evaluated(copied)
-    (entry,) = inference.read_evaluations(copied)
-    assert entry["epoch"] == auxiliaries.load_checkpoint(copied / "checkpoint.pth.tar")["epoch"]
-    assert entry["command"] == ["main.py", "--evaluate", "x"]
-    assert datetime.fromisoformat(entry["date"]) <= datetime.now()
-
-
-def test_evaluations_at_the_same_time_are_all_kept(copied: Path) -> None:
-    opt = runs.load_flags(copied)
-
-    def add(number: int) -> None:
-        inference.add_evaluation(copied, opt, {"NMI": number})
-
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=add, args=(number,)) for number in range(6)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert sorted(entry["metrics"]["NMI"] for entry in inference.read_evaluations(copied)) == list(range(6))
-
-
-def test_a_read_only_folder_is_evaluated_all_the_same(
-    copied: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_embeddings_as_parquet(
+    use: Use, model: EmbeddingModel, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise UserError(f"{copied} can't be written to (Read-only file system): choose another place or name")
-
-    monkeypatch.setattr(auxiliaries, "locked", refuse)
-    expected = auxiliaries.load_json(copied / "summary.json")["selected"]["test"]
-    assert evaluated(copied) == {f"test {name}": value for name, value in expected.items()}
-    assert "notice: the result is not kept: " in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("content", ["{}", "[1]", '[{"settings": {}}]', '[{"settings": {}, "metrics": []}]'])
-def test_evaluations_of_another_form_are_one_sentence(copied: Path, content: str) -> None:
-    (copied / "evaluation.json").write_text(content)
-    with pytest.raises(UserError, match=r"evaluation\.json is damaged .*move it away"):
-        evaluated(copied)
+    monkeypatch.setattr(inference, "ROWS_PER_GROUP", 10)
+    assert use("embed", "--images", photos, "--out", "x.parquet") == 20
+    assert "20 embeddings of dimension 16: x.parquet" in capsys.readouterr().out
+    assert pyarrow.parquet.ParquetFile("x.parquet").num_row_groups == 2
+    table = pyarrow.parquet.read_table("x.parquet")
+    paths, labels, vectors = expected_rows(model, photos)
+    assert table.column_names == ["path", "label", "vector"]
+    assert (table["path"].to_pylist(), table["label"].to_pylist()) == (paths, labels)
+    assert np.array_equal(np.array(table["vector"].to_pylist(), np.float32), vectors)
 
 
-def figures_of(results: dict[str, np.ndarray]) -> tuple[float, float]:
-    """Recall @ 1 and MAP@R from results by query."""
-    weight = results["weight"]
-    return float((weight * results["correct_at_1"]).sum()), float((weight * results["ap_at_r"]).sum())
+def test_embeddings_as_csv_and_npy(use: Use, model: EmbeddingModel, photos: Path) -> None:
+    paths, labels, vectors = expected_rows(model, photos)
+    use("embed", "--images", photos, "--out", "x.csv")
+    use("embed", "--images", photos, "--out", "y.npy")
+    with open("x.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["path", "label", *map(str, range(16))]
+    assert [row[:2] for row in rows] == [list(pair) for pair in zip(paths, labels)]
+    assert np.array_equal(np.array([row[2:] for row in rows], np.float32), vectors)
+    assert np.array_equal(np.load("y.npy"), vectors)
+    with open("y.csv", newline="") as file:
+        assert list(csv.reader(file)) == [["path", "label"], *([path, label] for path, label in zip(paths, labels))]
 
 
-def test_results_by_query_are_what_the_summary_is_made_of(finished: Path, crossed: CrossValidated) -> None:
-    for folder in (finished, *crossed.folds):
-        images, results = datasets.give_splits(runs.load_flags(folder)).test[0].query, read_results(folder)
-        summary = runs.read_summary(folder)["selected"]
-        space = evaluate.EmbeddingSpace(embed_by_hand(folder, images), images.labels[:, 0])
-        recall, map_at_r = summary["test"]["Recall @ 1"], evaluate.map_at_r(space)
-        assert figures_of(results) == (pytest.approx(recall), pytest.approx(map_at_r))
-        assert results["correct_at_1"].mean() == pytest.approx(recall)  # each query has a positive
-        assert results["label"].tolist() == images.labels[:, 0].tolist()
-        assert results["epoch"] == summary["epoch"]
-        assert (folder / "per_query.npz").stat().st_size < 3000
-    digests = {str(read_results(folder)["test_set"]) for folder in crossed.folds}
-    assert len(digests) == 1  # folds are tested on the same images
-    assert digests != {str(read_results(finished)["test_set"])}
-
-
-def test_results_by_query_of_parts_that_count_alike(tmp_path: Path) -> None:
-    """Several sets, one with a gallery, and queries with nothing to find; then figures within coarser classes."""
-    rng = np.random.default_rng(0)
-    labels, points = np.r_[np.arange(40) % 7, 8], torch.from_numpy(rng.normal(size=(41, 4)))
-    hierarchy = np.stack([labels, labels % 3], axis=1)
-    spaces = [evaluate.EmbeddingSpace(points, hierarchy)]
-    spaces += [evaluate.EmbeddingSpace(points[:15], hierarchy[:15], points[18:], hierarchy[18:])]
-    for space in spaces:
-        found = figures_of(evaluate.query_results(space))
-        assert found == (pytest.approx(evaluate.recall_at_k(space, 1)), pytest.approx(evaluate.map_at_r(space)))
-        found = figures_of(evaluate.query_results(space, "WithSameParentLabel"))
-        parents = space.query_hierarchy[:, 1], space.gallery_hierarchy[:, 1]
-        wanted = evaluate.evaluate_within_parents(space, *parents, [1], ["Recall", "MAP@R"])
-        assert found == (pytest.approx(wanted["Recall @ 1"]), pytest.approx(wanted["MAP@R"]))
-
-
-def test_results_by_query_of_several_sets(
-    small_flags: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["x.parquet", "x.npy", "x.csv"])
+def test_embeddings_without_labels_and_without_what_cant_be_read(
+    use: Use, photos: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = datasets.read_splits("tiny", config.parse(small_flags()).source_path)
-    images = whole.test[0].query
-    query, gallery = images.subset(np.arange(len(images)) % 3 == 0), images.subset(np.arange(len(images)) % 3 > 0)
-    sets = [datasets.RetrievalSet("a", images), datasets.RetrievalSet("b", query, gallery)]
-    row = datasets.DatasetSpec(lambda _: datasets.Splits(whole.train, test=sets), made_here=True)
-    monkeypatch.setitem(datasets.DATASETS, "two", row)
-    metrics = main.command(small_flags("--dataset", "two", "--eval_metrics", "MAP@R"))
-    wanted = [records.mean_over_sets(metrics, name) for name in ("Recall @ 1", "MAP@R")]
-    results = read_results(tmp_path / "results/two/run")
-    assert figures_of(results) == pytest.approx(wanted)
-    assert len(results["label"]) == len(images) + len(query)
+    files = sorted(photos.rglob("*.jpg"))
+    (tmp_path / "some.csv").write_text("path\n" + "".join(f"{file}\n" for file in files))
+    files[2].write_bytes(files[2].read_bytes()[:300])
+    assert use("embed", "--images", "some.csv", "--out", name, "--bs", 3) == 19
+    assert f"1 of 20 images can't be read and are left out: {files[2]}" in capsys.readouterr().err
+    if name == "x.parquet":
+        table = pyarrow.parquet.read_table(name)
+        assert (table.column_names, len(table)) == (["path", "vector"], 19)
+    else:
+        rows = Path("x.csv").read_text().splitlines()
+        assert rows[0].split(",")[:2] == (["path"] if name == "x.npy" else ["path", "0"])
+        assert (len(rows), str(files[2]) in Path("x.csv").read_text()) == (20, False)
+    if name == "x.npy":
+        assert np.load(name).shape == (19, 16)
 
 
-def test_results_by_query_are_written_anew_on_resuming(copied: Path, go_on: Run) -> None:
-    before = read_results(copied)
-    for name in ("summary.json", "per_query.npz"):  # as if the process had been stopped before its end
-        (copied / name).unlink()
-    go_on("--resume_training")
-    after = read_results(copied)
-    assert all(np.array_equal(after[name], before[name]) for name in before)
-
-    (copied / "per_query.npz").write_bytes(b"half")
-    with pytest.raises(UserError, match=r"per_query\.npz is damaged: remove it and summary\.json, and --resume_tr"):
-        read_results(copied)
-    go_on("--resume_training", "--n_epochs", "3")
-    after, summary = read_results(copied), runs.read_summary(copied)["selected"]
-    assert (after["epoch"], figures_of(after)[0]) == (summary["epoch"], pytest.approx(summary["test"]["Recall @ 1"]))
+@pytest.mark.parametrize("name", ["x.parquet", "x.npy", "x.csv"])
+def test_nothing_is_written_where_nothing_can_be_read(use: Use, photos: Path, name: str) -> None:
+    for file in photos.rglob("*.jpg"):
+        file.write_text("notes")
+    with pytest.raises(UserError, match=r"none of the 20 images of .* can be read"):
+        use("embed", "--images", photos, "--out", name)
+    assert [path.name for path in Path().iterdir()] == ["photos"]
 
 
-@pytest.mark.parametrize("change", [{"label": np.zeros(3)}, {"weight": None}, {"weight": np.full(2, np.nan)}])
-def test_results_by_query_of_another_form_are_refused(tmp_path: Path, change: dict[str, np.ndarray | None]) -> None:
-    arrays: dict[str, Any] = {
-        "correct_at_1": np.ones(2, bool),
-        "ap_at_r": np.ones(2),
-        "label": np.ones(2, int),
-        "weight": np.ones(2),
-    }
-    np.savez(tmp_path / "per_query.npz", test_set=np.array("ab"), **arrays)
-    assert set(read_results(tmp_path)) == {*arrays, "test_set"}
-    changed: dict[str, Any] = {name: array for name, array in {**arrays, **change}.items() if array is not None}
-    np.savez(tmp_path / "per_query.npz", test_set=np.array("ab"), **changed)
-    with pytest.raises(UserError, match="is damaged"):
-        read_results(tmp_path)
-    (tmp_path / "per_query.npz").unlink()
-    with pytest.raises(UserError, match=r"has no per_query\.npz, it is of an earlier version: move its summary\.json"):
-        read_results(tmp_path)
+def test_parquet_without_pyarrow(use: Use, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match=r"a .parquet file needs pyarrow: pip install pyarrow, or give a .npy or .csv"):
+        use("embed", "--images", photos, "--out", "x.parquet")
+
+
+# Pairs
+
+
+def copy_run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of a run that keeps no threshold."""
+    return shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("verification.json"))
+
+
+def test_the_threshold_is_chosen_on_validation_images(
+    use: Use, trained: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy_run(trained, tmp_path)
+    images = datasets.give_splits(runs.load_flags(run)).val[0].query
+    space = EmbeddingSpace(embed_by_hand(run, images), images.labels[:, 0])
+    threshold, accuracy = evaluate.verification_threshold(space), evaluate.verification_accuracy(space)
+    one, other = photos / "class_0/0.jpg", photos / "class_1/0.jpg"
+    ((*paths, distance, same),) = use("pairs", "--images", one, other, run=run)
+    assert (paths, same) == ([str(one), str(other)], distance <= threshold)
+    points = inference.load(run, "cpu").embed([one, other]).double()
+    assert distance == pytest.approx(float((points[0] - points[1]).norm()))
+    words = f"threshold {threshold:.4f}, chosen on {len(images)} validation images"
+    assert words in capsys.readouterr().out
+    kept = auxiliaries.load_json(run / "verification.json")
+    assert (kept["threshold"], kept["balanced accuracy"]) == (pytest.approx(threshold), pytest.approx(accuracy))
+    auxiliaries.save_json(run / "verification.json", {**kept, "threshold": 0.5})
+    use("pairs", "--images", one, other, run=run)
+    assert "threshold 0.5000, chosen on" in capsys.readouterr().out
+    auxiliaries.save_json(run / "verification.json", {**kept, "network": "another"})
+    use("pairs", "--images", one, other, run=run)
+    assert words in capsys.readouterr().out
+    (run / "verification.json").write_text("{}")
+    with pytest.raises(UserError, match=r"verification.json is damaged .*: remove it, and it is made anew"):
+        use("pairs", "--images", one, other, run=run)
+
+
+def test_a_threshold_that_the_run_knows(use: Use, trained: Path, photos: Path, tmp_path: Path) -> None:
+    run = copy_run(trained, tmp_path)
+    summary = auxiliaries.load_json(run / "summary.json")
+    summary["selected"]["val"]["Verification threshold"] = 0.123
+    auxiliaries.save_json(run / "summary.json", summary)
+    assert inference.give_threshold(inference.load(run, "cpu")) == 0.123
+    assert not (run / "verification.json").exists()
+
+
+def test_runs_without_a_threshold(
+    use: Use, trained: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = "--images", photos / "class_0/0.jpg", photos / "class_1/0.jpg"
+    splits = datasets.give_splits(runs.load_flags(trained))
+    run = copy_run(trained, tmp_path)
+    monkeypatch.setattr(datasets, "give_splits", lambda opt: datasets.Splits(splits.train, test=splits.test))
+    with pytest.raises(
+        UserError, match="has no validation images to choose a threshold on: give --threshold, or train"
+    ):
+        use("pairs", *images, run=run)
+
+    def refuse(opt: object) -> None:
+        raise UserError("Datasets/cv does not exist")
+
+    monkeypatch.setattr(datasets, "give_splits", refuse)
+    words = "is chosen on the run's validation images, or given by --threshold: Datasets/cv does not exist"
+    with pytest.raises(UserError, match=words):
+        use("pairs", *images, run=run)
+    ((_, _, distance, same),) = use("pairs", *images, "--threshold", 2, run=run)
+    assert same == (distance <= 2)
+
+
+def test_pairs_of_a_csv_file(
+    use: Use, model: EmbeddingModel, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [("class_0/0.jpg", "class_0/1.jpg"), ("class_0/0.jpg", "class_3/1.jpg"), ("class_2/2.jpg", "class_1/0.jpg")]
+    (photos / "pairs.csv").write_text("path_a,path_b\n" + "".join(f"{a},{b}\n" for a, b in names))
+    cut = photos / "class_2/2.jpg"
+    cut.write_bytes(cut.read_bytes()[:300])
+    files = [photos / name for name in ("class_0/0.jpg", "class_0/1.jpg", "class_3/1.jpg")]
+    points = model.embed(files).double()
+    distances = [float((points[0] - points[i]).norm()) for i in (1, 2)]
+    threshold = sum(distances) / 2
+    flags = ["--threshold", threshold, "--out", "out.csv", "--html", "page.html"]
+    pairs = use("pairs", "--pairs", photos / "pairs.csv", *flags)
+    assert [pair.distance for pair in pairs] == pytest.approx(distances)
+    assert sorted(pair.same for pair in pairs) == [False, True]
+    out, err = capsys.readouterr()
+    assert f"1 of 5 images can't be read and are left out: {cut}" in err
+    assert f"1 of 2 pairs are the same, up to the distance {threshold:.4f}" in out
+    with open("out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["path_a"], row["path_b"]) for row in rows] == [(pair.path_a, pair.path_b) for pair in pairs]
+    assert [row["same"] for row in rows] == [str(int(pair.same)) for pair in pairs]
+    assert [float(row["distance"]) for row in rows] == pytest.approx(distances)
+    assert "different, distance" in Path("page.html").read_text()

@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import permutations, product
 from typing import Any
 
@@ -548,6 +549,25 @@ def test_losses_of_all_pairs_in_parts_equal_those_at_once(
         value = whole_batch(loss, **keywords)(batch, LABELS)
         results.append((value, *torch.autograd.grad(value, batch)))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(
+    "build", [losses.TripletLoss, partial(losses.MarginLoss, num_classes=8), losses.ContrastiveLoss]
+)
+def test_losses_of_tuples_in_parts_equal_those_at_once(
+    build: Callable[[Sampler], torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for elements in (1 << 22, 4 * DIM):
+        monkeypatch.setattr(losses, "ELEMENTS_AT_ONCE", elements)
+        seed_everything(0)
+        batch = unit_batch(DIM).double().requires_grad_()
+        criterion = build(Sampler("random")).double()
+        value = criterion(batch, LABELS)
+        learned = [parameter for parameter in criterion.parameters() if parameter.requires_grad]
+        results.append((value, *torch.autograd.grad(value, [batch, *learned])))
+    assert results[0][1].abs().max() > 0
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize(("loss", "keywords"), WHOLE_BATCH)

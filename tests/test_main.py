@@ -26,15 +26,17 @@ import auxiliaries
 import config
 import datasets
 import evaluate
+import evaluate_runs
 import features
 import image_cache
-import inference
+import loggers
 import losses
 import main
 import methods
 import netlib
 import protocol
 import records
+import retrieval
 import runs
 import transforms
 from auxiliaries import UserError
@@ -130,6 +132,9 @@ def test_run_folder_holds_what_its_readme_lists(small_flags: Flags, results: Pat
         "log_test_Base.csv",
         "log_train_eval_Base.csv",
         "evaluation.json",
+        "exclude.csv",  # see tests/test_csv_data.py
+        "report.html",  # see tests/test_report.py
+        "attention.png",
         *(name for name in listed if "<" in name),
     }
     assert of_other_runs <= listed
@@ -495,7 +500,7 @@ def test_a_run_without_epochs_is_a_baseline(small_flags: Flags, results: Path) -
     assert names_in(folder) >= {"checkpoint.pth.tar", "last.pth.tar", "summary.json", "sample_recoveries.png"}
     summary = auxiliaries.load_json(folder / "summary.json")
     assert summary["selected"] == summary["last"] == summary["untrained"] == {"epoch": 0, "test": zero_shot}
-    found = inference.evaluate_run(["--evaluate", str(folder)])
+    found = evaluate_runs.evaluate_run(["--evaluate", str(folder)])
     assert {name.removeprefix("test "): value for name, value in found.items()} == pytest.approx(zero_shot)
     again = ["--savename", "other", "--check_untrained_accuracy", "--iterations_per_epoch", "1"]
     run(small_flags("--pooling", "avg+max", *again))
@@ -610,9 +615,9 @@ def test_all_label_levels_are_evaluated_and_one_selects(
     # training is that of the finest level, and --evaluate evaluates its network at all levels, too
     states = [auxiliaries.load_checkpoint(folder / name / "last.pth.tar") for name in ("finest", "all")]
     assert all(torch.equal(value, states[1]["state_dict"][name]) for name, value in states[0]["state_dict"].items())
-    found = inference.evaluate_run(["--evaluate", str(folder / "finest"), "--label_hierarchy_level", "all"])
+    found = evaluate_runs.evaluate_run(["--evaluate", str(folder / "finest"), "--label_hierarchy_level", "all"])
     assert {name: found[f"test Level 0 {name}"] for name in finest} == pytest.approx(finest)
-    again = inference.evaluate_run(["--evaluate", str(folder / "all"), "--label_hierarchy_level", "0"])
+    again = evaluate_runs.evaluate_run(["--evaluate", str(folder / "all"), "--label_hierarchy_level", "0"])
     assert list(again) == [f"test {name}" for name in names]
     other = config.parse(["--label_hierarchy_level", "all"], runs.config_file(folder / "finest"))
     with pytest.raises(UserError, match="was trained with --label_hierarchy_level 0, which must stay the same"):
@@ -668,7 +673,7 @@ def test_metrics_of_every_class_are_written(small_flags: Flags, tmp_path: Path, 
     run(flags)
     folder = tmp_path / "results" / "leveled" / "run"
     every = ["--evaluate", str(folder), "--eval_every_class", "--splits_to_eval", "train", "test"]
-    found = inference.evaluate_run([*every, "--label_hierarchy_level", "all"])
+    found = evaluate_runs.evaluate_run([*every, "--label_hierarchy_level", "all"])
     net = runs.load_network(folder, opt := runs.load_flags(folder), torch.device("cpu"))
     loader = datasets.give_dataloaders(opt, two_levels).test[0].query
     points, labels = evaluate.embed(net, loader, torch.device("cpu")), loader.hierarchy
@@ -689,10 +694,10 @@ def test_metrics_of_every_class_are_written(small_flags: Flags, tmp_path: Path, 
     mean = np.mean([np.mean(values) for values in recalls.values()])
     assert found["test Level mean Macro Recall @ 1"] == pytest.approx(mean)
     assert len(rows_of(folder / "per_class_train.csv")) == 6
-    entry = inference.read_evaluations(folder)[-1]
+    entry = evaluate_runs.read_evaluations(folder)[-1]
     assert entry["metrics"] == found
     assert entry["settings"]["eval_every_class"] is True
-    inference.evaluate_run([*every, "--testing_method", "WithSameParentLabel"])
+    evaluate_runs.evaluate_run([*every, "--testing_method", "WithSameParentLabel"])
     assert [row["Class"] for row in rows_of(folder / "per_class_test.csv")] == [f"class_{i}" for i in range(4, 8)]
     with pytest.raises(UserError, match="--eval_every_class says how to --evaluate a finished run"):
         main.command([*flags, "--savename", "other", "--eval_every_class"])
@@ -711,7 +716,7 @@ def test_every_split_scheme_trains_and_resumes(small_flags: Flags, results: Path
         summary = auxiliaries.load_json(results / scheme / "summary.json")
         assert summary["selection"] == "selected by Recall @ 1 on the validation classes"
         assert summary["selected"]["test"] == whole
-        found = inference.evaluate_run(["--evaluate", str(results / scheme)])
+        found = evaluate_runs.evaluate_run(["--evaluate", str(results / scheme)])
         assert {name.removeprefix("test "): value for name, value in found.items()} == pytest.approx(whole)
         with pytest.raises(UserError, match="was trained with --seed 1, which must stay the same"):
             main.main(config.parse([*flags, "--seed", "2", "--savename", scheme]), results / scheme)
@@ -745,8 +750,8 @@ def test_a_run_folder_says_with_what_it_was_made(small_flags: Flags, results: Pa
 
 def test_every_flag_is_consumed() -> None:
     """No flag is declared that nothing reads (mistake 3): a loss reads its own through its constructor."""
-    modules = [main, config, runs, protocol, inference, datasets, transforms, netlib, features, image_cache, losses]
-    modules += [methods]
+    modules = [main, config, runs, protocol, datasets, transforms, netlib, features, image_cache, losses, methods]
+    modules += [evaluate, evaluate_runs, retrieval, loggers]
     read = "".join(inspect.getsource(module) for module in modules)
     keywords = {name for loss in losses.LOSSES.values() for name in inspect.signature(loss).parameters}
     keywords |= {name for method in methods.METHODS.values() for name in method.flags}

@@ -1039,3 +1039,113 @@ def test_depths_can_be_named_and_be_the_embedding_themselves() -> None:
         {**vars(resolved()), "arch": "resnet18", "cascade_layers": ["layer1", "layer4"], "embed_dim": 0}
     )
     assert set(again.state_dict()) == set(net.state_dict())
+
+
+# Where similarities come from
+
+
+def net_for_maps(*more: str) -> EmbeddingNet:
+    """A small network with an embedding, in evaluation mode, whose features depend on the image."""
+    torch.manual_seed(0)
+    net = networkselect(
+        resolved("--arch", "resnet18", "--not_pretrained", "--crop_size", "96", "--embed_dim", "8", *more)
+    )
+    settle_batchnorm(net.backbone)
+    return net.eval()
+
+
+def last_maps(net: EmbeddingNet, pixels: torch.Tensor) -> torch.Tensor:
+    """What resnet18 pools, `(B, H, W, C)`."""
+    with torch.no_grad():
+        return netlib.tap(net.backbone, ["layer4"], (pixels - net.mean) / net.std)[0].permute(0, 2, 3, 1)
+
+
+def test_similarities_are_decomposed_over_positions() -> None:
+    """The embedding of a mean is the mean of the embeddings of positions, as long as it is linear."""
+    net, pixels = net_for_maps(), images(96)
+    nn.init.normal_(net.last_linear.bias)
+    found = netlib.similarity_maps(net, pixels)
+    with torch.no_grad():
+        of_positions, whole = net.embedding(last_maps(net, pixels)), net(pixels)  # (B, H, W, D), (B, D)
+    lengths = of_positions.mean((1, 2)).norm(dim=1)
+    torch.testing.assert_close(found.similarities, whole[1:] @ whole[0])
+    for i in range(3):
+        for y in range(3):
+            for x in range(3):
+                scale = 9 * lengths[0] * lengths[i + 1]
+                of_other = of_positions[i + 1, y, x] @ of_positions[0].mean((0, 1)) / scale
+                of_query = of_positions[0, y, x] @ of_positions[i + 1].mean((0, 1)) / scale
+                assert found.of_others[i, y, x].item() == pytest.approx(of_other.item(), abs=1e-5)
+                assert found.of_query[i, y, x].item() == pytest.approx(of_query.item(), abs=1e-5)
+
+
+def test_a_largest_value_counts_where_it_is() -> None:
+    net, pixels = net_for_maps("--pooling", "max", "--embed_dim", "0"), images(96)
+    found, maps = netlib.similarity_maps(net, pixels), last_maps(net, pixels).flatten(1, 2)  # (B, P, C)
+    pooled = F.normalize(maps.amax(1), dim=1)
+    wanted = torch.zeros(9)
+    for channel in range(maps.shape[2]):
+        wanted[maps[1, :, channel].argmax()] += pooled[0, channel] * pooled[1, channel]
+    torch.testing.assert_close(found.of_others[0].flatten(), wanted, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--embedder", "12", "--embedder_norm", "layernorm"],
+        ["--pooling", "gem"],
+        ["--pooling", "avg+max", "--freeze_trunk"],
+        ["--arch", "densenet121", "--pooling", "max"],
+        ["--arch", "shufflenet_v2_x0_5"],
+        ["--arch", "swin_t"],
+        ["--arch", "timm:test_vit", "--pooling", "avg", "--lora", "2"],
+        ["--arch", "timm:test_convnext"],
+    ],
+    ids=" ".join,
+)
+def test_maps_add_up_to_the_similarity_of_embeddings(more: list[str]) -> None:
+    net, pixels = net_for_maps("--crop_size", "64", *more), images(64)
+    with torch.no_grad():
+        embeddings = F.normalize(net(pixels), dim=1)
+    state, needed = copy.deepcopy(net.state_dict()), [parameter.requires_grad for parameter in net.parameters()]
+    net.train()
+    modes = [module.training for module in net.modules()]
+    found = netlib.similarity_maps(net, pixels)
+    assert found.is_of_embedding
+    torch.testing.assert_close(found.similarities, embeddings[1:] @ embeddings[0], atol=1e-5, rtol=1e-5)
+    for maps in (found.of_query, found.of_others):
+        assert maps.shape[1] == maps.shape[2] > 1
+        assert maps[0].std() > 0
+        torch.testing.assert_close(maps.sum((1, 2)), found.similarities, atol=1e-5, rtol=1e-5)
+    assert modes == [module.training for module in net.modules()]
+    assert needed == [parameter.requires_grad for parameter in net.parameters()]
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+def test_a_class_token_leaves_the_mean_of_patches() -> None:
+    net, pixels = net_for_maps("--arch", "timm:test_vit", "--pooling", "cls"), images(96)
+    found = netlib.similarity_maps(netlib.Trunk(net), pixels)
+    assert not found.is_of_embedding
+    with torch.no_grad():
+        (tokens,) = netlib.tap(net.backbone, ["network.norm"], (pixels - net.mean) / net.std)
+    patches = F.normalize(tokens[:, net.backbone.num_prefix_tokens :].mean(1), dim=1)
+    torch.testing.assert_close(found.similarities, patches[1:] @ patches[0])
+    torch.testing.assert_close(found.of_others.sum((1, 2)), found.similarities)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--arch", "alexnet"], "--attention shows the positions of .*, and --arch alexnet has none: drop it"),
+        (
+            ["--training_method", "CascadedEmbeddings", "--loss", "contrastive", "--embed_dim", "9"],
+            "and a cascade pools several: drop it",
+        ),
+        (["--no-pictures"], "--attention belongs to the pictures of retrievals, which --no-pictures leaves out"),
+    ],
+)
+def test_networks_without_a_last_map_are_refused(more: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        networkselect(resolved("--arch", "resnet18", "--not_pretrained", "--crop_size", "64", "--attention", *more))

@@ -426,3 +426,28 @@ def test_fewer_queries_than_places_are_all_drawn(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(plots, "save_recoveries", lambda path, retrievals: drawn.extend(retrievals))
     draw_retrievals(tmp_path / "sample_recoveries.png", space, images, seed=0)
     assert [retrieval.correct for retrieval in drawn] == [[True, False], [True, False]]
+
+
+def test_attention_is_red_where_the_similarity_comes_from(tmp_path: Path) -> None:
+    gray = np.full((40, 40, 3), 128, np.uint8)
+    left, right = np.array([[[1.0, 0.0]], [[0.5, 0.0]]]), np.array([[[0.0, 1.0]], [[-2.0, 0.25]]])  # (K, h, w)
+    one = plots.SharedSimilarity(gray, "Crow", [gray, gray], ["Crow", "Jay"], np.array([0.9, 0.4]), left, right)
+    fewer = plots.SharedSimilarity(gray, "Jay", [gray], ["Jay"], np.array([0.1]), 0 * left[:1], 0 * left[:1])
+    plots.save_attention(tmp_path / "attention.png", [one, fewer], "a title")
+    with Image.open(tmp_path / "attention.png") as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    redness = pixels[..., 0] - pixels[..., 2]  # (H, W)
+    side, gap, header = 128, 10, 34
+
+    def halves(column: int, lower: bool) -> tuple[float, float]:
+        x, y = gap + column * (side + gap), header + lower * (side + 4)
+        cell = redness[y : y + side, x : x + side]
+        return cell[:, :16].mean(), cell[:, -16:].mean()
+
+    assert halves(0, lower=False) == (0, 0)  # the query itself
+    assert halves(0, lower=True) == (0, 0)  # white
+    (first, nothing), (weaker, _) = halves(1, lower=False), halves(2, lower=False)
+    assert first > 100 > weaker > 40 > nothing
+    assert halves(1, lower=True) == (nothing, first)
+    assert halves(2, lower=True)[0] == 0  # what takes away from the similarity
+    assert redness[-2 * side :].max() == 0  # no similarity at all

@@ -64,7 +64,7 @@ def test_readme_extensions_work_together(tiny_source: Path, tmp_path: Path) -> N
     command = re.search(r"^python (main\.py --dataset odd_even .*)$", EXTENDING, re.MULTILINE)
     assert command
     small = ["--crop_size", "32", "--gpu", "-1", "--kernels", "0", "--n_epochs", "1", "--bs", "8", "--savename", "run"]
-    flags = [*shlex.split(command[1]), *small]
+    flags = [*shlex.split(command[1]), *small, "--no-report"]
     others = [
         [*flags[1:], *more] for more in (["--loss", "triplet"], ["--loss", "marginloss", "--batch_sampler", "in_order"])
     ]
@@ -237,7 +237,7 @@ def test_readme_experiments_run_as_they_stand(
     assert len(commands) == 16
     monkeypatch.chdir(some_glyphs)
     small = ["--arch", "shufflenet_v2_x0_5", "--crop_size", "32", "--gpu", "-1", "--kernels", "0", "--bs", "8"]
-    small += ["--iterations_per_epoch", "1", "--n_epochs", "2"]
+    small += ["--iterations_per_epoch", "1", "--n_epochs", "2", "--no-report"]
     for script, *flags in commands:
         if script == "compare.py":
             compare.main([path for flag in flags for path in sorted(glob.glob(flag)) or [flag]])
@@ -278,7 +278,9 @@ SMALLER = {
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_pictures")
-@pytest.mark.parametrize("command", re.findall(r"^python main\.py (.*)$", METHODS + PAGES[ROOT / "docs/data.md"], re.MULTILINE))
+@pytest.mark.parametrize(
+    "command", re.findall(r"^python main\.py (.*)$", METHODS + PAGES[ROOT / "docs/data.md"], re.MULTILINE)
+)
 def test_readme_examples_of_training_run(tiny_source: Path, tmp_path: Path, command: str) -> None:
     """With a small relative of the network that they name, random weights, and two iterations."""
     given = [SMALLER.get(word, word) for word in shlex.split(command)]
@@ -286,6 +288,7 @@ def test_readme_examples_of_training_run(tiny_source: Path, tmp_path: Path, comm
     size = [] if "--train_transforms" in given else ["--crop_size", "160" if arch.startswith("timm:") else "32"]
     where = ["--dataset", "tiny", "--source_path", str(tiny_source), "--save_path", str(tmp_path), "--savename", "run"]
     small = ["--not_pretrained", "--gpu", "-1", "--kernels", "0", "--bs", "8", "--samples_per_class", "2", *size]
+    small += ["--no-report"]
     epochs = [] if "--n_epochs" in given else ["--n_epochs", "1", "--iterations_per_epoch", "2"]
     cache = ["--cache_path", str(tmp_path / "cache")]
     metrics = main.command(["--arch", arch, *given, *where, *small, *epochs, *cache])

@@ -28,12 +28,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.tensorboard import SummaryWriter
 
+import loggers
 import main
 import records
 from auxiliaries import FlagParser, Progress, UserError
 from records import (
     LOGS,
-    TENSORBOARD_TAGS,
     Console,
     GradientRecord,
     IterationLog,
@@ -157,7 +157,7 @@ def test_rows_arrive_in_csv_sqlite_and_tensorboard(log: Records, tmp_path: Path)
 
 def test_tensorboard_shows_metrics_first() -> None:
     """It sorts groups, which are what stands before the first slash."""
-    groups = {kind: tag.split("/")[0] for kind, tag in TENSORBOARD_TAGS.items()}
+    groups = {kind: tag.split("/")[0] for kind, tag in loggers.TAGS.items()}
     assert groups.keys() == LOGS.keys()
     assert groups["val"] == groups["test"] < groups["train"] < groups["iterations"]
 
@@ -265,13 +265,13 @@ def test_rows_of_a_final_evaluation_that_was_killed_vanish(tmp_path: Path) -> No
         assert scalars(tmp_path)["metrics/test/Recall @ 1"] == [(1, 0.125), (3, 0.375)]
         assert scalars(tmp_path)["metrics/val/Recall @ 1"] == [(e, e / 8) for e in (1, 2, 3)]
     assert_holds(tmp_path, {kind: log.rows[kind] for kind in ("train", "val", "test", "iterations")})
-    Records(tmp_path, history, tensorboard=False).close()  # nor do they stay where TensorBoard is turned off
+    Records(tmp_path, history, mirrored_by=[]).close()  # nor do they stay where TensorBoard is turned off
     assert not [tag for tag in scalars(tmp_path) if "test" in tag]
 
 
 def test_event_files_of_earlier_versions_are_taken_over(tmp_path: Path) -> None:
     """They had a folder for epochs and one for iterations; pictures and times come from there."""
-    log = Records(tmp_path, tensorboard=False)
+    log = Records(tmp_path, mirrored_by=[])
     three_epochs(log)
     log.close()
     Image.new("RGB", (12, 7), "red").save(tmp_path / "a.png")
@@ -426,7 +426,7 @@ DIES_WHILE_WRITING = """
 import os, signal, sys
 from pathlib import Path
 from records import Records
-log = Records(Path(sys.argv[1]), tensorboard=False)
+log = Records(Path(sys.argv[1]), mirrored_by=[])
 log.add("train", {"Epochs": 1, "Train Loss": 0.5, "Iterations": 3})
 log.note_configuration(0, {"lr": 1}, {})
 log.database.execute("PRAGMA cache_size = 1")
@@ -457,7 +457,7 @@ def test_a_killed_process_leaves_a_readable_database_that_a_run_goes_on_with(tmp
 
 @pytest.mark.parametrize("content", [b"no database" * 1000, None], ids=["other bytes", "zeros in the middle"])
 def test_a_damaged_database_is_one_sentence(content: bytes | None, tmp_path: Path) -> None:
-    log = Records(tmp_path, tensorboard=False)
+    log = Records(tmp_path, mirrored_by=[])
     log.add("iterations", *(iteration_row(i) for i in range(1, 3000)))
     log.close()
     path = tmp_path / "records.db"
@@ -468,10 +468,10 @@ def test_a_damaged_database_is_one_sentence(content: bytes | None, tmp_path: Pat
     with pytest.raises(
         UserError, match=r"records\.db is damaged .*remove it, and --resume_training rebuilds"
     ) as caught:
-        Records(tmp_path, log.rows, tensorboard=False)
+        Records(tmp_path, log.rows, mirrored_by=[])
     assert "\n" not in str(caught.value)
     path.unlink()
-    Records(tmp_path, log.rows, tensorboard=False).close()
+    Records(tmp_path, log.rows, mirrored_by=[]).close()
     assert table(tmp_path, "iterations") == log.rows["iterations"]
 
 
@@ -500,14 +500,14 @@ def test_another_programs_database_is_left_as_it_is(statement: str, words: str, 
     write_database(tmp_path / "records.db", statement)
     before = (tmp_path / "records.db").read_bytes()
     with pytest.raises(UserError, match=rf"records\.db is not a run's database \({words}.*move it away"):
-        Records(tmp_path, {"train": [train_row(1)]}, tensorboard=False)
+        Records(tmp_path, {"train": [train_row(1)]}, mirrored_by=[])
     assert (tmp_path / "records.db").read_bytes() == before
 
 
 @pytest.mark.parametrize("content", [b"", "CREATE TABLE train (Epochs INTEGER PRIMARY KEY, Loss TEXT)"])
 def test_a_database_that_lacks_something_is_filled(content: str | bytes, tmp_path: Path) -> None:
     write_database(tmp_path / "records.db", content)
-    log = Records(tmp_path, {"train": [train_row(1)]}, tensorboard=False)
+    log = Records(tmp_path, {"train": [train_row(1)]}, mirrored_by=[])
     log.note_configuration(1, {"lr": 1}, {})
     log.close()
     assert table(tmp_path, "train") == [train_row(1)]
@@ -534,27 +534,41 @@ def test_a_database_that_another_process_holds_is_one_sentence(log: Records, tmp
     other.close()
 
 
-def test_event_files_that_cannot_be_written_are_one_sentence(tmp_path: Path) -> None:
+def test_event_files_that_cannot_be_written_are_a_notice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "tensorboard").write_text("a file")
-    with pytest.raises(UserError, match=r"tensorboard can't be written"):
-        Records(tmp_path)
+    log = Records(tmp_path)
+    three_epochs(log)
+    log.close()
+    assert_holds(tmp_path, log.rows)
+    assert capsys.readouterr().err.count("notice: --logger tensorboard failed") == 1
 
 
-def test_an_event_that_cannot_be_written_is_one_sentence(
-    log: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_event_that_cannot_be_written_is_a_notice(
+    log: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """TensorBoard's writer thread hands on what it met, such as a full disk, at the next event."""
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(log.tensorboard.file_writer, "add_event", full)
-    with pytest.raises(UserError, match=r"tensorboard can't be written \(No space left on device\)"):
-        log.add("train", train_row(1))
+    board = log.mirrors.loggers["tensorboard"]
+    assert isinstance(board, loggers.TensorBoard)
+    monkeypatch.setattr(board.writer.file_writer, "add_event", full)
+    three_epochs(log)
+    assert_holds(tmp_path, log.rows)
+    assert capsys.readouterr().err == (
+        "notice: --logger tensorboard failed (No space left on device): the run goes on without it; CSV and SQLite "
+        "hold everything, and --resume_training sends what is missing\n"
+    )
+    board.writer.close()
+    monkeypatch.undo()
+    log.close()
+    Records(tmp_path, log.rows).close()  # which a resumed run makes good
+    assert scalars(tmp_path)["metrics/val/Recall @ 1"] == [(e, e / 8) for e in (1, 2, 3)]
 
 
 def test_without_tensorboard_nothing_of_it_is_made(tmp_path: Path) -> None:
-    log = Records(tmp_path, tensorboard=False)
+    log = Records(tmp_path, mirrored_by=[])
     three_epochs(log)
     log.add_picture("sample recoveries", tmp_path / "none.png", 1)
     log.flush()
@@ -707,11 +721,18 @@ def test_a_missing_gradient_counts_as_zero(tmp_path: Path) -> None:
 def test_flags_are_not_compared() -> None:
     parser = FlagParser()
     records.add_arguments(parser)
-    assert parser.names_with(compared=False) == ["log_every", "tensorboard", "pictures", "dist_measure", "grad_measure"]
+    assert parser.names_with(compared=False) == [
+        "log_every",
+        "logger",
+        "pictures",
+        "report",
+        "dist_measure",
+        "grad_measure",
+    ]
     opt = parser.parse_args([])
-    assert (opt.log_every, opt.tensorboard, opt.dist_measure, opt.grad_measure) == (1, True, False, False)
+    assert (opt.log_every, opt.logger, opt.dist_measure, opt.grad_measure) == (1, ["tensorboard"], False, False)
     opt = parser.parse_args(["--log_every", "0", "--no-tensorboard", "--dist_measure"])
-    assert (opt.log_every, opt.tensorboard, opt.dist_measure, opt.grad_measure) == (0, False, True, False)
+    assert (opt.log_every, opt.logger, opt.dist_measure, opt.grad_measure) == (0, [], True, False)
     with pytest.raises(UserError, match="at least 0"):
         parser.parse_args(["--log_every", "-1"])
 
@@ -974,6 +995,23 @@ def print_epochs(log: Records, console: Console, rows: list[Row], lower_is_bette
             log.add("train", {**train_row(row["Epochs"]), "Time": 60.0})
         log.add("val", row)
         console.print_epoch(row["Epochs"], log, best_epoch(log.rows["val"], console.metric, lower_is_better))
+
+
+def test_the_best_epoch_has_a_color_in_a_terminal_alone(
+    log: Records, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    rows = [val_row(1), val_row(2) | {"Recall @ 1": 0.1}]
+    print_epochs(log, Console(2, "Recall @ 1", "test classes"), rows)
+    plain = capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    print_epochs(log, Console(2, "Recall @ 1", "test classes"), rows)
+    colored = capsys.readouterr().out
+    assert "\033" not in plain
+    assert [line for line in colored.splitlines() if "\033" in line] == [
+        f"\033[32m{line}\033[0m" for line in plain.splitlines() if line.endswith(" *")
+    ]
 
 
 def test_each_epoch_is_a_line_in_which_the_best_is_marked(log: Records, capsys: pytest.CaptureFixture[str]) -> None:
