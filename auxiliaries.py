@@ -12,6 +12,7 @@ import difflib
 import errno
 import functools
 import inspect
+import itertools
 import json
 import math
 import os
@@ -83,10 +84,7 @@ def run_command(command: Callable[[], object], takes_ranks: bool = False) -> NoR
     try:
         start_ranks(takes_ranks)
         command()
-        if stop_ranks():  # threads of the process group may still run, which an ordinary end can't cope with
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
+        end_ranks()
     except UserError as error:
         if _speaks_first():
             print(f"{colored('error:', 'red', terminal)} {error}", file=terminal, flush=True)
@@ -183,15 +181,13 @@ def start_ranks(takes_ranks: bool = True) -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the end)
 
 
-def stop_ranks() -> bool:
-    """Waits for the other ranks, and leaves them; returns whether there were any."""
-    global _ranks, _store
-    are_several = _ranks.count > 1
-    if are_several:
+def end_ranks() -> None:
+    """Waits for the other ranks and ends the process; one without others goes on."""
+    if _ranks.count > 1:
         wait_for_ranks()
-        dist.destroy_process_group()
-    _ranks, _store = Ranks(), None
-    return are_several
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # threads of the process group still run, which an ordinary end can't cope with
 
 
 def _speaks_first() -> bool:
@@ -715,7 +711,16 @@ class NamesAction(argparse.Action):
 
 
 class _ManualFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Appends each flag's default, as a user would type it, to its help, unless the help says what it depends on."""
+    """Appends each flag's default, as a user would type it, to its help, unless the help says what it depends on.
+
+    Of a description it keeps empty lines, and lines that are indented, such as commands.
+    """
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        filled = []
+        for is_prose, lines in itertools.groupby(text.strip().splitlines(), lambda line: line[:1].strip() != ""):
+            filled += [super()._fill_text(" ".join(lines), width, indent)] if is_prose else [indent + x for x in lines]
+        return "\n".join(filled)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, False, [], {}):
@@ -750,6 +755,11 @@ class FlagParser(argparse.ArgumentParser):
         group = FlagGroup(self, title, **traits)
         self._action_groups.append(group)
         return group
+
+    def list_first(self, *titles: str) -> None:
+        """Lets the help begin with some groups of flags; in all else the order of declaration stays."""
+        first = [self._positionals, self._optionals]
+        self._action_groups.sort(key=lambda group: group not in first and group.title not in titles)
 
     def names_with(self, **traits: Any) -> list[str]:
         """The flags whose `FlagTraits` have these values, in order of declaration."""

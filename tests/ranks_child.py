@@ -83,4 +83,4 @@ if __name__ == "__main__":
     netlib.networkselect = small_network  # type: ignore[assignment]
     results = {name: train(flags) for name, flags in CASES.items()}
     torch.save(results, f"{sys.argv[1]}_{auxiliaries.ranks().number}")
-    auxiliaries.stop_ranks()
+    auxiliaries.end_ranks()

@@ -135,6 +135,8 @@ def test_run_folder_holds_what_its_readme_lists(small_flags: Flags, results: Pat
         "exclude.csv",  # see tests/test_csv_data.py
         "report.html",  # see tests/test_report.py
         "attention.png",
+        "verification.json",  # see tests/test_inference.py
+        ".training.index/",
         *(name for name in listed if "<" in name),
     }
     assert of_other_runs <= listed
@@ -196,11 +198,12 @@ def test_network_comes_back_from_hypa_and_checkpoint(
     opt = config.resolve(config.parse(flags))
     photo = str(Path(opt.source_path) / "tiny/images/class_0/0.jpg")
     exec(snippet[1].replace("Training_Results/glyphs/demo", str(results / "run")).replace("photo.jpg", photo), names)
-    assert names["embedding"].shape == (1, 16)
-    assert names["net"].backbone.transform_input is pretrained
+    net = names["model"].net
+    assert names["embeddings"].shape == (1, 16)
+    assert net.backbone.transform_input is pretrained
 
     loaders = datasets.give_dataloaders(opt, datasets.read_splits(opt.dataset, opt.source_path))
-    again = evaluate.embed(names["net"], loaders.test[0].query, torch.device("cpu"))
+    again = evaluate.embed(net, loaders.test[0].query, torch.device("cpu"))
     assert torch.equal(again, spaces[0].query)
 
 
