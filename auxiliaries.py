@@ -719,11 +719,12 @@ class _ManualFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         filled = []
         for is_prose, lines in itertools.groupby(text.strip().splitlines(), lambda line: line[:1].strip() != ""):
-            filled += [super()._fill_text(" ".join(lines), width, indent)] if is_prose else [indent + x for x in lines]
+            block = list(lines)
+            filled += [super()._fill_text(" ".join(block), width, indent)] if is_prose else [indent + x for x in block]
         return "\n".join(filled)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, [], {}):
+        if action.default in (None, False, [], {}) or "(default:" in str(action.help):
             return action.help
         if isinstance(action.default, list) and "%(default)" not in str(action.help):
             return f"{action.help} (default: {' '.join(map(str, action.default))})"

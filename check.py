@@ -4,7 +4,7 @@
 Read every image, and look for damaged files and for duplicates:
     python check.py cub200
     python check.py cub200 --run Training_Results/cub200/my_run
-Write which image is for what, of any split scheme:
+Write which image is for what, of any split scheme, by the command split (see check.py split --help):
     python check.py split cub200 --split_scheme cross_validation --fold 0 --out Datasets/cub200/fold_0.csv
 """
 
@@ -19,6 +19,7 @@ if __name__ == "__main__" and "_ARGCOMPLETE" in os.environ:  # a shell asks what
 
 import argparse
 import hashlib
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -75,7 +76,8 @@ def add_arguments(parser: FlagParser) -> None:
 
 def build_parser(prog: str, add_own: Callable[[FlagParser], None]) -> FlagParser:
     """The parser of one of the commands: its own flags, and those of main.py that say what is for what."""
-    parser = FlagParser(prog=prog, description=__doc__, known_elsewhere=config.KNOWN_ELSEWHERE)
+    usage = None if prog.endswith("split") else f"{prog} [flags] NAME\n       {prog} split [flags] NAME"
+    parser = FlagParser(prog=prog, usage=usage, description=__doc__, known_elsewhere=config.KNOWN_ELSEWHERE)
     parser.add_argument("dataset", metavar="NAME", help="what main.py takes as --dataset")
     add_own(parser)
     datasets.add_source_arguments(parser.add_argument_group("data"))
@@ -131,7 +133,8 @@ class Inventory:
 
     def describe(self, i: int) -> str:
         """An image with its class and split, in words."""
-        return f"{self.paths[i]} ({self.class_names[self.labels[i]]}, {datasets.PARTS[self.splits[i]]})"
+        path = datasets.printable(self.paths[i])
+        return f"{path} ({self.class_names[self.labels[i]]}, {datasets.PARTS[self.splits[i]]})"
 
     def subset(self, chosen: np.ndarray) -> Inventory:
         """The images at some positions."""
@@ -504,13 +507,24 @@ def print_pairs(found: Findings) -> None:
         print(f"    {shown(images.class_names[one])} and {shown(images.class_names[other])}: {count} pairs")
 
 
+def refuse_unwritable(folder: Path) -> None:
+    """Makes sure, before all images are read, that a folder can be made and written to.
+
+    Raises:
+        UserError: it can't.
+    """
+    place = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.exists(place))
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"{place} is not a folder that can be written to: choose another --out")
+
+
 def save_findings(
     folder: Path, opt: argparse.Namespace, whole: Inventory, found: Findings, problems: Sequence[tuple[str, str, str]]
 ) -> None:
     """Writes what a check finds: a page of pairs, images to leave out, problems, and the sizes of classes.
 
     Raises:
-        UserError: the folder can't be written to, or a name is not UTF-8.
+        UserError: the folder can't be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -519,7 +533,13 @@ def save_findings(
     root = datasets.image_folder(opt.dataset, opt.source_path)
 
     def save(name: str, columns: Sequence[str], rows: Iterable[tuple[str, ...]]) -> None:
-        datasets.save_image_table(folder / name, columns, rows, root)
+        names = {row: datasets.printable(row[0]) for row in rows}
+        odd = [name for row, name in names.items() if row[0] != name]
+        if odd:
+            few = f"{len(odd)} images whose names are not UTF-8, such as {odd[0]}"
+            notice(f"{folder / name} lacks {few}: rename these files, and check again")
+        held = [row for row, name in names.items() if row[0] == name]
+        datasets.save_image_table(folder / name, columns, held, root)
 
     save("exclude.csv", ("reason",), found.excluded.items())
     save("problems.csv", ("problem", "detail"), problems)
@@ -555,16 +575,17 @@ def check(argv: Sequence[str]) -> Findings:
         raise UserError("--near_distance does nothing without --run: add that, or drop it")
     opt = resolve(parser, own, default_fold=0)
     opt = config.with_flags(opt, exif_orientation=own.exif_orientation)
+    folder = Path(own.out or Path("Training_Results") / f"check_{opt.dataset}")
+    refuse_unwritable(folder)
     whole = list_images(datasets.give_splits(opt))
     found = inspect_images(whole, own)
     problems = list_problems(found, own.min_side)
     print_findings(opt.dataset, whole, found, problems)
-    folder = Path(own.out or Path("Training_Results") / f"check_{opt.dataset}")
     save_findings(folder, opt, whole, found, problems)
     page = f"the pairs: {folder / 'pairs.html'}; " if found.pairs else ""
     print(f"{page}all else: {folder}")
     if found.excluded:
-        print(f"leave out {len(found.excluded)} images: --exclude {folder / 'exclude.csv'}")
+        print(f"leave out {len(found.excluded)} images: --exclude {shlex.quote(str(folder / 'exclude.csv'))}")
     return found
 
 
@@ -602,7 +623,7 @@ def split(argv: Sequence[str]) -> None:
     root = datasets.image_folder(opt.dataset, opt.source_path)
     if file.absolute().parent not in (root.absolute(), *root.absolute().parents):
         notice(f"{file} names images by absolute paths: to share it, write it into {root}")
-    print(f"python main.py {' '.join(['--dataset', str(file), *differing_defaults(opt.dataset)])}")
+    print(shlex.join(["python", "main.py", "--dataset", str(file), *differing_defaults(opt.dataset)]))
 
 
 def differing_defaults(dataset: str) -> list[str]:

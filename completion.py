@@ -165,7 +165,7 @@ def _completer(dest: str, names: list[str], is_path: bool) -> Callable[..., Iter
 
 def dataset_folders() -> Iterator[str]:
     """The folders and CSV files in Datasets."""
-    return (path.name for path in Path("Datasets").glob("*") if path.is_dir())
+    return (path.name for path in Path("Datasets").glob("*") if path.is_dir() or path.suffix.lower() == ".csv")
 
 
 def run_folders() -> Iterator[str]:

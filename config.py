@@ -128,6 +128,8 @@ def add_arguments(parser: FlagParser) -> None:
         "run folder; then stop, with nothing written")
     add("--accept_changed_data", action="switch",
         help="continue or evaluate a run although its images or their classes have changed since it began")
+
+    add = parser.add_argument_group("with --evaluate", stored=False).add_argument
     add("--eval_reference_set", choices=("compared_to_self", "compared_to_sets_combined", "compared_to_training_set"),
         needs="evaluate",
         help="--evaluate: where queries search: in their own set (or its gallery), in all --splits_to_eval together, "
@@ -171,6 +173,7 @@ def compose_parser(prog: str, description: str, tunes: bool = False) -> FlagPars
     for module in (datasets, transforms, netlib, features, image_cache, losses, methods, evaluate, records, retrieval):
         module.add_arguments(parser)
     add_arguments(parser)
+    parser.list_first("run", "configuration", "finished and interrupted runs")
     return parser
 
 

@@ -569,7 +569,8 @@ def give_splits(opt: argparse.Namespace) -> Splits:
     """
     cuts_anew = opt.split_scheme in ("cross_validation", "closed_set")
     test_size = TEST_SIZE if cuts_anew else opt.test_size
-    wanted = (opt.dataset, opt.source_path, opt.download, opt.download_url, test_size, opt.exclude)
+    may_download = opt.download and not opt.dry_run
+    wanted = (opt.dataset, opt.source_path, may_download, opt.download_url, test_size, opt.exclude)
     kept = _kept[-1] if _kept else {}
     if wanted not in kept:
         kept[wanted] = read_splits(*wanted)
@@ -1364,7 +1365,8 @@ def save_table(file: Path, names: Sequence[str], rows: Iterable[Sequence[Any]]) 
             writer.writerow(names)
             writer.writerows(rows)
     except UnicodeEncodeError as error:
-        name = printable(error.object)
+        values = next(csv.reader(io.StringIO(error.object)))  # of the row
+        name = printable(next(value for value in values if printable(value) != value))
         raise UserError(f"{file} can't hold a name that is not UTF-8, {shown(name)}: rename that file") from None
 
 
@@ -1384,8 +1386,8 @@ def leave_out(splits: Splits, file: Path, dataset: str, folder: Path) -> Splits:
         UserError: the file can't be read, or lists what is not an image of the dataset.
     """
     table = read_csv(file, ("path",))
-    listed = real_files([os.path.join(folder, path) for path in table.columns["path"]])
-    listed = _with_boxes(listed, read_boxes(table))
+    boxes = read_boxes(table)
+    listed = _with_boxes(real_files([os.path.join(folder, path) for path in table.columns["path"]]), boxes)
     wanted, found, dropped = set(listed), set[str](), set[str]()
     is_kept: dict[int, np.ndarray] = {}
     for _, images in splits.named_sets():
@@ -1397,9 +1399,12 @@ def leave_out(splits: Splits, file: Path, dataset: str, folder: Path) -> Splits:
     unknown = [i for i, path in enumerate(listed) if path not in found]
     if unknown:
         more = f", nor are those of {len(unknown) - 1} other rows" if len(unknown) > 1 else ""
-        problem = f"{shown(table.columns['path'][unknown[0]])} is not an image of {dataset}{more}"
-        raise table.error(unknown[0], "path", f"{problem}: correct the path, or remove the row")
+        box = f" with the crop box {', '.join(map(str, boxes[unknown[0]] or ()))}" if boxes[unknown[0]] else ""
+        problem = f"{shown(table.columns['path'][unknown[0]])}{box} is not an image of {dataset}{more}"
+        raise table.error(unknown[0], "path", f"{problem}: correct it (relative paths begin in {folder}), or remove it")
     left = [f"{(~is_kept[id(images)]).sum()} of {len(images)} of {name}" for name, images in splits.named_sets()]
+    if not any(kept.any() for kept in is_kept.values()):
+        raise UserError(f"--exclude {file} leaves out all {len(dropped)} images of {dataset}: remove some of its rows")
     notice(f"--exclude {file} leaves out {len(dropped)} images of {dataset}: {', '.join(left)}")
     return splits.map(lambda images: images.subset(is_kept[id(images)]))
 

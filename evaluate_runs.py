@@ -201,7 +201,10 @@ def evaluate_costs(folder: Path, opt: argparse.Namespace, embedded: EmbeddedSpli
             of_split.append({"split": split, "dimensions": dim, "precision": precision, "bytes": size, **metrics})
             recall, map_at_r = (records.mean_over_sets(metrics, name) for name in ("Recall @ 1", "MAP@R"))
             print(f"{dim:>10}  {precision:9}  {size:>5}  {recall:>10.4f}  {map_at_r:.4f}")
-        plots.save_costs(folder / f"embedding_costs_{split}.svg", of_split, f"Recall @ 1, {split}")
+        try:
+            plots.save_costs(folder / f"embedding_costs_{split}.svg", of_split, f"Recall @ 1, {split}")
+        except UserError as error:
+            notice(f"the costs of {split} embeddings are not drawn: {error}")
         rows += of_split
     return rows
 
@@ -339,12 +342,11 @@ def _selected(run: runs.Run, loaders: datasets.Loaders) -> tuple[int, str]:
 
 
 def save_report(run: runs.Run, loaders: datasets.Loaders, device: torch.device, summary: Mapping[str, Any]) -> None:
-    """Writes the page of a run that has ended, unless --no-report; where it can't be written, a notice says so."""
+    """Writes the page of a run that has ended, unless --no-report; where it can't be made, a notice says so."""
     if not run.opt.report:
         return
-    spaces = selected_spaces(run, loaders, device)
     try:
-        report.save_run_page(run, spaces, summary)
+        report.save_run_page(run, selected_spaces(run, loaders, device), summary)
     except UserError as error:
         notice(f"there is no page of this run: {error}")
     else:
@@ -466,6 +468,8 @@ def fit_components(reference: Sequence[Points], dim: int, normalize: bool = Fals
 def draw_tsne(folder: Path, split: str, points: Points, class_names: Sequence[str], size: int, seed: int) -> None:
     """Draws a t-SNE plot of all images of a few classes, chosen at random but always the same ones.
 
+    Where it can't be written, a notice says so.
+
     Args:
         folder: the run folder.
         split: the split's name, for the title and the file.
@@ -474,20 +478,20 @@ def draw_tsne(folder: Path, split: str, points: Points, class_names: Sequence[st
         size: number of images, at most.
         seed: of the choice of classes.
     """
-    from sklearn.manifold import TSNE
-
     classes, labels = np.unique(points.labels, return_inverse=True)
     count = min(size, len(labels))
     rank = np.random.default_rng(seed).permutation(len(classes))
     chosen = np.argsort(rank[labels], kind="stable")[:count]
     values = points.embeddings[torch.from_numpy(chosen)].cpu().numpy()  # (count, D)
-    start = "pca" if values.shape[1] > 1 else "random"
-    flat = TSNE(perplexity=min(30, (count - 1) / 3), init=start, random_state=0).fit_transform(values)  # (count, 2)
+    flat = report.flatten(values, max_iter=1000)  # (count, 2)
     num_classes = len(np.unique(labels[chosen]))
     path = folder / f"tsne_{split}.png"
     title = f"t-SNE of {count} {split} images of {num_classes} classes, one color per class"
-    plots.save_scatter(path, flat, points.labels[chosen], title, class_names)
-    records.show_in_tensorboard(folder / "tensorboard/evaluation", f"t-SNE {split}", path)
+    try:
+        plots.save_scatter(path, flat, points.labels[chosen], title, class_names)
+        records.show_in_tensorboard(folder / "tensorboard/evaluation", f"t-SNE {split}", path)
+    except UserError as error:
+        notice(f"the t-SNE plot of {split} images is not kept: {error}")
 
 
 # Where similarities come from

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import secrets
 import sqlite3
 import zlib
@@ -129,6 +130,8 @@ def _walk(root: Path) -> Iterator[str]:
 def _read_csv(file: Path) -> Gallery:
     """A gallery from a CSV file; relative paths are relative to its folder."""
     table = datasets.read_csv(file, ("path",))
+    if not len(table):
+        raise UserError(f"{file} has no rows below the names of its columns: list images in it")
     boxes = datasets.read_boxes(table)
     listed = [path if box is None else with_box(path, box) for path, box in zip(table.columns["path"], boxes)]
     names = list(dict.fromkeys(listed))
@@ -255,7 +258,7 @@ def choose_kind(num_images: int) -> str:
 
 def default_folder(source: Path) -> Path:
     """Where the index of a gallery is kept: a hidden folder beside it."""
-    path = source.absolute()
+    path = Path(os.path.abspath(source))  # which leaves no `..` at its end
     return path.parent / f".{path.name}.index"
 
 
@@ -289,7 +292,7 @@ def open_index(gallery: Gallery, folder: Path, key: str, dim: int, embed: Embed,
 
 def _refused(folder: Path, error: OSError) -> UserError:
     return UserError(
-        f"the index {folder} can't be written ({error.strerror}): {disk_advice(error)}, by --index_path FOLDER"
+        f"the index {folder} can't be written ({error.strerror}): {disk_advice(error)} (--index_path names its folder)"
     )
 
 
@@ -375,7 +378,7 @@ class _Store:
             raise PermissionError(13, "Permission denied")
         self.database.close()
         for file in self.folder.iterdir():
-            if file.name.startswith((DATABASE, "vectors-")):
+            if re.match(rf"({re.escape(DATABASE)}|vectors-[0-9a-f]{{12}})(\W|$)", file.name):  # not what is the user's
                 file.unlink()
         self.database = self._connect()
         self.database.executescript(TABLES)
@@ -504,7 +507,7 @@ class _Store:
         there = [i for i, name in enumerate(gallery.names) if os.fsencode(name) in row_of]
         readable = gallery.subset(there)
         rows = np.array([row_of[os.fsencode(name)] for name in readable.names], np.int64)
-        kind = kind or choose_kind(len(rows))
+        kind = "flat" if len(rows) < 2 else kind or choose_kind(len(rows))  # faiss needs two to train on
         faiss_index = None if kind == "flat" else self._give_faiss_index(kind)
         return Index(readable, self.map_vectors(), rows, kind, faiss_index)
 

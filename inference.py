@@ -308,7 +308,7 @@ def add_search_arguments(parser: auxiliaries.FlagParser) -> None:
     add("--html", type=partial(output_file, (".html", ".htm")), metavar="FILE",
         help="write a page of queries with what was found")
     # fmt: on
-    retrieval.add_arguments(parser)
+    retrieval.add_arguments(parser, "better retrieval")
 
 
 def search_images(opt: argparse.Namespace) -> list[list[Match]]:
@@ -317,10 +317,10 @@ def search_images(opt: argparse.Namespace) -> list[list[Match]]:
     better = [f"--{name}" for name in BETTER if getattr(opt, name)]
     if better and opt.index not in (None, "flat"):
         raise UserError(f"{better[0]} compares with every image, and --index {opt.index} does not: drop one of them")
-    gallery = list_gallery(Path(opt.gallery))
+    gallery = list_images("--gallery", opt.gallery)
     for query in opt.query:
         if not Path(transforms.split_box(query)[0]).is_file():
-            raise UserError(f"--query {query} is not a file: give image files")
+            raise UserError(f"--query {auxiliaries.shown(query)} is not a file: give image files")
     model = replace(load_for(opt), mirrors=opt.tta == "flip")
     points = model.embed(opt.query)
     index = model.open_index(gallery, "flat" if better else opt.index, opt.index_path and Path(opt.index_path))
@@ -397,7 +397,7 @@ def describe_index(index: Index, k: int) -> str:
     text = f"{len(index)} images, index {index.kind}"
     if index.kind == "flat":
         return f"{text}: exact search"
-    k = min(k, len(index) - 1) or 1
+    k = min(k, len(index) - 1)
     return f"{text}: finds {index.measure_recall(k):.1%} of the {k} nearest images that exact search finds"
 
 
@@ -414,7 +414,7 @@ def show_results(
     """
     exif = model.opt.exif_orientation
     if opt.html:
-        title = f"Images of {Path(opt.gallery).name} nearest to {len(results)} queries, by {model.folder.name}"
+        title = f"Search in {Path(opt.gallery).name}"
         report.save_search_page(opt.html, title, list(zip(opt.query, results)), exif)
         print(f"\npage: {opt.html}")
     png = opt.png or (None if opt.html else Path("search.png"))
@@ -442,7 +442,8 @@ def add_embed_arguments(parser: auxiliaries.FlagParser) -> None:
 
 def embed_images(opt: argparse.Namespace) -> int:
     """The command `embed`: writes the embeddings of any number of images, and returns how many."""
-    gallery = list_gallery(Path(opt.images))
+    gallery = list_images("--images", opt.images)
+    refuse_to_replace(opt.images, opt.out, *([opt.out.with_suffix(".csv")] if opt.out.suffix.lower() == ".npy" else []))
     if opt.out.suffix.lower() == ".parquet":
         import_pyarrow()
     model, errors, count = load_for(opt), dict[int, UserError](), 0
@@ -568,12 +569,19 @@ class Pair(NamedTuple):
     distance: float
     same: bool
 
+    def row(self) -> records.Row:
+        """The pair as a row of a table."""
+        paths = {name: datasets.printable(getattr(self, name)) for name in ("path_a", "path_b")}
+        return {**paths, "distance": self.distance, "same": int(self.same)}
+
 
 def compare_pairs(opt: argparse.Namespace) -> list[Pair]:
     """The command `pairs`: prints and returns, for pairs of images, whether they show the same class."""
     if (opt.images is None) == (opt.pairs is None):
         raise UserError("which pairs? Give --images IMAGE IMAGE, or --pairs CSV, and not both")
-    listed = read_pairs(Path(opt.pairs)) if opt.pairs else [tuple(opt.images)]
+    if opt.pairs is not None and opt.out:
+        refuse_to_replace(opt.pairs, opt.out)
+    listed = [tuple(opt.images)] if opt.pairs is None else read_pairs(Path(opt.pairs))
     for path in opt.images or ():
         transforms.check_image(path)  # before a threshold is chosen, which takes longer
     model = load_for(opt)
@@ -585,7 +593,7 @@ def compare_pairs(opt: argparse.Namespace) -> list[Pair]:
     if len(pairs) > 1:
         print(f"{same} of {len(pairs)} pairs are the same, up to the distance {threshold:.4f}")
     if opt.out:
-        records.save_rows(opt.out, [{**pair._asdict(), "same": int(pair.same)} for pair in pairs])
+        records.save_rows(opt.out, [pair.row() for pair in pairs])
         print(f"table: {opt.out}")
     if opt.html:
         intro = f"{same} of {len(pairs)} are taken for pairs of one class: those up to the distance {threshold:.4f}."
@@ -624,7 +632,7 @@ def measure_pairs(
         source: where they are listed.
 
     Raises:
-        UserError: no image can be read, or one of a single pair can't.
+        UserError: no pair has two images that can be read.
     """
     files = list(dict.fromkeys(file for pair in listed for file in pair))
     vectors, errors = np.empty((len(files), model.net.embed_dim), np.float32), dict[int, UserError]()
@@ -641,6 +649,8 @@ def measure_pairs(
             difference = vectors[position[one]].astype(np.float64) - vectors[position[other]]
             distance = float(np.linalg.norm(difference))
             pairs.append(Pair(one, other, distance, distance <= threshold))
+    if not pairs:
+        raise UserError(f"in each pair of {source} there is an image that can't be read: correct the paths")
     return pairs
 
 
@@ -781,6 +791,28 @@ def output_file(suffixes: Sequence[str], text: str) -> Path:
     return path
 
 
+def list_images(flag: str, source: str) -> Gallery:
+    """The images of a flag, see `index.list_gallery`.
+
+    Raises:
+        UserError: it says nothing, which would stand for the current folder, or contains no images.
+    """
+    if not source:
+        raise UserError(f"{flag} is empty: give a folder of images, or a CSV file that lists them")
+    return list_gallery(Path(source))
+
+
+def refuse_to_replace(source: str, *written: Path) -> None:
+    """Makes sure that no file that is written is the one that lists the images.
+
+    Raises:
+        UserError: one is.
+    """
+    for path in written:
+        if path.exists() and os.path.exists(source) and os.path.samefile(path, source):
+            raise UserError(f"--out would replace {path}, which lists the images: give another name")
+
+
 def load_for(opt: argparse.Namespace) -> EmbeddingModel:
     """The network that a command's flags name."""
     return replace(load(opt.run, auxiliaries.pick_device(opt.gpu)), bs=opt.bs)
@@ -810,7 +842,8 @@ def build_parser() -> auxiliaries.FlagParser:
         dest="command", metavar="COMMAND", required=True, parser_class=auxiliaries.CommandParser
     )
     for name, command in COMMANDS.items():
-        command.add_arguments(commands.add_parser(name, help=command.help, description=command.help))
+        sentence = f"{command.help[0].upper()}{command.help[1:]}."
+        command.add_arguments(commands.add_parser(name, help=command.help, description=sentence))
     return parser
 
 

@@ -270,8 +270,10 @@ class Sender(Logger):
         self.sent: dict[str, list[int]] = {}
 
     def open(self, rows: Rows) -> None:
-        saved = load_json(self.file) if self.file.exists() else {}
-        if saved.get("server") == self.server():
+        saved = load_json(self.file) if self.file.exists() else {"server": None, "run": "", "sent": {}}
+        if not isinstance(saved, dict) or {*saved} != {"server", "run", "sent"}:
+            raise UserError(f"{self.file} is damaged: move it away")
+        if saved["server"] == self.server():
             self.run_id, self.sent = saved["run"], saved["sent"]
         begun = self.start(self.run_id)
         if begun != self.run_id:
@@ -391,7 +393,7 @@ class MLflow(Sender):
     needs = ("mlflow", "sqlalchemy", "alembic")
 
     def server(self) -> str:
-        return os.environ.get("MLFLOW_TRACKING_URI", "")
+        return re.sub(r"(?<=://)[^/]*@", "", os.environ.get("MLFLOW_TRACKING_URI", ""))  # without a password
 
     def start(self, run_id: str) -> str:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # of 7, which take minutes
@@ -400,8 +402,13 @@ class MLflow(Sender):
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
         logging.getLogger("alembic").setLevel(logging.WARNING)
         folder = self.folder.absolute()
-        self.place = self.server() or f"sqlite:///{folder}/mlflow.db"
-        self.client = mlflow.MlflowClient(tracking_uri=self.place)
+        own = f"sqlite:///{folder}/mlflow.db"
+        if not self.server() and {"?", "%"} & {*own}:
+            raise UserError(
+                f"{folder} has ? or % in its name, which addresses of databases can't: set a tracking server"
+            )
+        self.place = self.server() or own
+        self.client = mlflow.MlflowClient(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or own)
         if run_id:
             try:
                 self.client.update_run(run_id, status="RUNNING")
@@ -474,7 +481,7 @@ def check(names: Sequence[str]) -> None:
 
 
 class Mirrors:
-    """The mirrors of one run; one that fails is closed with a notice.
+    """The mirrors of one run; one that fails is given up with a notice.
 
     Args:
         names: keys of `LOGGERS`.

@@ -95,11 +95,11 @@ def main(opt: argparse.Namespace, folder: Path | None = None, only_check: bool =
             plan.print_plan(run, loaders, device)
         return {}
 
+    image_cache.use_cached_images(opt, loaders)  # before there is a run folder: the disk may be too full
     with runs.open_run(opt, splits, method, device, folder) as run, records.resume_hint(run.folder):
         plan.print_start(run, device, len(loaders.train))
         if opt.cache_features is not None:
             loaders = features.give_cached_loaders(opt, loaders, [method.net, method.evaluated], device)
-        image_cache.use_cached_images(opt, loaders)
         classes = "validation classes" if splits.val else "test classes"
         console = records.Console(opt.n_epochs, opt.eval_metric_for_best_epoch, classes)
         gradients = None

@@ -47,6 +47,19 @@ UNREADABLE = (  # stands for an image that is gone or damaged
 )
 
 
+def check_libraries() -> None:
+    """Makes sure that pages can be made.
+
+    Raises:
+        UserError: a library that they need can't be imported.
+    """
+    try:
+        import bokeh.plotting  # noqa: F401
+        import jinja2  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"a page needs {error.name}: pip install jinja2 bokeh") from None
+
+
 @by_first_rank
 def render(template: str, path: Path, plots: Mapping[str, Model] | None = None, **values: Any) -> None:
     """Writes one self-contained page.
@@ -59,8 +72,9 @@ def render(template: str, path: Path, plots: Mapping[str, Model] | None = None, 
         values: what else the template shows; text is escaped.
 
     Raises:
-        UserError: the page can't be written.
+        UserError: the page can't be written, or a library that it needs can't be imported.
     """
+    check_libraries()
     import jinja2
     from bokeh.embed import components
     from bokeh.resources import Resources
@@ -389,17 +403,26 @@ def choose_for_map(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     return by_class[position < most][:count]
 
 
-def flatten(points: np.ndarray) -> np.ndarray:
-    """Points `(N, D)` in the plane, `(N, 2)`: by t-SNE, or, where there are few or all are the same, by PCA."""
-    if len(points) < 10 or not np.ptp(points, axis=0).any():
-        left, values, _ = np.linalg.svd(points - points.mean(axis=0), full_matrices=False)
+def flatten(points: np.ndarray, max_iter: int = 500) -> np.ndarray:
+    """Points `(N, D)` in the plane, `(N, 2)`: by t-SNE, or, where there are few or all are the same, by PCA.
+
+    Args:
+        points: of any scale.
+        max_iter: iterations of t-SNE.
+    """
+    points = points.astype(np.float64) - points.mean(axis=0, dtype=np.float64)
+    largest = float(np.abs(points).max(initial=0))
+    # scikit-learn's t-SNE squares them in float32, and crashes where these are all 0
+    points = (points / (largest or 1)).astype(np.float32)
+    if len(points) < 10 or not largest:
+        left, values, _ = np.linalg.svd(points, full_matrices=False)
         flat = (left * values)[:, :2]
         return np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
     from sklearn.manifold import TSNE
 
     start = "pca" if points.shape[1] > 1 else "random"
     perplexity = min(30, (len(points) - 1) / 3)
-    return TSNE(perplexity=perplexity, init=start, max_iter=500, random_state=0).fit_transform(points)
+    return TSNE(perplexity=perplexity, init=start, max_iter=max_iter, random_state=0).fit_transform(points)
 
 
 # Charts
@@ -527,8 +550,9 @@ def save_run_page(run: runs.Run, spaces: Sequence[EmbeddingSpace], summary: Mapp
         summary: how it ended, from `records.build_summary`.
 
     Raises:
-        UserError: it can't be written.
+        UserError: it can't be written, or a library that it needs can't be imported.
     """
+    check_libraries()
     opt, sets = run.opt, run.splits.test or run.splits.val
     pictured = Pictured(spaces[0], sets[0], opt.exif_orientation)
     searched = search_some(spaces[0], opt.seed)
@@ -840,7 +864,10 @@ def _draw_distances(distances: Mapping[str, np.ndarray]) -> Figure:
     from bokeh.models import ColumnDataSource, DataRange1d, HoverTool
 
     chart = new_chart("distance", "share of pairs, %", y_range=DataRange1d(start=0))
-    edges = np.histogram_bin_edges(np.concatenate([*distances.values()]), bins=60)
+    every = np.concatenate([*distances.values()])
+    low, high = every.min(), every.max()
+    room = 0.0 if high - low > 1e-9 * high else high / 2 or 0.5  # they differ by rounding at most
+    edges = np.linspace(low - room, high + room, 61)
     for (name, values), color in zip(distances.items(), COLORS):
         share = 100 * np.histogram(values, edges)[0] / len(values)
         columns: dict[str, Any] = {"left": edges[:-1], "right": edges[1:], "top": share, "name": [name] * len(share)}
@@ -970,6 +997,7 @@ def _changes(folder: Path) -> list[tuple[int, str]]:
 MOST_COMPARED = 8  # configurations whose classes are shown
 SHOWN_CLASSES = 8  # that gain, and that lose
 MOST_LISTED = 500  # runs
+MOST_DOTS = 3000  # classes in a chart
 
 
 @dataclass(frozen=True)
@@ -1057,8 +1085,9 @@ def save_comparison_page(path: Path, compared: ComparedRuns) -> None:
     """Writes the page of a comparison.
 
     Raises:
-        UserError: it can't be written.
+        UserError: it can't be written, or a library that it needs can't be imported.
     """
+    check_libraries()
     charts: dict[str, Model] = {}
     colors = dict(zip([row.label for row in compared.table], itertools.cycle(COLORS)))
     if any(compared.bands.values()):
@@ -1127,10 +1156,11 @@ def _draw_bands(
 
 
 def _draw_classes(one: ClassDifferences, color: str) -> Figure:
-    """Each class by the reference's figure and this configuration's; classes above the diagonal gain."""
+    """Classes by the reference's figure and this configuration's; those above the diagonal gain."""
     from bokeh.models import ColumnDataSource, HoverTool, NumeralTickFormatter, Range1d
 
-    reference, values = np.array(one.reference), np.array(one.values)
+    shown = np.sort(np.random.default_rng(0).permutation(len(one.names))[:MOST_DOTS])  # all, unless there are more
+    reference, values, sizes = (np.array(column)[shown] for column in (one.reference, one.values, one.sizes))
     low, high = min(reference.min(), values.min()), max(reference.max(), values.max())
     room = 0.05 * (high - low) or 0.5
     bounds = low - room, high + room
@@ -1139,9 +1169,9 @@ def _draw_classes(one: ClassDifferences, color: str) -> Figure:
     for axis in chart.axis:
         axis.formatter = NumeralTickFormatter(format="0.00")
     chart.line(bounds, bounds, color=GRAY, line_dash="dotted", line_alpha=0.8)
-    size = 4 + 8 * np.sqrt(np.array(one.sizes) / max(one.sizes))
-    columns: dict[str, Any] = {"x": reference, "y": values, "size": size, "queries": list(one.sizes)}
-    columns["name"] = [plots.display_name(name) for name in one.names]
+    size = 4 + 8 * np.sqrt(sizes / max(one.sizes))
+    columns: dict[str, Any] = {"x": reference, "y": values, "size": size, "queries": sizes.tolist()}
+    columns["name"] = [plots.display_name(one.names[i]) for i in shown]
     columns["difference"] = [f"{gain:+.4f}" for gain in values - reference]
     source = ColumnDataSource(columns)
     points = chart.scatter("x", "y", source=source, size="size", color=color, alpha=0.6, line_color=None)
@@ -1165,7 +1195,8 @@ def _most_changed(one: ClassDifferences) -> dict[str, Any]:
     counts = (
         f"{len(winners)} of {len(gains)} classes gain, {len(losers)} lose, {len(gains) - len(winners) - len(losers)}"
     )
+    drawn = f" The chart shows {MOST_DOTS:,} of them, chosen at random." if len(gains) > MOST_DOTS else ""
     return {
-        "counts": f"{counts} stay as they are.",
+        "counts": f"{counts} stay as they are.{drawn}",
         "tables": [("gain most", rows(winners[:SHOWN_CLASSES])), ("lose most", rows(losers[:SHOWN_CLASSES]))],
     }

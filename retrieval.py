@@ -30,10 +30,10 @@ SMALLEST_VARIANCE = 1e-9  # of a component that is whitened, as a share of the l
 SpaceChange = Callable[[EmbeddingSpace], EmbeddingSpace]
 
 
-def add_arguments(parser: FlagParser) -> None:
-    """Declares the flags of what makes retrieval better."""
+def add_arguments(parser: FlagParser, title: str = "better retrieval, with --evaluate") -> None:
+    """Declares the flags of what makes retrieval better, in a group of a title."""
     # fmt: off
-    add = parser.add_argument_group("better retrieval", stored=False, needs="evaluate").add_argument
+    add = parser.add_argument_group(title, stored=False, needs="evaluate").add_argument
     add("--tta", choices=("flip",),
         help="flip: embed each image and its mirror image, and take the mean; takes twice as long")
     add("--whiten", action="switch",

@@ -532,7 +532,7 @@ def check_data(folder: Path, opt: argparse.Namespace, splits: datasets.Splits) -
         return
     words = f"the data have changed since {folder} was trained: {'; '.join(differences)}"
     if not opt.accept_changed_data:
-        raise UserError(f"{words}. Restore them, or give --accept_changed_data")
+        raise UserError(f"{words}: restore them, or give --accept_changed_data")
     notice(words)
 
 

@@ -220,6 +220,7 @@ def build_parser() -> FlagParser:
     """The parser of main.py's flags, which take suffixes here, and of the script's own."""
     parser = config.compose_parser("tune.py", f"{str(__doc__).splitlines()[0]} {SUFFIXES}", tunes=True)
     add_arguments(parser)
+    parser.list_first("tuning")
     parser.take_suffixes()
     return parser
 

@@ -797,8 +797,15 @@ def test_help_shows_defaults_as_a_user_would_type_them() -> None:
     add("--off", action="switch", help="another one")
     add("--none", nargs="*", default=[], metavar="N", help="a list")
     add("--lr", default=1e-5, help="a rate")
-    found = re.findall(r"(in %|parameters|a switch|another one|a list|a rate)(.*)", parser.format_help())
+    add("--all", nargs="+", default=["a", "b"], help="names (default: all)")
+    found = re.findall(r"(in %|parameters|a switch|another one|a list|a rate|names)(.*)", parser.format_help())
     assert found == [
         *[("in %", " (default: 100.0 50.0)"), ("parameters", ""), ("a switch", " (default: on)")],
-        *[("another one", ""), ("a list", ""), ("a rate", " (default: 1e-05)")],
+        *[("another one", ""), ("a list", ""), ("a rate", " (default: 1e-05)"), ("names", " (default: all)")],
     ]
+
+
+def test_help_keeps_empty_lines_and_indented_commands() -> None:
+    command = f"    python main.py {'--flag ' * 20}".rstrip()
+    text = FlagParser(prog="main.py", description=f"One\nsentence.\n\nDo it:\n{command}\nAnd\nmore.\n").format_help()
+    assert f"\n\nOne sentence.\n\nDo it:\n{command}\nAnd more.\n\n" in text

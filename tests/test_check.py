@@ -359,3 +359,47 @@ def test_wrong_ways_to_write_splits_are_refused(
     with pytest.raises(UserError, match=r"a.csv exists: move it away"):
         check.command(["split", "tiny", "--source_path", str(data), "--out", "a.csv"])
     assert (tmp_path / "a.csv").read_text() == "mine"
+
+
+def test_help_names_both_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        check.command(["--help"])
+    text = capsys.readouterr().out
+    assert text.startswith("usage: check.py [flags] NAME\n       check.py split [flags] NAME\n\n")
+    assert "\n    python check.py cub200\n" in text
+    assert "by the command split" in text
+
+
+def test_a_place_that_cant_be_written_to_is_refused_before_images_are_read(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(check, "read_images", lambda *_: pytest.fail("images are read"))
+    for place in ("file", "file/folder"):
+        with pytest.raises(UserError, match=r"/file is not a folder that can be written to: choose another --out"):
+            run("odd", source, tmp_path / place)
+
+
+def test_commands_to_copy_are_quoted(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    check.command(["split", "tiny", "--source_path", str(data), "--out", "my split.csv"])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("python main.py --dataset 'my split.csv'")
+
+
+def test_images_whose_names_are_not_utf8_are_told_and_nothing_else_is_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for label, name in enumerate("abcd"):
+        (tmp_path / "odd/images" / name).mkdir(parents=True)
+        for number in range(2):
+            smooth(10 * label + number).save(tmp_path / "odd/images" / name / f"{number}.png")
+    for copy in ("\udcff.png", "2.png"):
+        shutil.copy(tmp_path / "odd/images/a/0.png", tmp_path / "odd/images/b" / copy)
+    run("odd", tmp_path, tmp_path / "out", "--near", "0")
+    told = r"exclude.csv lacks 1 images whose names are not UTF-8, such as .*b/\\udcff.png: rename these files"
+    assert re.search(told, capsys.readouterr().err)
+    assert [row["path"] for row in table(tmp_path / "out/exclude.csv")] == ["images/b/2.png"]
+    assert (tmp_path / "out/pairs.html").exists()
+    assert (tmp_path / "out/classes.csv").exists()

@@ -30,6 +30,7 @@ def place(tmp_path: Path) -> Path:
         (tmp_path / "Training_Results/birds" / name / "config.yaml").touch()
     (tmp_path / "Training_Results/birds/unfinished").mkdir()
     (tmp_path / "Datasets/birds").mkdir(parents=True)
+    (tmp_path / "Datasets/photos.csv").touch()
     return tmp_path
 
 
@@ -79,6 +80,7 @@ def ask(line: str, place: Path, cache: Path, watched: bool = False) -> list[str]
         ("python main.py --loss triplet --sampling semi", ["semihard"]),
         ("python main.py --dataset bi", ["birds"]),
         ("python main.py --dataset cub", ["cub200"]),
+        ("python check.py ph", ["photos.csv"]),
         ("python main.py --resume_training --savename m", ["margin"]),
         ("python main.py --resume_training b", ["best"]),
         ("python main.py --config reality_check_so", ["reality_check_soft_triple"]),

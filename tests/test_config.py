@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -375,3 +376,9 @@ def test_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [opt.save_path, opt.reproduce_results, opt.source_path, opt.weights] == [
         f"/home/someone/{name}" for name in "abcd"
     ]
+
+
+def test_help_begins_with_the_run_and_says_what_is_for_evaluation() -> None:
+    titles = re.findall(r"^(\w.*):$", config.build_parser().format_help(), re.MULTILINE)
+    assert titles[:5] == ["options", "run", "configuration", "finished and interrupted runs", "data"]
+    assert titles[-2:] == ["better retrieval, with --evaluate", "with --evaluate"]

@@ -375,7 +375,8 @@ def test_images_of_folders_are_left_out(folder: Path) -> None:
     ("names", "rows", "message"),
     [
         ("path", [[A], ["images/none.jpg"]], "row 3 of {}, column path: images/none.jpg is not an image of csv"),
-        ("path", [["a"], ["b"], ["c"]], "a is not an image of csv.*, nor are those of 2 other rows: correct the path"),
+        ("path", [["a"], ["b"], ["c"]], "a is not an image of csv.*, nor are those of 2 other rows: correct it"),
+        ("path,x1,y1,x2,y2", [[A, 1, 2, 3, 4]], f"{A} with the crop box 1, 2, 3, 4 is not an image of csv"),
         ("paht", [[A]], "row 1 of {} has no column path: it needs path, and has paht"),
         ("path,x1", [[A, 1]], "row 1 of {} has no column y1: a crop box needs"),
     ],
@@ -386,6 +387,12 @@ def test_wrong_lists_of_images_to_leave_out_are_refused(names: str, rows: Rows, 
         read(folder, "--exclude", str(exclude))
     with pytest.raises(UserError, match=r"nowhere.csv can't be read"):
         read(folder, "--exclude", "nowhere.csv")
+
+
+def test_leaving_out_all_images_is_refused(folder: Path) -> None:
+    exclude = write(folder / "all.csv", "path", [[name] for name, _ in rows_of(folder)])
+    with pytest.raises(UserError, match=r"all.csv leaves out all 32 images of csv\d*: remove some of its rows"):
+        read(folder, "--exclude", str(exclude))
 
 
 # Finding the file
@@ -450,8 +457,8 @@ def test_what_a_file_cant_hold_is_refused(folder: Path, tmp_path: Path) -> None:
         datasets.write_csv_splits(tmp_path / "a.csv", several)
     with pytest.raises(UserError, match="is in train and in test, and a CSV file can't say so"):
         datasets.write_csv_splits(tmp_path / "a.csv", Splits(splits.train, test=[RetrievalSet("test", splits.train)]))
-    odd = ImageSet(["a\udcff.jpg"], np.zeros((1, 1), np.int64), [["a"]])
-    with pytest.raises(UserError, match="can't hold a name that is not UTF-8"):
+    odd = ImageSet([str(tmp_path / "a,\n\udcff.jpg")], np.zeros((1, 1), np.int64), [["a"]])
+    with pytest.raises(UserError, match=re.escape(r"can't hold a name that is not UTF-8, 'a,\n\\udcff.jpg': rename")):
         datasets.write_csv_splits(tmp_path / "a.csv", Splits(odd))
     assert not list(tmp_path.iterdir())
 

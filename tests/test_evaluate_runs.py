@@ -139,6 +139,13 @@ def test_tsne_is_drawn(copied: Path) -> None:
     assert (tag, image.width, image.height) == ("t-SNE test", width, height)
 
 
+def test_a_tsne_that_cannot_be_drawn_loses_no_result(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copied / "tsne_test.png").mkdir()
+    metrics = evaluated(copied, "--eval_size_of_tsne", "12")
+    assert "notice: the t-SNE plot of test images is not kept: " in capsys.readouterr().err
+    assert evaluate_runs.read_evaluations(copied)[-1]["metrics"] == metrics
+
+
 REFUSED: Sequence[tuple[list[str], str]] = [
     (["--evaluate", "--splits_to_eval", "val"], "these splits have no val classes"),
     (["--evaluate", "--reproduce_results", "x"], "contradict each other"),

@@ -139,8 +139,12 @@ def test_a_full_disk_is_refused_before_anything_is_written(
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"has 0\.00 GiB free, and 24 decoded images take about 0\.00"):
-        loaders_of(cached("--cache_images"))
+        main.command(cached("--cache_images"))
     assert not files(tmp_path)
+    assert not (tmp_path / "tiny").exists()  # the next try has the same --savename
+    with pytest.raises(UserError, match=r"has 0\.00 GiB free, and \d+ decoded images"):
+        main.command(cached("--cache_images", *CROSS))
+    assert not list(tmp_path.glob("cv/*"))
 
 
 def test_an_unreadable_image_leaves_no_file(tmp_path: Path, source: Path) -> None:

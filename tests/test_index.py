@@ -257,6 +257,18 @@ def test_an_index_of_another_network_is_made_anew(
     assert reopen("other")[1] == []
 
 
+def test_files_of_others_stay_where_an_index_is_begun(photos: Path, reopen: Open) -> None:
+    folder = index.default_folder(photos)
+    folder.mkdir()
+    for name in ("vectors-of-mine.npy", "index.dbase"):
+        (folder / name).write_text("precious")
+    reopen("one")
+    before = set(folder.iterdir())
+    reopen("other")
+    assert len(set(folder.iterdir())) == len(before)  # the old vectors are gone
+    assert (folder / "vectors-of-mine.npy").read_text() == (folder / "index.dbase").read_text() == "precious"
+
+
 def test_an_index_that_can_only_be_read(photos: Path, reopen: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     reopen()
     monkeypatch.setattr(index, "_is_writable", lambda folder: False)
@@ -265,7 +277,7 @@ def test_an_index_that_can_only_be_read(photos: Path, reopen: Open, monkeypatch:
     check_search(opened, photos)
     make_files(photos, 1, first=50)
     with pytest.raises(
-        UserError, match=r"the index .* can't be written .*: choose another place .*--index_path FOLDER"
+        UserError, match=r"the index .* can't be written .*: choose another place or name \(--index_path names its"
     ):
         reopen()
     (photos / "050.png").unlink()
@@ -275,7 +287,7 @@ def test_an_index_that_can_only_be_read(photos: Path, reopen: Open, monkeypatch:
 
 def test_a_folder_that_cant_be_made_is_one_sentence(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="by --index_path FOLDER"):
+    with pytest.raises(UserError, match=r"move away what stands in its place \(--index_path names its folder\)"):
         open_index(list_gallery(photos), tmp_path / "file" / "index", "net", DIM, Embedder())
 
 
@@ -431,6 +443,7 @@ def test_a_csv_file_lists_images(tmp_path: Path, capsys: pytest.CaptureFixture[s
     opened = open_index(list_gallery(file), index.default_folder(file), "net", DIM, Embedder())
     assert len(opened) == 1
     assert index.default_folder(file) == tmp_path / ".some.csv.index"
+    assert index.default_folder(tmp_path / "photos/..") == index.default_folder(tmp_path)
 
 
 def test_a_csv_file_lists_parts_of_images(tmp_path: Path) -> None:
@@ -448,7 +461,7 @@ def test_bad_galleries_are_one_sentence(tmp_path: Path) -> None:
         ("empty", r"empty contains no images \(files that end with .bmp, "),
         ("photo.jpg", "is neither a folder of images nor a CSV file that lists them"),
         ("nowhere", "nowhere does not exist: give a folder of images"),
-        ("header.csv", "contains no images"),
+        ("header.csv", "header.csv has no rows below the names of its columns: list images in it"),
         ("other.csv", "no column path"),
     ):
         with pytest.raises(UserError, match=words):

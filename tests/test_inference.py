@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 import shutil
 import subprocess
@@ -236,6 +237,16 @@ def test_search_by_an_index_of_faiss(use: Use, photos: Path, kind: str, capsys: 
     assert re.search(rf"20 images, index {kind}: finds \d+\.\d% of the 10 nearest images that exact search finds", out)
 
 
+@pytest.mark.parametrize("kind", inference.KINDS)
+def test_a_gallery_of_one_image(use: Use, photos: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("one").mkdir()
+    shutil.copy(photos / "class_0/0.jpg", "one")
+    flags = ["--gallery", "one", "--index", kind, "--html", "page.html"]
+    found = use("search", "--query", "one/0.jpg", photos / "class_1/0.jpg", *flags)
+    assert [[match.path for match in matches] for matches in found] == [[], ["one/0.jpg"]]
+    assert "1 images, index flat: exact search" in capsys.readouterr().out
+
+
 def test_more_than_the_gallery_has(use: Use, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     query = photos / "class_0/1.jpg"
     (matches,) = use("search", "--gallery", photos, "--query", query, "--k", 99, "--html", "page.html")
@@ -301,6 +312,14 @@ def test_search_by_means_with_mirror_images(use: Use, model: EmbeddingModel, pho
     assert [match.distance for match in matches] == pytest.approx(expected[:3].tolist(), abs=1e-5)
 
 
+def test_help_says_what_a_command_does_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        inference.main(["search", "--help"])
+    text = capsys.readouterr().out
+    assert "\n\nFind the nearest images of a gallery.\n\n" in text
+    assert "\nbetter retrieval:\n" in text
+
+
 REFUSED = [
     (
         ["search", "--gallery", "photos", "--query", "a.jpg", "--rerank", "kreciprocal", "--index", "hnsw"],
@@ -312,9 +331,12 @@ REFUSED = [
     ),
     (["search", "--gallery", "photos", "--query", "gone.jpg"], "--query gone.jpg is not a file: give image files"),
     (["search", "--gallery", "photos", "--query", "photos"], "--query photos is not a file"),
+    (["search", "--gallery", "photos", "--query", ""], "--query '' is not a file"),
     (["search", "--gallery", "photos", "--query", "notes.jpg"], "notes.jpg is incomplete or corrupt, or not an image"),
     (["search", "--gallery", "empty", "--query", "a.jpg"], "empty contains no images"),
     (["search", "--gallery", "nowhere", "--query", "a.jpg"], "nowhere does not exist"),
+    (["search", "--gallery", "", "--query", "a.jpg"], "--gallery is empty: give a folder of images"),
+    (["embed", "--images", "", "--out", "x.npy"], "--images is empty: give a folder of images"),
     (["search", "--query", "a.jpg"], "the following arguments are required: --gallery"),
     (["search", "--galery", "photos"], "unknown flag --galery (did you mean --gallery?): inference.py search --help"),
     (["search", "--gallery", "photos", "--query", "a.jpg", "--k", "0"], "--k: 0 is not at least 1"),
@@ -328,6 +350,7 @@ REFUSED = [
     (["pairs"], "which pairs? Give --images IMAGE IMAGE, or --pairs CSV, and not both"),
     (["pairs", "--images", "notes.jpg", "photos/class_0/0.jpg"], "notes.jpg is incomplete or corrupt, or not an image"),
     (["pairs", "--pairs", "pairs.csv"], "pairs.csv has no column path_b"),
+    (["pairs", "--pairs", ""], ". can't be read (Is a directory)"),
     (["pairs", "--pairs", "none.csv"], "none.csv has no rows below the names of its columns: list pairs in it"),
 ]
 
@@ -431,6 +454,15 @@ def test_nothing_is_written_where_nothing_can_be_read(use: Use, photos: Path, na
     assert [path.name for path in Path().iterdir()] == ["photos"]
 
 
+@pytest.mark.parametrize("name", ["some.csv", "some.npy"])
+def test_the_list_of_images_is_not_replaced(use: Use, photos: Path, tmp_path: Path, name: str) -> None:
+    listed = "path\n" + "".join(f"{file}\n" for file in photos.rglob("*.jpg"))
+    Path("some.csv").write_text(listed)
+    with pytest.raises(UserError, match=r"--out would replace some.csv, which lists the images: give another name"):
+        use("embed", "--images", tmp_path / "some.csv", "--out", name)
+    assert Path("some.csv").read_text() == listed
+
+
 def test_parquet_without_pyarrow(use: Use, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match=r"a .parquet file needs pyarrow: pip install pyarrow, or give a .npy or .csv"):
@@ -502,6 +534,24 @@ def test_runs_without_a_threshold(
         use("pairs", *images, run=run)
     ((_, _, distance, same),) = use("pairs", *images, "--threshold", 2, run=run)
     assert same == (distance <= 2)
+
+
+def test_pairs_of_names_that_are_not_text(use: Use, photos: Path) -> None:
+    name = os.fsdecode(b"photos/class_0/\xff.jpg")
+    shutil.copy(photos / "class_0/0.jpg", name)
+    (pair,) = use("pairs", "--images", name, "photos/class_0/0.jpg", "--threshold", 1, "--out", "out.csv")
+    assert (pair.path_a, pair.distance) == (name, 0)
+    rows = Path("out.csv").read_text().splitlines()
+    assert rows == ["path_a,path_b,distance,same", r"photos/class_0/\udcff.jpg,photos/class_0/0.jpg,0.0,1"]
+
+
+def test_pairs_of_which_none_can_be_compared(use: Use, photos: Path) -> None:
+    Path("pairs.csv").write_text("path_a,path_b\nphotos/class_0/0.jpg,gone.jpg\nphotos/class_1/0.jpg,gone.jpg\n")
+    with pytest.raises(UserError, match=r"in each pair of .*pairs.csv there is an image that can't be read"):
+        use("pairs", "--pairs", "pairs.csv", "--threshold", 1, "--out", "out.csv")
+    assert not Path("out.csv").exists()
+    with pytest.raises(UserError, match=r"--out would replace pairs.csv, which lists the images"):
+        use("pairs", "--pairs", "pairs.csv", "--threshold", 1, "--out", "pairs.csv")
 
 
 def test_pairs_of_a_csv_file(

@@ -7,6 +7,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -175,6 +176,49 @@ def test_mlflow_in_the_run_folder_holds_each_row_once_after_a_restart(folder: Pa
     assert run.data.tags["lr after epoch 1"] == "0.25"
     pictures = sorted(path.name for path in folder.glob("mlflow/*/artifacts/sample recoveries/*"))
     assert pictures == ["epoch 1.png", "epoch 2.png", "epoch 3.png"]
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "null", '{"server": ""}'])
+def test_a_damaged_note_of_what_was_sent_is_named(
+    content: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "mlflow.json").write_text(content)
+    loggers.Mirrors(["mlflow"], folder, {})
+    assert f"notice: --logger mlflow failed ({folder}/mlflow.json is damaged: move it away)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["what?", "100 %"])
+def test_folders_that_mlflow_cant_name_are_told_at_once(
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place := folder / name).mkdir()
+    loggers.Mirrors(["mlflow"], place, {})
+    assert f"notice: --logger mlflow failed ({place} has ? or % in its name" in capsys.readouterr().err
+    assert not list(place.iterdir())
+    assert {path.name for path in folder.iterdir()} == {name, "sample_recoveries.png"}
+
+
+def test_passwords_of_mlflow_are_used_and_neither_stored_nor_shown(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow, used = pytest.importorskip("mlflow"), list[str]()
+
+    class Client:
+        def __init__(self, tracking_uri: str):
+            used.append(tracking_uri)
+
+        def get_experiment_by_name(self, name: str) -> Any:
+            return SimpleNamespace(experiment_id="1")
+
+        def create_run(self, *_: Any, **__: Any) -> Any:
+            return SimpleNamespace(info=SimpleNamespace(run_id="2"))
+
+    monkeypatch.setattr(mlflow, "MlflowClient", Client)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:p@ss@tracking.example:5000/a")
+    logger = loggers.MLflow(folder)
+    logger.open({})
+    assert used == ["https://me:p@ss@tracking.example:5000/a"]
+    assert logger.place == load_json(folder / "mlflow.json")["server"] == "https://tracking.example:5000/a"
 
 
 def test_names_for_mlflow() -> None:

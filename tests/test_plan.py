@@ -13,6 +13,7 @@ from torch import nn
 
 import auxiliaries
 import config
+import datasets
 import main
 import methods
 import netlib
@@ -188,3 +189,10 @@ def test_the_estimate_is_near_what_a_step_takes() -> None:
     taken = (auxiliaries.peak_memory(device) - before) * 2**30
     estimated = sum(parts.values()) - parts["weights"]
     assert estimated / 3 < taken < 3 * estimated
+
+
+def test_nothing_is_downloaded(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "download_archives", lambda *_: pytest.fail("it downloads"))
+    with pytest.raises(UserError, match=r"no data of cub200 was found in .*; --download"):
+        run("--dry_run", "--dataset", "cub200", "--source_path", str(tmp_path / "data"), "--download")
+    assert not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ import io
 import math
 import re
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -158,6 +159,14 @@ def test_distances_are_of_pairs_of_a_class_and_of_two_classes(gallery: bool) -> 
     assert {round(distance, 9) for distance in other.tolist()} == possible[False]
 
 
+@pytest.mark.parametrize("distance", [0.0, 1e-25, 1.0])
+def test_distances_that_differ_by_rounding_are_drawn(distance: float) -> None:
+    same, other = np.full(3, distance), np.full(3, np.nextafter(distance, 2 * distance))
+    for bars in report._draw_distances({"same class": same, "other classes": other}).renderers:
+        assert bars.data_source.data["top"].sum() == pytest.approx(100)
+        assert (bars.data_source.data["right"] > bars.data_source.data["left"]).all()
+
+
 def test_spectrum() -> None:
     points = torch.randn(200, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([5.0, 3, 2, 1, 1, 1, 1, 0])
     shares, rank = report.compute_spectrum(points)
@@ -185,6 +194,14 @@ def test_few_or_equal_points_are_laid_out(points: np.ndarray) -> None:
     assert flat.shape == (len(points), 2)
     assert np.isfinite(flat).all()
     assert len(np.unique(flat.round(9), axis=0)) == len(np.unique(points, axis=0))
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-25, 1e25, 1e38])
+def test_points_of_any_scale_are_laid_out(scale: float) -> None:
+    points = np.random.default_rng(0).normal(size=(20, 4)).clip(-2, 2)
+    flat = report.flatten((points * scale).astype(np.float32))  # t-SNE would end the process
+    assert np.isfinite(flat).all()
+    assert len(np.unique(flat.round(3), axis=0)) == 20
 
 
 # Parts
@@ -321,19 +338,33 @@ def test_the_page_of_folds_leads_to_theirs(tmp_path: Path) -> None:
     report.save_folds_page(config.with_flags(opt, report=False), tmp_path / "none", rows, summaries)
 
 
-def test_a_full_disk_is_no_reason_to_fail(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize(("module", "name"), [(report, "save_run_page"), (evaluate_runs, "selected_spaces")])
+def test_a_full_disk_or_a_lost_image_is_no_reason_to_fail(
+    module: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     def refuse(*_: Any) -> None:
         raise UserError("report.html can't be written (No space left on device): free some space")
 
-    monkeypatch.setattr(report, "save_run_page", refuse)
+    monkeypatch.setattr(module, name, refuse)
     space = noisy_space()
     run = fake_run(tmp_path, [images_of(space, tmp_path)], "--report")
     run.spaces = {(3, "val"): [space]}
     loaders: Any = SimpleNamespace(val=[None], test=[])
     evaluate_runs.save_report(run, loaders, torch.device("cpu"), {})
     assert "there is no page of this run: report.html can't be written (No space left" in capsys.readouterr().err
+
+
+def test_a_missing_library_is_no_reason_to_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "bokeh.plotting", None)
+    space = noisy_space()
+    run = fake_run(tmp_path, [images_of(space, tmp_path)], "--report")
+    run.spaces = {(3, "val"): [space]}
+    loaders: Any = SimpleNamespace(val=[None], test=[])
+    evaluate_runs.save_report(run, loaders, torch.device("cpu"), {})
+    words = "there is no page of this run: a page needs bokeh.plotting: pip install jinja2 bokeh"
+    assert words in capsys.readouterr().err
 
 
 # A whole run, and how a browser shows its page

@@ -151,6 +151,20 @@ def test_a_comparison_counts_the_classes_that_gain_and_lose(comparison_page: Pat
     assert len(text) < 2e6
 
 
+def test_of_very_many_classes_some_are_drawn(tmp_path: Path) -> None:
+    count, rng = 11_316, np.random.default_rng(0)  # those of Stanford Online Products
+    names, sizes = [f"chair_final_{i}" for i in range(count)], [2] * count
+    values = rng.random((2, count)).tolist()
+    classes = [report.ClassDifferences(f"loss {EVIL}", names, sizes, *values)] * report.MOST_COMPARED
+    report.save_comparison_page(tmp_path / "page.html", make_compared(classes=classes))
+    assert "The chart shows 3,000 of them, chosen at random." in read(tmp_path / "page.html")
+    assert (tmp_path / "page.html").stat().st_size < 4e6
+    (dots,) = report._draw_classes(classes[0], "red").renderers[1:]
+    drawn = {names.index(name.replace(" ", "_")) for name in dots.data_source.data["name"]}
+    assert len(drawn) == report.MOST_DOTS
+    assert [values[0][i] for i in sorted(drawn)] == dots.data_source.data["x"].tolist()
+
+
 def test_intervals_have_a_common_axis_with_zero() -> None:
     nan = float("nan")
     places = report._place_intervals([Difference(nan), Difference(-0.4, -0.6, -0.2), Difference(0.2)])

@@ -410,6 +410,15 @@ def test_costs_of_embeddings(copied: Path, capsys: pytest.CaptureFixture[str], m
     assert (copied / "embedding_costs_test.svg").read_text().count("<path") > 9
 
 
+@pytest_run
+def test_costs_that_cannot_be_drawn_lose_no_result(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copied / "embedding_costs_test.svg").mkdir()
+    evaluated(copied, "--eval_quantize", "int8")
+    assert "notice: the costs of test embeddings are not drawn: " in capsys.readouterr().err
+    (entry,) = evaluate_runs.read_evaluations(copied)
+    assert [row["precision"] for row in entry["costs"]] == ["float32", "int8"]
+
+
 REFUSED = [
     (["--evaluate", "--rerank_params", "k1=3"], "--rerank_params does nothing without --rerank"),
     (["--evaluate", "--expansion_alpha", "3"], "--expansion_alpha does nothing without --query_expansion or"),

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -864,3 +865,8 @@ def test_split_suffix() -> None:
     assert auxiliaries.split_suffix("--lr~LOG_BAYESIAN~") == ("--lr", "LOG_BAYESIAN")
     assert auxiliaries.split_suffix("--loss_params~OVERRIDE~") == ("--loss_params~OVERRIDE~", "")
     assert auxiliaries.split_suffix("a~b") == ("a~b", "")
+
+
+def test_help_begins_with_the_flags_of_the_search() -> None:
+    titles = re.findall(r"^(\w.*):$", tune.build_parser().format_help(), re.MULTILINE)
+    assert titles[:3] == ["options", "tuning", "run"]
