@@ -238,7 +238,7 @@ def test_readme_experiments_run_as_they_stand(
     configuration = FLAGS[FLAGS.index("## Configuration") : FLAGS.index("## Published settings")]
     text = "".join((PROTOCOLS, configuration, RECORDS, TUNING))
     commands = [shlex.split(line) for line in re.findall(r"^python (.*)$", text, re.MULTILINE)]
-    assert len(commands) == 16
+    assert len(commands) == 17
     monkeypatch.chdir(some_glyphs)
     small = ["--arch", "shufflenet_v2_x0_5", "--crop_size", "32", "--gpu", "-1", "--kernels", "0", "--bs", "8"]
     small += ["--iterations_per_epoch", "1", "--n_epochs", "2", "--no-report"]
