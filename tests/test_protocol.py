@@ -58,8 +58,8 @@ def scores(patch: pytest.MonkeyPatch, *values: float) -> None:
     """Makes the next evaluations give these as Recall @ 1."""
     evaluate_points, remaining = evaluate.evaluate_points, iter(values)
 
-    def scripted(*args: Any) -> tuple[Metrics, list[evaluate.EmbeddingSpace]]:
-        metrics, spaces = evaluate_points(*args)
+    def scripted(*args: Any, **flags: Any) -> tuple[Metrics, list[evaluate.EmbeddingSpace]]:
+        metrics, spaces = evaluate_points(*args, **flags)
         return metrics | {"Recall @ 1": next(remaining)}, spaces
 
     patch.setattr(evaluate, "evaluate_points", scripted)
