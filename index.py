@@ -128,8 +128,8 @@ def _walk(root: Path) -> Iterator[str]:
 
 
 def _read_csv(file: Path) -> Gallery:
-    """A gallery from a CSV file; relative paths are relative to its folder."""
-    table = datasets.read_csv(file, ("path",))
+    """A gallery from a CSV file like that of a dataset; relative paths are relative to its folder."""
+    table = datasets.read_csv(file, ("path",), datasets.CSV_COLUMNS)
     if not len(table):
         raise UserError(f"{file} has no rows below the names of its columns: list images in it")
     boxes = datasets.read_boxes(table)

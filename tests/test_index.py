@@ -433,7 +433,7 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
 def test_a_csv_file_lists_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_files(tmp_path / "photos", 3)
     file = tmp_path / "some.csv"
-    file.write_text(f"label,path,note\na,photos/002.png,x\nb,{tmp_path}/photos/000.png,y\na,photos/002.png,z\n")
+    file.write_text(f"label,path,split\na,photos/002.png,x\nb,{tmp_path}/photos/000.png,y\na,photos/002.png,z\n")
     gallery = list_gallery(file)
     assert gallery.paths == [f"{tmp_path}/photos/002.png", f"{tmp_path}/photos/000.png"]
     assert gallery.labels == ["a", "b"]
@@ -457,12 +457,14 @@ def test_bad_galleries_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_text("")
     (tmp_path / "header.csv").write_text("path,label\n")
     (tmp_path / "other.csv").write_text("file,label\na.png,b\n")
+    (tmp_path / "typo.csv").write_text("path,lable\na.png,b\n")
     for name, words in (
         ("empty", r"empty contains no images \(files that end with .bmp, "),
         ("photo.jpg", "is neither a folder of images nor a CSV file that lists them"),
         ("nowhere", "nowhere does not exist: give a folder of images"),
         ("header.csv", "header.csv has no rows below the names of its columns: list images in it"),
-        ("other.csv", "no column path"),
+        ("other.csv", "unknown column file"),
+        ("typo.csv", r"unknown column lable \(did you mean label\?\)"),
     ):
         with pytest.raises(UserError, match=words):
             list_gallery(tmp_path / name)
