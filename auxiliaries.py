@@ -81,20 +81,21 @@ def run_command(command: Callable[[], object], takes_ranks: bool = False) -> NoR
     terminal = sys.stderr
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as programs set it while modules load
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = 0
     try:
         start_ranks(takes_ranks)
         command()
-        end_ranks()
+        wait_for_ranks()
     except UserError as error:
         if _speaks_first():
             print(f"{colored('error:', 'red', terminal)} {error}", file=terminal, flush=True)
-        sys.exit(2)
+        code = 2
     except KeyboardInterrupt:
         print("\nstopped; what was saved is kept", file=sys.stderr)
-        sys.exit(130)
+        code = 130
     finally:
         sys.stderr = terminal  # for the traceback of a bug
-    sys.exit(0)
+    leave(code)
 
 
 class SturdyStream:
@@ -181,13 +182,13 @@ def start_ranks(takes_ranks: bool = True) -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the end)
 
 
-def end_ranks() -> None:
-    """Waits for the other ranks and ends the process; one without others goes on."""
+def leave(code: int) -> NoReturn:
+    """Ends the process; one of several at once, since an ordinary end can't cope with the threads of their group."""
     if _ranks.count > 1:
-        wait_for_ranks()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)  # threads of the process group still run, which an ordinary end can't cope with
+        os._exit(code)
+    sys.exit(code)
 
 
 def _speaks_first() -> bool:

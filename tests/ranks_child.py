@@ -83,4 +83,5 @@ if __name__ == "__main__":
     netlib.networkselect = small_network  # type: ignore[assignment]
     results = {name: train(flags) for name, flags in CASES.items()}
     torch.save(results, f"{sys.argv[1]}_{auxiliaries.ranks().number}")
-    auxiliaries.end_ranks()
+    auxiliaries.wait_for_ranks()
+    auxiliaries.leave(0)
