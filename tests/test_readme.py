@@ -285,7 +285,7 @@ def test_what_the_docs_do_with_a_run_and_with_data_works(some_glyphs: Path, monk
     assert {script for script, _ in lines} == set(commands)
     for script, flags in lines:
         commands[script]([*shlex.split(flags), *(small if script == "main.py" and "--dataset" in flags else [])])
-    for example in re.findall(r"^```python\n(.*?)^```", USE, re.MULTILINE | re.DOTALL):
+    for example in re.findall(r"^```python\n(.*?)^```", USE + PAGES[ROOT / "README.md"], re.MULTILINE | re.DOTALL):
         exec(example, {})
     run = some_glyphs / "Training_Results/glyphs/demo"
     assert {"report.html", "attention_test.png", "embedding_costs_test.svg"} <= {path.name for path in run.iterdir()}
