@@ -283,6 +283,9 @@ def read_pixels(image: ImageLike, exif_orientation: bool = False) -> torch.Tenso
     return transforms.from_pillow(ImageOps.exif_transpose(image) if exif_orientation else image)
 
 
+FOLDER_OR_CSV = "a folder, with the folders in it, or a CSV file with a column path and, where wanted, label"
+
+
 # Searching
 
 
@@ -292,8 +295,7 @@ def add_search_arguments(parser: auxiliaries.FlagParser) -> None:
     add_model_arguments(parser)
     add = parser.add_argument_group("search").add_argument
     add("--gallery", type=user_path, required=True, metavar="FOLDER|CSV",
-        help="images to search in: a folder, with the folders in it, or a CSV file with a column path and, where "
-        "wanted, label")
+        help=f"images to search in: {FOLDER_OR_CSV}")
     add("--query", type=user_path, nargs="+", required=True, metavar="IMAGE",
         help="images to search for; one that is in the gallery does not find itself")
     add("--k", type=number(int, 1), default=10, help="how many images to find for each query")
@@ -432,8 +434,7 @@ def add_embed_arguments(parser: auxiliaries.FlagParser) -> None:
     add_model_arguments(parser)
     add = parser.add_argument_group("embed").add_argument
     add("--images", type=user_path, required=True, metavar="FOLDER|CSV",
-        help="the images: a folder, with the folders in it, or a CSV file with a column path and, where wanted, "
-        "label")
+        help=f"the images: {FOLDER_OR_CSV}")
     add("--out", type=partial(output_file, tuple(WRITERS)), required=True, metavar="FILE",
         help="FILE.parquet: path, label where there are labels, vector; FILE.csv: path, label, and a column per "
         "dimension; FILE.npy: an array (N, D) float32, with path and label in FILE.csv beside it")
