@@ -500,6 +500,14 @@ def test_peak_memory_of_this_process_is_in_gib() -> None:
     assert peak_memory(torch.device("cpu")) >= before
 
 
+def test_peak_memory_leaves_out_what_the_process_before_took() -> None:
+    """In two processes: a large one, which starts a small one."""
+    tell = "import torch, auxiliaries; print(auxiliaries.peak_memory(torch.device('cpu')))"
+    large = f"import subprocess, sys; x = b'1' * 2**31; subprocess.run([sys.executable, '-c', {tell!r}], check=True)"
+    done = subprocess.run([sys.executable, "-c", large], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 0.05 < float(done.stdout) < 2
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [("0", None), ("0.999", None), ("1", "1 is not below 1"), ("1.5", "1.5 is not below 1"), ("-0.1", "at least 0")],
