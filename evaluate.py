@@ -27,7 +27,7 @@ from auxiliaries import FlagParser, Progress, UserError, from_first_rank, gather
 if TYPE_CHECKING:
     from datasets import ImageLoader, RetrievalSet
 
-QUERY_TILE, GALLERY_TILE = 512, 1024  # products of this shape stay in the cache
+QUERY_TILE, GALLERY_TILE = 1024, 1024  # products of this shape stay in the cache
 MAX_MARGINS = 4.0  # of the median rounding error, which queries that share products may have
 MAX_IN_TURN = 16  # thresholds that are compared with one after the other
 MAX_DIFFERENCES = 2**19  # coordinates that are subtracted at once

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -31,6 +33,8 @@ import transforms
 from auxiliaries import UserError, notice
 from datasets import RetrievalSet
 from evaluate import Points
+
+DRAWING_EVERY = 50  # times as long as it takes to draw, at least, between pictures of a run that trains
 
 
 def evaluate_run(argv: Sequence[str]) -> dict[str, float]:
@@ -322,16 +326,23 @@ def save_query_results(run: runs.Run, loaders: datasets.Loaders, device: torch.d
 
 
 def selected_spaces(run: runs.Run, loaders: datasets.Loaders, device: torch.device) -> list[evaluate.EmbeddingSpace]:
-    """The selected network's embeddings of the test sets (of the validation sets, where there are no others).
+    """The selected network's embeddings of the test sets (of the validation sets, where there are no others)."""
+    return embedding_spaces(run, loaders, device, *_selected(run, loaders))
+
+
+def embedding_spaces(
+    run: runs.Run, loaders: datasets.Loaders, device: torch.device, epoch: int, kind: str
+) -> list[evaluate.EmbeddingSpace]:
+    """The best epoch's embeddings of the sets of a kind of rows.
 
     Where the network was evaluated by a process that was stopped since, it embeds them again.
     """
-    key = _selected(run, loaders)
-    if key not in run.spaces:
+    if (epoch, kind) not in run.spaces:
         run.method.evaluated.load_state_dict(runs.best_state(run.folder)["state_dict"])
-        embedded = [evaluate.embed_set(run.method.evaluated, one, device) for one in loaders.test or loaders.val]
-        run.spaces[key] = [evaluate.build_space(points) for points in embedded]
-    return run.spaces[key]
+        sets = loaders.watched(["test"])[kind]
+        embedded = [evaluate.embed_set(run.method.evaluated, one, device) for one in sets]
+        run.spaces[epoch, kind] = [evaluate.build_space(points) for points in embedded]
+    return run.spaces[epoch, kind]
 
 
 def _selected(run: runs.Run, loaders: datasets.Loaders) -> tuple[int, str]:
@@ -540,14 +551,64 @@ def draw_attention(
     plots.save_attention(path, shown, f"queries above their nearest neighbors, red where {what} comes from")
 
 
-def show_attention(
-    run: runs.Run, space: evaluate.EmbeddingSpace, images: RetrievalSet[datasets.ImageSet], epoch: int
-) -> None:
-    """While training, draws attention.png of the network as it is, if --attention asks for it."""
-    if run.opt.attention:
-        path, class_names = run.folder / "attention.png", images.query.class_names[0]
-        draw_attention(path, run.method.evaluated, space, images, class_names, run.opt)
-        run.log.add_picture("attention", path, epoch)
+class Pictures:
+    """Curves and retrievals of a run while it trains, drawn as often as a fiftieth of the time allows, and at its end.
+
+    They are not drawn with --no-pictures.
+
+    Args:
+        run: the run.
+        loaders: its images.
+        device: where its network is.
+    """
+
+    def __init__(self, run: runs.Run, loaders: datasets.Loaders, device: torch.device):
+        self.run, self.loaders, self.device = run, loaders, device
+        self.shown: int | None = None  # the epoch whose retrievals this process drew last
+        self.are_current, self.next_time = False, -math.inf  # whether curves show all that there is, and when to draw
+
+    def draw(self, epoch: int, best_epoch: int) -> None:
+        """Draws curves after the evaluation of an epoch, and retrievals if it is the best so far; or nothing yet."""
+        start = time.monotonic()
+        self.are_current = self.run.opt.pictures and auxiliaries.from_first_rank(start >= self.next_time)
+        if self.are_current:
+            if epoch == best_epoch:
+                self._draw_retrievals(epoch)
+            self._draw_curves(best_epoch)
+            self.next_time = time.monotonic() + DRAWING_EVERY * (time.monotonic() - start)
+
+    def finish(self, best_epoch: int) -> None:
+        """Draws what does not show the end yet, after which the network may have the weights of the best epoch."""
+        if self.run.opt.pictures and self.shown != best_epoch:
+            self.run.method.evaluated.load_state_dict(runs.best_state(self.run.folder)["state_dict"])
+            self._draw_retrievals(best_epoch)
+        if self.run.opt.pictures and not self.are_current:
+            self._draw_curves(best_epoch)
+
+    def _draw_retrievals(self, epoch: int) -> None:
+        """Draws a few queries with their nearest neighbors, by the network of that epoch."""
+        opt, folder, log = self.run.opt, self.run.folder, self.run.log
+        images = (self.run.splits.val or self.run.splits.test)[0]
+        space = embedding_spaces(self.run, self.loaders, self.device, epoch, "val")[0]
+        plots.draw_retrievals(folder / "sample_recoveries.png", space, images, opt.seed, opt.exif_orientation)
+        log.add_picture("sample recoveries", folder / "sample_recoveries.png", epoch)
+        if opt.attention:
+            net, class_names = self.run.method.evaluated, images.query.class_names[0]
+            draw_attention(folder / "attention.png", net, space, images, class_names, opt)
+            log.add_picture("attention", folder / "attention.png", epoch)
+        self.shown = epoch
+
+    def _draw_curves(self, best_epoch: int) -> None:
+        """Draws the curves of all epochs so far."""
+        opt, folder, rows = self.run.opt, self.run.folder, self.run.log.rows
+        of_network = [row for row in rows["val"] if row["Epochs"] >= 0]  # not of its backbone alone
+        sampling = records.join_names(opt.sampling) or "no sampling"
+        selection = records.describe_selection(opt.eval_metric_for_best_epoch, bool(self.loaders.val))
+        title = f"{opt.dataset}, {opt.arch}, {records.join_names(opt.loss)}, {sampling}\n{selection}"
+        path = folder / "InfoPlot_Base.svg"
+        plots.save_info_plot(path, rows["train"], of_network, best_epoch, title, evaluate.lower_is_better)
+        if rows["distances"]:
+            plots.save_curve(folder / "distance_measures_Train.svg", rows["distances"], "Intra / Inter")
 
 
 def draw_attention_of_splits(

@@ -45,7 +45,6 @@ import loggers
 import methods
 import netlib
 import plan
-import plots
 import protocol
 import records
 import runs
@@ -110,6 +109,8 @@ def main(opt: argparse.Namespace, folder: Path | None = None, only_check: bool =
         if 0 < opt.n_epochs <= run.epoch:
             auxiliaries.notice(f"{run.folder} is at epoch {run.epoch} of {opt.n_epochs}: nothing is left to train")
 
+        pictures = evaluate_runs.Pictures(run, loaders, device)
+
         # ============================================= Training =======================================================
         for epoch in range(run.epoch + 1, opt.n_epochs + 1):
             if is_stuck(opt, run.log, epoch - 1):
@@ -121,17 +122,15 @@ def main(opt: argparse.Namespace, folder: Path | None = None, only_check: bool =
             if epoch % opt.save_interval and epoch < opt.n_epochs:
                 continue
 
-            space = evaluate_epoch(run, loaders, device, epoch)
+            evaluate_epoch(run, loaders, device, epoch)
             method.end_evaluation(records.mean_over_sets(run.log.rows["val"][-1], opt.eval_metric_for_best_epoch))
             best_epoch = best_epoch_so_far(opt, run.log)
             console.print_epoch(epoch, run.log, best_epoch)
-            if best_epoch == epoch and opt.pictures:
-                show_retrievals(run, space, epoch)
-            if opt.pictures:
-                draw_curves(run, best_epoch, has_val=bool(splits.val))
+            pictures.draw(epoch, best_epoch)
             if gradients is not None:
                 gradients.save()
             run.save(epoch, best_epoch)
+        pictures.finish(best_epoch_so_far(opt, run.log))
 
         # ===================================== Test classes and summary ===============================================
         if splits.val and splits.test and "test" not in opt.splits_to_eval:
@@ -183,28 +182,21 @@ def train_one_epoch(
     return row
 
 
-def evaluate_epoch(
-    run: runs.Run, loaders: datasets.Loaders, device: torch.device, epoch: int
-) -> evaluate.EmbeddingSpace:
+def evaluate_epoch(run: runs.Run, loaders: datasets.Loaders, device: torch.device, epoch: int) -> None:
     """Evaluates and records what selects the epoch, the validation classes or, without them, the test classes, and
-    what --splits_to_eval asks for beside it.
-
-    Returns:
-        The embedding space of the (first) set that selects the epoch.
-    """
-    watched = loaders.watched(run.opt.splits_to_eval)
-    spaces = {kind: evaluate_sets(run, sets, device, epoch, kind) for kind, sets in watched.items()}
+    what --splits_to_eval asks for beside it."""
+    for kind, sets in loaders.watched(run.opt.splits_to_eval).items():
+        evaluate_sets(run, sets, device, epoch, kind)
     if run.opt.dist_measure and epoch >= 0:
         points = evaluate.embed(run.method.evaluated, loaders.train_eval, device, "training images")
         ratio = evaluate.intra_inter_ratio(evaluate.EmbeddingSpace(points, loaders.train_eval.labels))
         run.log.add("distances", {"Epochs": epoch, "Intra / Inter": ratio})
-    return spaces["val"][0]
 
 
 def evaluate_sets(
     run: runs.Run, sets: Sequence[datasets.RetrievalSet], device: torch.device, epoch: int, kind: str
-) -> list[evaluate.EmbeddingSpace]:
-    """Evaluates retrieval sets, as epoch -1 by the backbone alone; records a row of that kind, and returns spaces."""
+) -> None:
+    """Evaluates retrieval sets, as epoch -1 by the backbone alone; records a row of that kind."""
     opt, start = run.opt, time.perf_counter()
     net = run.method.evaluated if epoch >= 0 else netlib.Trunk(run.method.evaluated)
     validation = None if kind == "val" else run.log.row_of("val", epoch)  # chooses the threshold of verification
@@ -213,7 +205,6 @@ def evaluate_sets(
     metrics, spaces = evaluate.evaluate(net, sets, *which, all_levels, evaluate.give_clustering(opt))
     run.log.add(kind, {"Epochs": epoch, "Time": time.perf_counter() - start, **metrics})
     run.spaces[epoch, kind] = spaces
-    return spaces
 
 
 def evaluate_before_training(
@@ -225,11 +216,9 @@ def evaluate_before_training(
         evaluate_epoch(run, loaders, device, epoch=-1)
         console.print_epoch(-1, run.log, best_epoch=0)
     if opt.check_untrained_accuracy or not opt.n_epochs:
-        space = evaluate_epoch(run, loaders, device, epoch=0)
+        evaluate_epoch(run, loaders, device, epoch=0)
         console.print_epoch(0, run.log, best_epoch=0)
     if not opt.n_epochs:
-        if opt.pictures:
-            show_retrievals(run, space, epoch=0)
         run.save(epoch=0, best_epoch=0)
 
 
@@ -258,27 +247,6 @@ def is_stuck(opt: argparse.Namespace, log: records.Records, epoch: int) -> bool:
         return False
     print(f"{opt.eval_metric_for_best_epoch} has not improved for {waited} epochs: stopping")
     return True
-
-
-def show_retrievals(run: runs.Run, space: evaluate.EmbeddingSpace, epoch: int) -> None:
-    """Draws a few queries with their nearest neighbors."""
-    path, images = run.folder / "sample_recoveries.png", (run.splits.val or run.splits.test)[0]
-    plots.draw_retrievals(path, space, images, run.opt.seed, run.opt.exif_orientation)
-    run.log.add_picture("sample recoveries", path, epoch)
-    evaluate_runs.show_attention(run, space, images, epoch)
-
-
-def draw_curves(run: runs.Run, best_epoch: int, has_val: bool) -> None:
-    """Draws the curves of all rows so far."""
-    opt, rows = run.opt, run.log.rows
-    sampling = records.join_names(opt.sampling) or "no sampling"
-    title = f"{opt.dataset}, {opt.arch}, {records.join_names(opt.loss)}, {sampling}"
-    title = f"{title}\n{records.describe_selection(opt.eval_metric_for_best_epoch, has_val)}"
-    path = run.folder / "InfoPlot_Base.svg"
-    of_network = [row for row in rows["val"] if row["Epochs"] >= 0]  # not of its backbone alone
-    plots.save_info_plot(path, rows["train"], of_network, best_epoch, title, evaluate.lower_is_better)
-    if rows["distances"]:
-        plots.save_curve(run.folder / "distance_measures_Train.svg", rows["distances"], "Intra / Inter")
 
 
 def summarize(run: runs.Run, loaders: datasets.Loaders, device: torch.device) -> dict[str, float]:

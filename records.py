@@ -71,7 +71,8 @@ def add_arguments(parser: FlagParser) -> None:
     add("--tensorboard", action=loggers.TensorBoardAction, dest="logger", default=argparse.SUPPRESS,
         help="add TensorBoard to --logger, or take it out")
     add("--pictures", action="switch", default=True,
-        help="draw curves at every evaluation, and retrievals of the best network; it takes about a second")
+        help="draw curves, and retrievals of the best network: at the end, and at evaluations before it for at most a "
+        "fiftieth of the time")
     add("--report", action="switch", default=True, machine=True,
         help="at the end, write report.html: a page with curves, retrievals, what is confused, and a map of "
         "embeddings; it takes some seconds, also where data are large")

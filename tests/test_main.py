@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ import losses
 import main
 import methods
 import netlib
+import plots
 import protocol
 import records
 import retrieval
@@ -322,8 +324,8 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[Scripts], dict[str, lis
     It returns a dict that takes, for each set, the embedding layers of the networks that were evaluated. Nothing is
     drawn, which takes longer than all the rest.
     """
-    monkeypatch.setattr(main, "draw_curves", lambda *_, **__: None)
-    monkeypatch.setattr(main, "show_retrievals", lambda *_: None)
+    monkeypatch.setattr(plots, "save_info_plot", lambda *_: None)
+    monkeypatch.setattr(plots, "draw_retrievals", lambda *_: None)
     monkeypatch.setattr(records.Records, "add_picture", lambda *_: None)
 
     def told(scripts: Scripts) -> dict[str, list[torch.Tensor]]:
@@ -363,6 +365,72 @@ def test_evaluations_come_at_intervals_and_at_the_end(
     selected = 4 if interval == "2" else 5
     assert (last["epoch"], last["best_epoch"], best["epoch"]) == (5, selected, selected)
     assert best["metrics"] == metrics == {"Recall @ 1": 0.9 if interval == "2" else 0.2}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "drawn"),
+    [
+        (
+            1,
+            [
+                "retrievals of epoch 1",
+                "curves of 1 epochs, 1 best",
+                "retrievals of epoch 3",
+                "curves of 4 epochs, 3 best",
+            ],
+        ),
+        (
+            60,
+            [
+                "retrievals of epoch 1",
+                "curves of 1 epochs, 1 best",
+                "curves of 2 epochs, 1 best",
+                "retrievals of epoch 3",
+                "curves of 3 epochs, 3 best",
+                "curves of 4 epochs, 3 best",
+            ],
+        ),
+    ],
+)
+def test_pictures_take_a_fiftieth_of_the_time_and_show_the_end(
+    small_flags: Flags, script: Any, monkeypatch: pytest.MonkeyPatch, seconds: float, drawn: list[str]
+) -> None:
+    """Epochs of 1 s or 60 s, and pictures that take 0.5 s each."""
+    now, shown, train = 0.0, [], main.train_one_epoch
+    script({"test": scores("Recall @ 1", 0.5, 0.4, 0.9, 0.8)})
+
+    def train_for_seconds(*args: Any) -> Any:
+        nonlocal now
+        now += seconds
+        return train(*args)
+
+    def draw_curves(path: Path, train_rows: Any, val_rows: Any, best_epoch: int, *_: Any) -> None:
+        nonlocal now
+        now += 0.5
+        assert len(train_rows) == len(val_rows)
+        shown.append(f"curves of {len(val_rows)} epochs, {best_epoch} best")
+
+    def add_picture(log: Any, name: str, path: Path, epoch: int) -> None:
+        nonlocal now
+        now += 0.5
+        shown.append(f"retrievals of epoch {epoch}")
+
+    monkeypatch.setattr(main, "train_one_epoch", train_for_seconds)
+    monkeypatch.setattr(plots, "save_info_plot", draw_curves)
+    monkeypatch.setattr(records.Records, "add_picture", add_picture)
+    monkeypatch.setattr(evaluate_runs, "time", SimpleNamespace(monotonic=lambda: now))
+    run(small_flags("--n_epochs", "4", "--iterations_per_epoch", "1"))
+    assert shown == drawn
+
+
+def test_resumed_run_draws_what_the_stopped_one_did_not(small_flags: Flags, results: Path) -> None:
+    flags, pictures = small_flags("--n_epochs", "1"), ["sample_recoveries.png", "InfoPlot_Base.svg"]
+    run(flags)
+    drawn = [(results / "run" / name).read_bytes() for name in pictures]
+    for name in pictures:
+        (results / "run" / name).unlink()
+    main.main(config.parse(flags), results / "run")
+    assert [(results / "run" / name).read_bytes() for name in pictures] == drawn
 
 
 @pytest.mark.parametrize(
