@@ -271,11 +271,11 @@ def num_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_all_against_all_takes_each_product_once(names: list[str], num_products: list[int]) -> None:
     """For all metrics together; only tiles on the diagonal, and classes, are taken as a whole."""
     rng = np.random.default_rng(1)
-    labels = np.arange(6000) % 500
-    points = unit(rng.normal(size=(500, 16))[labels] + 0.5 * rng.normal(size=(6000, 16)))
+    labels = np.arange(9000) % 750
+    points = unit(rng.normal(size=(750, 16))[labels] + 0.5 * rng.normal(size=(9000, 16)))
     space = EmbeddingSpace(points.astype(np.float32), labels)
     evaluate_space(space, [1, 10], names)
-    assert 0.5 < sum(num_products) / 6000**2 < 0.75
+    assert 0.5 < sum(num_products) / 9000**2 < 0.75
     np.testing.assert_array_equal(
         space.num_negatives_ahead, EmbeddingSpace(points.astype(np.float32), labels).num_negatives_ahead
     )
