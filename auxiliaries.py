@@ -1188,6 +1188,15 @@ def copy_file(source: Path, target: Path) -> None:
         shutil.copyfile(source, beside)
 
 
+def link_file(source: Path, target: Path) -> None:
+    """Like `copy_file`, of a file that is replaced but never changed: no content is written where disks have links."""
+    with atomic_write(target) as beside:
+        try:
+            os.link(source, beside)
+        except OSError:
+            shutil.copyfile(source, beside)
+
+
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Writes state dicts and plain values so that a crash leaves either the old file or the new one."""
     with atomic_write(path) as beside:

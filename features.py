@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -150,12 +150,12 @@ def give_cached_loaders(
     Raises:
         UserError: an image can't be read, or the features can't be stored.
     """
-    net = nets[0]
+    net, trunk = nets[0], describe_trunk(nets[0])
     # Validation classes are training classes of other folds: all folds share both files.
     learned = [loaders.train_eval, *all_parts(loaders.val)]
-    of_test = give_features(opt, loaders, [*learned, *all_parts(loaders.test)], 0, net, device)
+    of_test = give_features(opt, loaders, [*learned, *all_parts(loaders.test)], 0, net, trunk, device)
     views = opt.cache_features
-    of_train = give_features(opt, loaders, learned, views, net, device) if views else of_test
+    of_train = give_features(opt, loaders, learned, views, net, trunk, device) if views else of_test
     common: dict[str, Any] = {"collate_fn": _as_it_is, "pin_memory": loaders.train.pin_memory}
 
     def in_order(loader: ImageLoader) -> ImageLoader:
@@ -211,6 +211,7 @@ def give_features(
     parts: Sequence[ImageLoader],
     views: int,
     net: EmbeddingNet,
+    trunk: Mapping[str, str],
     device: torch.device,
 ) -> Features:
     """The features of images from their file, which is made where there is none; one file holds them all.
@@ -221,7 +222,7 @@ def give_features(
         UserError: an image can't be read, or the file can't be read or written.
     """
     paths = sorted({path for part in parts for path in part.paths})
-    file = make_features(opt, loaders, paths, views, net, device)
+    file = make_features(opt, loaders, paths, views, net, trunk, device)
     return Features(read_features(file, (max(views, 1), len(paths), net.num_features)), paths)
 
 
@@ -232,6 +233,7 @@ def make_features(
     paths: Sequence[str],
     views: int,
     net: EmbeddingNet,
+    trunk: Mapping[str, str],
     device: torch.device,
 ) -> Path:
     """The file of features of images, which is made where there is none.
@@ -242,12 +244,13 @@ def make_features(
         paths: the images, sorted.
         views: random transforms of each image; 0: its test transform.
         net: the network, on `device`.
+        trunk: what `describe_trunk` says of it.
         device: where the trunk runs.
 
     Raises:
         UserError: an image can't be read, or the file can't be written.
     """
-    description = describe(opt, paths, views, net)
+    description = describe(opt, paths, views, trunk)
     key = hashlib.sha256(as_json(description).encode()).hexdigest()[:20]
     folder = Path(opt.cache_path)
     file = folder / f"{key}.npy"
@@ -292,18 +295,22 @@ def read_features(file: Path, shape: tuple[int, int, int]) -> np.ndarray:
     return values
 
 
-def describe(opt: argparse.Namespace, paths: Sequence[str], views: int, net: EmbeddingNet) -> dict[str, Any]:
-    """All that features depend on, for the name of their file and the description beside it."""
+def describe_trunk(net: EmbeddingNet) -> dict[str, str]:
+    """Digests of the layers of a network's trunk and of its weights."""
     weights = hashlib.sha256()
     for name, value in [*net.backbone.state_dict().items(), ("mean", net.mean), ("std", net.std)]:
         weights.update(name.encode())
         weights.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return {"network": hashlib.sha256(repr(net.backbone).encode()).hexdigest(), "weights": weights.hexdigest()}
+
+
+def describe(opt: argparse.Namespace, paths: Sequence[str], views: int, trunk: Mapping[str, str]) -> dict[str, Any]:
+    """All that features depend on, for the name of their file and the description beside it."""
     flags = TRAIN_FLAGS if views else TEST_FLAGS
     return {
         **{name: getattr(opt, name) for name in ("arch", "pooling", "cascade_layers")},
         **({"precision": opt.precision} if opt.precision != "fp32" else {}),
-        "network": hashlib.sha256(repr(net.backbone).encode()).hexdigest(),
-        "weights": weights.hexdigest(),
+        **trunk,
         "transform": {name: getattr(opt, name) for name in flags},
         "views": views,
         "dtype": opt.cache_dtype,

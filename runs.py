@@ -188,7 +188,7 @@ class Run:
     def _write_state(self, state: Mapping[str, Any]) -> None:
         auxiliaries.save_checkpoint(self.folder / "last.pth.tar", state)
         if state["best_epoch"] == state["epoch"]:
-            auxiliaries.copy_file(self.folder / "last.pth.tar", self.folder / "checkpoint.pth.tar")
+            auxiliaries.link_file(self.folder / "last.pth.tar", self.folder / "checkpoint.pth.tar")
 
     @by_first_rank
     def saved_networks(self) -> dict[int, dict[str, torch.Tensor]]:
@@ -841,11 +841,11 @@ def _as_flag(name: str, value: Any) -> str:
 
 
 def _repair_best(folder: Path) -> None:
-    """Copies the best network from the last state, where the run was stopped before it was."""
+    """Makes the last state the best network's, too, where the run was stopped before it was."""
     if has_state(folder):
         state = read_state(folder / "last.pth.tar")
         if state["best_epoch"] == state["epoch"]:
-            auxiliaries.copy_file(folder / "last.pth.tar", folder / "checkpoint.pth.tar")
+            auxiliaries.link_file(folder / "last.pth.tar", folder / "checkpoint.pth.tar")
 
 
 def _go_back_to_best(folder: Path) -> None:
@@ -865,5 +865,5 @@ def _go_back_to_best(folder: Path) -> None:
     kept = create_folder(folder / f"dropped_after_epoch_{epoch}", keep)
     for name in loggers.SENDERS:  # they can't take rows back: another run begins there
         auxiliaries.remove_file(folder / name)
-    auxiliaries.copy_file(folder / "checkpoint.pth.tar", last)
+    auxiliaries.link_file(folder / "checkpoint.pth.tar", last)
     print(f"going back to epoch {epoch}; what came after it is in {kept}")

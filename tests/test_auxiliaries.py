@@ -477,6 +477,24 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
     assert load_checkpoint(tmp_path / "checkpoint.pth.tar") == {"epoch": 2}
 
 
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_linked_file_keeps_what_it_holds(has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    last, best = tmp_path / "last.pth.tar", tmp_path / "checkpoint.pth.tar"
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", refuse)
+    for epoch in (1, 2):
+        save_checkpoint(last, {"epoch": epoch})
+        auxiliaries.link_file(last, best)
+        assert os.path.samefile(last, best) == has_links
+    save_checkpoint(last, {"epoch": 3})
+    assert [load_checkpoint(path)["epoch"] for path in (last, best)] == [3, 2]
+    assert names_in(tmp_path) == {"last.pth.tar", "checkpoint.pth.tar"}
+
+
 def test_json_comes_back_and_damage_is_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
     save_json(path, {"a": np.float32(0.5), "ü": [Path("x"), None, True]})

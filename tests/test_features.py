@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -185,6 +186,15 @@ def test_another_cascade_makes_another_file(source: Path, tmp_path: Path) -> Non
         more = ("--cascade_shares", "100", "50", "--cache_path", str(tmp_path / "cache"), "--cascade_layers", *layers)
         build(training_flags(source, tmp_path, *flags, *more))
     assert len(files(tmp_path)) == 2
+
+
+def test_a_trunk_is_digested_once_for_both_files(
+    cached: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    describe = Mock(wraps=features.describe_trunk)
+    monkeypatch.setattr(features, "describe_trunk", describe)
+    build(cached("2"))
+    assert (describe.call_count, len(files(tmp_path))) == (1, 2)
 
 
 def test_a_full_disk_is_refused_before_anything_is_written(

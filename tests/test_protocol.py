@@ -338,18 +338,18 @@ def test_best_goes_back_and_keeps_what_came_after(
 def test_best_is_what_last_says_where_its_copy_is_missing(
     run: Run, go_on: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped after last.pth.tar was written and before it was copied to checkpoint.pth.tar."""
+    """Stopped after last.pth.tar was written and before checkpoint.pth.tar was."""
     folder = tmp_path / "tiny" / "run"
     scores(monkeypatch, 0.5, 0.9, 0.1, 0.1)
-    copy_file = auxiliaries.copy_file
+    link_file = auxiliaries.link_file
 
     def stopped(source: Path, target: Path) -> None:
         if target.name == "checkpoint.pth.tar" and target.exists():
             raise KeyboardInterrupt
-        copy_file(source, target)
+        link_file(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(auxiliaries, "copy_file", stopped)
+        patch.setattr(auxiliaries, "link_file", stopped)
         with pytest.raises(KeyboardInterrupt):
             run()
     go_on("--resume_training", "best", "--n_epochs", "3")
