@@ -381,6 +381,11 @@ def shown(value: Any) -> str:
     return text if text.isprintable() and text.strip() == text != "" else repr(text)
 
 
+def counted(number: int, one: str, several: str | None = None) -> str:
+    """A number of things, such as `1 image` or `2,000 images`; `several` is the plural where it doesn't end in s."""
+    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
+
+
 def reason(error: Exception) -> str:
     """What a library says of an error, in one line."""
     text = " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -630,7 +630,7 @@ def image_datasets(folder: Path) -> dict[str, tuple[datasets.ImageDataset, datas
             make(images, transform) if is_training else datasets.ImageDataset(images, transform)
             for transform in ((after, after) if is_training else (before, after))
         )
-        decoded = [before(transforms.load_image(path)) for path in paths]
+        decoded = [before(transforms.load_image(path)).permute(1, 2, 0) for path in paths]
         file = folder / f"{what}.images"
         file.write_bytes(b"".join(image.contiguous().numpy().tobytes() for image in decoded))
         shapes = np.array([image.shape for image in decoded], np.int64)

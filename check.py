@@ -19,6 +19,7 @@ if __name__ == "__main__" and "_ARGCOMPLETE" in os.environ:  # a shell asks what
 
 import argparse
 import hashlib
+import itertools
 import shlex
 import sys
 from collections import Counter
@@ -37,7 +38,7 @@ import datasets
 import inference
 import report
 import transforms
-from auxiliaries import FlagParser, Progress, UserError, notice, number, shown
+from auxiliaries import FlagParser, Progress, UserError, counted, notice, number, shown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -47,8 +48,9 @@ USUAL_MODES = ("RGB", "L")
 HASH_BITS = 64
 MOST_NEAR = 10  # bits in which near duplicates may differ
 MOST_COMPARED = 200_000  # hashes, each with each
-SMALL_SIDE = 16  # px, of the gray versions of two images that are compared where their hashes are alike
-LEAST_CORRELATION = 0.95  # of these, for near duplicates: line drawings of different things may have the same hash
+SMALL_SIDE = 16  # px, of the small versions of two images that are compared where their hashes are alike
+LEAST_CORRELATION = 0.95  # of gray ones, for near duplicates: line drawings of different things may have the same hash
+LEAST_COLOR = 4  # levels of 256 by which the channels of an image with colors differ from their mean
 NEIGHBORS = 16  # of each image, among which embeddings find its near duplicates
 MOST_PRINTED = 5  # examples of a kind
 MOST_ON_PAGE = 2000  # pairs, of which the page shows as many as fit
@@ -164,6 +166,8 @@ class Reading:
         pixels: a digest of the pixels.
         hash: the perceptual hash.
         small: `(SMALL_SIDE²,)` float32, the pixels of a small gray version, with mean 0 and length 1.
+        colors: `(3 (SMALL_SIDE / 2)²,)` float32, of a still smaller version how the channels of each pixel differ from
+            their mean, with length 1; 0 where it is gray.
     """
 
     mode: str
@@ -172,6 +176,16 @@ class Reading:
     pixels: bytes
     hash: int
     small: np.ndarray
+    colors: np.ndarray
+
+    @property
+    def hue(self) -> int:
+        """The channel that stands out, 0 to 2; 3: none."""
+        return int(self.colors.reshape(-1, 3).sum(axis=0).argmax()) if self.colors.any() else 3
+
+    def resembles(self, other: Reading) -> bool:
+        """Whether two small versions are alike: the gray ones, and their colors not opposed, such as red and blue."""
+        return bool(self.small @ other.small >= LEAST_CORRELATION and self.colors @ other.colors >= 0)
 
 
 class Reader(Dataset):
@@ -199,8 +213,9 @@ class Reader(Dataset):
         digest = hashlib.sha256(f"{width} {height} ".encode())
         digest.update(pixels.data)
         image = Image.fromarray(pixels)
-        hashed, small = perceptual_hash(image), small_version(image)
-        return Reading(mode, (width, height), content.digest(), digest.digest(), hashed, small)
+        hashed, small = perceptual_hash(image), image.resize((SMALL_SIDE, SMALL_SIDE))
+        seen = (hashed, gray_version(small), color_version(small))
+        return Reading(mode, (width, height), content.digest(), digest.digest(), *seen)
 
 
 def perceptual_hash(image: Image.Image) -> int:
@@ -210,23 +225,31 @@ def perceptual_hash(image: Image.Image) -> int:
     return int.from_bytes(np.packbits(imagehash.phash(image).hash).tobytes(), "big")
 
 
-def small_version(image: Image.Image) -> np.ndarray:
-    """A small gray version of an image `(SMALL_SIDE²,)`, scaled so that products of two are correlations.
+def gray_version(small: Image.Image) -> np.ndarray:
+    """The gray version of a small image `(SMALL_SIDE²,)`, scaled so that products of two are correlations.
 
     That of an image without any contrast is constant, and has a correlation of 1 with another such image alone.
     """
-    pixels = np.asarray(image.convert("L").resize((SMALL_SIDE, SMALL_SIDE)), dtype=np.float32).reshape(-1)
+    pixels = np.asarray(small.convert("L"), dtype=np.float32).reshape(-1)
     if pixels.max() - pixels.min() < 2:
         return np.full(len(pixels), 1 / SMALL_SIDE, np.float32)
     pixels -= pixels.mean()
     return pixels / np.linalg.norm(pixels)
 
 
+def color_version(small: Image.Image) -> np.ndarray:
+    """The colors of a small image, see `Reading`: products of two are below 0 where most colors are opposed."""
+    pixels = np.asarray(small.reduce(2), dtype=np.float32)  # (SMALL_SIDE / 2, SMALL_SIDE / 2, 3)
+    colors = (pixels - pixels.mean(axis=2, keepdims=True)).reshape(-1)
+    length = np.linalg.norm(colors)
+    return colors / length if length >= LEAST_COLOR * len(colors) ** 0.5 else np.zeros_like(colors)
+
+
 def read_images(paths: Sequence[str], num_workers: int, exif_orientation: bool = False) -> list[Reading | UserError]:
     """Reads all images, in parallel and with a bar."""
     reader = Reader(paths, exif_orientation)
     batches = DataLoader(reader, AT_ONCE, num_workers=num_workers, collate_fn=list, generator=torch.Generator())
-    return [reading for batch in Progress(batches, f"reading {len(paths)} images") for reading in batch]
+    return [reading for batch in Progress(batches, f"reading {counted(len(paths), 'image')}") for reading in batch]
 
 
 # Duplicates
@@ -306,20 +329,28 @@ def near_hashes(hashes: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, 
     return one[is_pair], found[is_pair], distances[is_pair].astype(np.int64)
 
 
-def near_pairs(hashes: np.ndarray, keys: np.ndarray, bits: int) -> list[tuple[int, int, int]]:
+def near_pairs(hashes: np.ndarray, hues: np.ndarray, keys: np.ndarray, bits: int) -> list[tuple[int, int, int]]:
     """Pairs of images whose hashes differ in at most so many bits, with that number; of many alike only some.
 
     Args:
         hashes: `(N,)` uint64.
+        hues: `(N,)` integers: an image gets partners of each, since those of another one may prove to differ.
         keys: `(N,)` integers: partners with other ones are preferred.
         bits: at most `MOST_NEAR`.
     """
-    different, groups = np.unique(hashes, return_inverse=True)
+    different, of_hash = np.unique(hashes, return_inverse=True)
+    _, groups = np.unique(of_hash * (hues.max() + 1) + hues, return_inverse=True)
     pairs = dict.fromkeys(link(groups, keys), 0)
-    members = datasets.members_of_classes(groups)
-    for u, v, distance in zip(*(column.tolist() for column in near_hashes(different, bits))):
-        linked = _link_sets(members[u], members[v], keys) | _link_sets(members[v], members[u], keys)
-        pairs.update(dict.fromkeys(linked, distance))
+    members: list[list[np.ndarray]] = [[] for _ in different]  # of each hash, by hue
+    for images in datasets.members_of_classes(groups):
+        members[of_hash[images[0]]].append(images)
+    near = [(u, u, 0) for u, parts in enumerate(members) if len(parts) > 1]
+    near.extend(zip(*(column.tolist() for column in near_hashes(different, bits))))
+    for u, v, distance in near:
+        for one, other in itertools.product(members[u], members[v]):
+            if one is not other:
+                linked = _link_sets(one, other, keys) | _link_sets(other, one, keys)
+                pairs.update(dict.fromkeys(linked, distance))
     return [(i, j, distance) for (i, j), distance in pairs.items()]
 
 
@@ -356,8 +387,9 @@ def find_pairs(images: Inventory, readings: Sequence[Reading], bits: int) -> lis
         is_same = readings[i].content == readings[j].content
         pairs.append(Pair(i, j, "same file content" if is_same else "same pixels", 0))
     hashes = np.array([reading.hash for reading in readings], dtype=np.uint64)
-    for i, j, distance in near_pairs(hashes, keys, bits):
-        if pixels[i] != pixels[j] and readings[i].small @ readings[j].small >= LEAST_CORRELATION:
+    hues = np.array([reading.hue for reading in readings], dtype=np.int64)
+    for i, j, distance in near_pairs(hashes, hues, keys, bits):
+        if pixels[i] != pixels[j] and readings[i].resembles(readings[j]):
             pairs.append(Pair(i, j, f"perceptual hashes differ in {distance} bits", 1 + distance))
     return pairs
 
@@ -469,7 +501,7 @@ def print_findings(dataset: str, whole: Inventory, found: Findings, problems: Se
     ]
     print(f"{dataset}: {len(whole.paths):,} images of {len(sizes)} classes ({', '.join(parts)})")
     few = f"of one image: {(sizes == 1).sum()}"
-    print(f"classes: {sizes.min()} to {sizes.max()} images, median {np.median(sizes):g}; {few}")
+    print(f"classes: {sizes.min()} to {counted(sizes.max(), 'image')}, median {np.median(sizes):g}; {few}")
     sides = [min(reading.size) for reading in found.readings]
     modes = Counter(reading.mode for reading in found.readings).most_common()
     print(f"shorter sides: {min(sides)} to {max(sides)} px, median {np.median(sides):g}", end="; ")
@@ -481,6 +513,18 @@ def print_findings(dataset: str, whole: Inventory, found: Findings, problems: Se
         )
         print(f"{kind}: {len(of_kind)}{f', such as {examples}' if examples else ''}")
     print_pairs(found)
+    note_torn_images(whole)
+
+
+def note_torn_images(images: Inventory) -> None:
+    """A notice where parts of one image, or an image and its parts, are in several splits."""
+    splits_of: dict[str, set[int]] = {}
+    for path, split in zip(images.paths, images.splits.tolist()):
+        splits_of.setdefault(transforms.split_box(path)[0], set()).add(split)
+    torn = [file for file, found in splits_of.items() if len(found) > 1]
+    if torn:
+        what = f"{counted(len(torn), 'image')} with parts in several splits, such as {datasets.printable(torn[0])}"
+        notice(f"{what}: parts of one image share its light and surroundings, so put them into one split")
 
 
 def print_pairs(found: Findings) -> None:
@@ -496,7 +540,7 @@ def print_pairs(found: Findings) -> None:
         if not pairs and kind.endswith("embeddings"):
             continue
         across = [sum(found.is_across(pair, groups) for pair in pairs) for groups in (images.splits, images.labels)]
-        print(f"{kind}: {len(pairs)} pairs, {across[0]} across splits and {across[1]} across classes")
+        print(f"{kind}: {counted(len(pairs), 'pair')}, {across[0]} across splits and {across[1]} across classes")
         for pair in pairs[:MOST_PRINTED]:
             print(f"    {images.describe(pair.i)} and {images.describe(pair.j)}: {pair.what}")
     torn = [pair for pair in found.pairs if found.is_across(pair, images.labels)]
@@ -504,7 +548,7 @@ def print_pairs(found: Findings) -> None:
     if between:
         print("classes with most of them in common:")
     for (one, other), count in between.most_common(MOST_PRINTED):
-        print(f"    {shown(images.class_names[one])} and {shown(images.class_names[other])}: {count} pairs")
+        print(f"    {shown(images.class_names[one])} and {shown(images.class_names[other])}: {counted(count, 'pair')}")
 
 
 def refuse_unwritable(folder: Path) -> None:
@@ -536,8 +580,8 @@ def save_findings(
         names = {row: datasets.printable(row[0]) for row in rows}
         odd = [name for row, name in names.items() if row[0] != name]
         if odd:
-            few = f"{len(odd)} images whose names are not UTF-8, such as {odd[0]}"
-            notice(f"{folder / name} lacks {few}: rename these files, and check again")
+            few = f"{counted(len(odd), 'image')} not named in UTF-8, such as {odd[0]}"
+            notice(f"{folder / name} lacks {few}: rename such files, and check again")
         held = [row for row, name in names.items() if row[0] == name]
         datasets.save_image_table(folder / name, columns, held, root)
 
@@ -557,8 +601,9 @@ def save_findings(
         )
         shown_pairs.append((images.paths[pair.i], images.paths[pair.j], f"{sides}: {pair.what}"))
     intro = (
-        f"{len(found.pairs)} pairs of images that are the same or nearly so, those across splits or classes first. "
-        f"{folder / 'exclude.csv'} lists {len(found.excluded)} images to leave out: remove the rows of those that stay."
+        f"{counted(len(found.pairs), 'pair')} of images that are the same or nearly so, those across splits or classes "
+        f"first. {folder / 'exclude.csv'} lists {counted(len(found.excluded), 'image')} to leave out: remove the rows "
+        "of those that stay."
     )
     report.save_pairs_page(page, f"Duplicates in {opt.dataset}", intro, shown_pairs, opt.exif_orientation)
 
@@ -585,7 +630,8 @@ def check(argv: Sequence[str]) -> Findings:
     page = f"the pairs: {folder / 'pairs.html'}; " if found.pairs else ""
     print(f"{page}all else: {folder}")
     if found.excluded:
-        print(f"leave out {len(found.excluded)} images: --exclude {shlex.quote(str(folder / 'exclude.csv'))}")
+        excluded = shlex.quote(str(folder / "exclude.csv"))
+        print(f"leave out {counted(len(found.excluded), 'image')}: --exclude {excluded}")
     return found
 
 

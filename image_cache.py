@@ -61,8 +61,8 @@ class StoredImages:
     """Images in a file that is mapped into memory, by their path.
 
     Args:
-        file: all their pixels, one image after the other.
-        shapes: `(N, 3)`, channels, height and width of each image.
+        file: all their pixels, one image after the other, each `(H, W, 3)`, as decoders give them.
+        shapes: `(N, 3)`, height, width and channels of each image.
         paths: the N image files that they were read from.
     """
 
@@ -82,7 +82,7 @@ class StoredImages:
         row = self.row[path]
         shape = self.shapes[row]
         pixels = self._pixels[self.ends[row] - shape.prod() : self.ends[row]]
-        return torch.from_numpy(np.array(pixels)).view(*shape.tolist())
+        return torch.from_numpy(np.array(pixels)).view(*shape.tolist()).permute(2, 0, 1)
 
 
 def use_cached_images(opt: argparse.Namespace, loaders: Loaders) -> None:
@@ -141,6 +141,7 @@ def make_file(
         UserError: an image can't be read, or the file can't be written.
     """
     description = {
+        "layout": "height, width, channels",
         "transform": flags,
         "exif_orientation": opt.exif_orientation,
         "dataset": opt.dataset,
@@ -188,9 +189,10 @@ class _Reader(Dataset):
 
     def __getitem__(self, idx: int) -> np.ndarray | UserError:
         try:
-            return self.transform(transforms.load_image(self.paths[idx], self.exif_orientation)).contiguous().numpy()
+            image = self.transform(transforms.load_image(self.paths[idx], self.exif_orientation))
         except UserError as error:
             return error
+        return image.permute(1, 2, 0).contiguous().numpy()
 
 
 def refuse_full_disk(folder: Path, read: _Reader) -> None:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import auxiliaries
 import records
+from auxiliaries import counted
 
 if TYPE_CHECKING:
     import datasets
@@ -31,9 +32,8 @@ def print_start(run: runs.Run, device: torch.device, num_batches: int) -> None:
     million = sum(parameter.numel() for parameter in net.parameters()) / 1e6
     network = f"{opt.arch} ({weights}), {million:.2f} million parameters, {net.embed_dim}-dimensional embeddings"
     sampling = f" with {records.join_names(opt.sampling)} sampling" if opt.sampling else ""
-    loss = (
-        f"{records.join_names(opt.loss)}{sampling}, --lr {opt.lr:g}, {num_batches} batches of {opt.bs} images per epoch"
-    )
+    batches = f"{counted(num_batches, 'batch', 'batches')} of {counted(opt.bs, 'image')} per epoch"
+    loss = f"{records.join_names(opt.loss)}{sampling}, --lr {opt.lr:g}, {batches}"
     mirrors = run.log.mirrors.places()
     records.print_start(opt.dataset, run.splits, network, loss, device, run.folder, run.epoch, mirrors)
 
@@ -61,8 +61,9 @@ def describe_batches(opt: argparse.Namespace, loader: datasets.ImageLoader, epoc
     auxiliaries.seed_everything(opt.seed, epoch)
     loader.dataset.set_epoch(epoch)
     counts = [len(np.unique(loader.labels[[draw[0] for draw in batch]])) for batch in loader.dataset.batches]
-    classes = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-    return f"{opt.bs} images of {classes} classes, {opt.batch_sampler}"
+    fewest = "" if min(counts) == max(counts) else f"{min(counts)} to "
+    classes = f"{fewest}{counted(max(counts), 'class', 'classes')}"
+    return f"{counted(opt.bs, 'image')} of {classes}, {opt.batch_sampler}"
 
 
 def count_parameters(method: MetricLossOnly) -> tuple[int, int]:
@@ -85,8 +86,9 @@ def describe_epochs(opt: argparse.Namespace, done: int, num_batches: int) -> str
         return f"{opt.n_epochs}: nothing is left to train"
     first = f"{done + 1} to {opt.n_epochs}" if done else f"{opt.n_epochs}"
     every = f"every {opt.save_interval} epochs" if opt.save_interval > 1 else "every epoch"
-    patience = f", until --patience {opt.patience} epochs bring nothing" if opt.patience else ""
-    return f"{first}, with {num_batches:,} iterations each, {left * num_batches:,} in all; evaluated {every}{patience}"
+    patience = f", until {counted(opt.patience, 'epoch')} without improvement (--patience)" if opt.patience else ""
+    each = f"{counted(num_batches, 'iteration')} each, {left * num_batches:,} in all"
+    return f"{first}, with {each}; evaluated {every}{patience}"
 
 
 # Memory
@@ -100,7 +102,7 @@ def describe_memory(opt: argparse.Namespace, method: MetricLossOnly, device: tor
         parts["the program"] = program
     total = sum(parts.values()) / 2**30
     listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
-    workers = f"; each of {opt.kernels} workers takes more" if opt.kernels else ""
+    workers = f", beside {counted(opt.kernels, 'worker')}" if opt.kernels else ""
     return f"about {total:.1f} GiB, computed from the shapes of a step's tensors ({listed}){workers}"
 
 

@@ -24,7 +24,7 @@ import evaluate
 import plots
 import records
 import runs
-from auxiliaries import UserError, atomic_write, by_first_rank, notice
+from auxiliaries import UserError, atomic_write, by_first_rank, counted, notice
 from transforms import load_image
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def render(template: str, path: Path, plots: Mapping[str, Model] | None = None, 
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["counted"] = counted
     script, library = "", ""
     places: dict[str, str] = {}
     if plots:
@@ -168,7 +169,7 @@ def save_search_page(
         if queries and num_bytes > MOST_BYTES:
             break
         queries.append({**of_query, "neighbors": neighbors})
-    which = _count(len(queries), "query", "queries")
+    which = counted(len(queries), "query", "queries")
     if len(queries) < len(results):
         which = f"the first {len(queries)} of {len(results)} queries"
     longest = max((len(found) for _, found in results), default=0)
@@ -212,10 +213,6 @@ def _shown_file(file: str | Path, size: int, exif: bool) -> dict[str, Any]:
     place = Path(file)
     folder = "/".join(part.strip("/") for part in place.parent.parts[-2:])
     return {"image": thumbnail(file, size, exif), "path": str(file), "name": place.name, "folder": folder, "file": ""}
-
-
-def _count(number: int, one: str, several: str) -> str:
-    return f"{number} {one if number == 1 else several}"
 
 
 # What an embedding space shows
@@ -636,7 +633,7 @@ def _in_words(run: runs.Run, summary: Mapping[str, Any]) -> str:
     classes = f"{tested.num_classes():,} {'classes that it has not seen' if is_unseen else 'classes'}"
     where = f"{len(tested):,} images of {classes}"
     if test.gallery is not None:
-        where = f"{len(test.query):,} queries in a gallery of {where}"
+        where = f"{counted(len(test.query), 'query', 'queries')} in a gallery of {where}"
     embeds = f"{net.embed_dim}-dimensional embeddings of {opt.dataset}"
     epochs = summary["last"]["epoch"]
     if not epochs:
@@ -781,19 +778,20 @@ def _confused(pictured: Pictured, searched: Searched) -> Section:
 def _share(searched: Searched) -> str:
     """How many queries were searched with, in words."""
     count, total = len(searched.queries), len(searched.space.query)
-    return f"all {total:,} queries" if count == total else f"{count:,} of {total:,} queries, drawn at random"
+    every = f"{'all ' if total > 1 else ''}{counted(total, 'query', 'queries')}"
+    return every if count == total else f"{count:,} of {total:,} queries, drawn at random"
 
 
 def _classes(pictured: Pictured, testing_method: str) -> Section:
     """The classes that are found best and worst."""
     results = evaluate.query_results(pictured.space, testing_method)
-    counted = np.flatnonzero(results["weight"] > 0)
-    labels, inverse, sizes = np.unique(results["label"][counted], return_inverse=True, return_counts=True)
+    scored = np.flatnonzero(results["weight"] > 0)
+    labels, inverse, sizes = np.unique(results["label"][scored], return_inverse=True, return_counts=True)
     recall, map_at_r = (
-        np.bincount(inverse, results[name][counted].astype(float)) / sizes for name in ("correct_at_1", "ap_at_r")
+        np.bincount(inverse, results[name][scored].astype(float)) / sizes for name in ("correct_at_1", "ap_at_r")
     )
     order = np.lexsort((labels, recall, map_at_r))  # the worst first
-    example = {label: int(counted[position]) for position, label in reversed([*enumerate(results["label"][counted])])}
+    example = {label: int(scored[position]) for position, label in reversed([*enumerate(results["label"][scored])])}
 
     def rows(chosen: np.ndarray) -> list[dict[str, Any]]:
         return [
@@ -809,7 +807,7 @@ def _classes(pictured: Pictured, testing_method: str) -> Section:
 
     half = min(CLASSES, max(1, len(order) // 2))
     content = [("Worst", rows(order[:half])), ("Best", rows(order[::-1][:half] if len(order) > 1 else order[:0]))]
-    text = f"By MAP@R, the mean over the queries of each of {len(labels):,} classes; bars show it."
+    text = f"By MAP@R, the mean over the queries of each of {counted(len(labels), 'class', 'classes')}; bars show it."
     return Section("classes", "Worst and best classes", text, [one for one in content if one[1]])
 
 
@@ -824,7 +822,8 @@ def _hubs(pictured: Pictured, searched: Searched) -> Section:
         finders = own[(searched.found == item).any(axis=1)]
         right = int((finders == pictured.space.gallery_labels[item]).sum())
         mark = "bad" if 2 * right < len(finders) else ""
-        tiles.append(pictured.tile(pictured.gallery, item, f"in {len(finders):,} lists, {right:,} of its class", mark))
+        text = f"in {counted(len(finders), 'list')}, {right:,} of its class"
+        tiles.append(pictured.tile(pictured.gallery, item, text, mark))
     text = (
         f"The images that are most often among the {searched.found.shape[1]} nearest of {_share(searched)}; on average "
         f"an image is in {expected:.1f} of these lists. Framed: most queries that find it are of other classes. The "
@@ -914,8 +913,8 @@ def _map(pictured: Pictured, seed: int, charts: dict[str, Model]) -> Section:
         }
     )
     text = (
-        f"{len(chosen):,} images of {len(classes):,} classes, laid out so that near ones stay near (t-SNE). One color "
-        "stands for several classes. A cross: its nearest image is of another class."
+        f"{counted(len(chosen), 'image')} of {counted(len(classes), 'class', 'classes')}, laid out so that near ones "
+        "stay near (t-SNE). One color stands for several classes. A cross: its nearest image is of another class."
     )
     return Section("map", "Map", text, {"chart": "map"})
 

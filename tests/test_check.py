@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import itertools
 import re
 import shutil
@@ -104,7 +105,7 @@ def test_what_is_wrong_is_found(source: Path, tmp_path: Path, capsys: pytest.Cap
     assert "odd: 20 images of 4 classes (train 10 of 2, test 10 of 2)" in said
     assert "classes: 5 to 5 images, median 5; of one image: 0" in said
     assert "duplicates: 3 pairs, 1 across splits and 2 across classes" in said
-    assert "near duplicates by perceptual hashes: 1 pairs, 1 across splits and 1 across classes" in said
+    assert "near duplicates by perceptual hashes: 1 pair, 1 across splits and 1 across classes" in said
     assert "leave out 5 images: --exclude" in said
     page = (tmp_path / "out/pairs.html").read_text(encoding="utf-8")
     assert page.count("data:image/webp") == 8
@@ -139,6 +140,41 @@ def test_parts_of_images_are_images(source: Path, tmp_path: Path) -> None:
     assert (56, 80) in shape
 
 
+def test_parts_of_one_image_in_several_splits_are_told(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [f"images/a/0.png,{label},train,{x},0,{x + 30},80" for label, x in (("a", 0), ("b", 30))]
+    rows += [
+        f"images/d/0.png,{label},test,{x},0,{x + 30},80" for label, x in (("c", 0), ("c", 30), ("d", 60), ("d", 66))
+    ]
+    words = f"1 image with parts in several splits, such as {source}/odd/images/a/0.png: parts of one image share"
+    for more in ([], ["images/a/0.png,c,test,60,0,90,80"]):
+        file = source / "odd" / "torn.csv"
+        file.write_text("\n".join(["path,label,split,x1,y1,x2,y2", *rows, *more]))
+        found = check.check([str(file), "--out", str(tmp_path), "--near", "0", "--kernels", "0"])
+        assert len(found.readings) == 6 + len(more)
+        assert (words in capsys.readouterr().err) == bool(more)
+
+
+def test_images_that_differ_in_color_alone_are_not_near_duplicates(tmp_path: Path) -> None:
+    """Though a gray version of them is, and of many that look alike in gray those of one color are found."""
+    shape = np.asarray(smooth(5).convert("L"), np.float32)[:, :, None]
+    colors = {"blue.png": (0.2, 0.2, 1), "red.png": (1, 0.2, 0.2), "red.jpg": (1, 0.2, 0.2), "gray.png": (1, 1, 1)}
+    for name, color in colors.items():
+        Image.fromarray((shape * color).astype(np.uint8)).save(tmp_path / name)
+    readings = []
+    for reading in check.read_images([str(tmp_path / name) for name in colors], 0):
+        assert isinstance(reading, check.Reading)
+        readings.append(dataclasses.replace(reading, hash=0))
+    images = check.Inventory(list(colors), np.zeros(4, np.int64), np.zeros(4, np.int64), ["any"])
+    assert {(images.paths[pair.i], images.paths[pair.j]) for pair in check.find_pairs(images, readings, 4)} == {
+        ("blue.png", "gray.png"),
+        ("red.png", "red.jpg"),
+        ("red.png", "gray.png"),
+        ("red.jpg", "gray.png"),
+    }
+
+
 def test_near_hashes_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     centers = rng.integers(0, 2**63, 30, dtype=np.uint64)
@@ -164,7 +200,7 @@ def test_many_alike_give_few_pairs() -> None:
     assert sum(700 in pair for pair in pairs) == 999  # each is shown beside the one that is of another kind
     assert check.link(np.arange(5), keys[:5]) == []
     hashes = np.array([5, 5, 5, 4], np.uint64)
-    assert sorted(check.near_pairs(hashes, np.array([0, 0, 1, 0]), 2)) == [
+    assert sorted(check.near_pairs(hashes, np.zeros(4, np.int64), np.array([0, 0, 1, 0]), 2)) == [
         (0, 2, 0),
         (0, 3, 1),
         (1, 2, 0),
@@ -201,7 +237,7 @@ def test_embeddings_of_a_run_find_further_pairs(
     monkeypatch.setattr(inference, "load", lambda run: SimpleNamespace(embed=embed))
     pairs = pairs_of(run("odd", source, tmp_path, "--run", "some/run"))
     assert {pair for pair, what in pairs.items() if what.startswith("embeddings are 0.00")} == {("a/4", "c/0")}
-    assert "near duplicates by embeddings: 1 pairs, 1 across splits and 1 across classes" in capsys.readouterr().out
+    assert "near duplicates by embeddings: 1 pair, 1 across splits and 1 across classes" in capsys.readouterr().out
 
 
 def look_alikes() -> list[str]:
@@ -398,7 +434,7 @@ def test_images_whose_names_are_not_utf8_are_told_and_nothing_else_is_lost(
     for copy in ("\udcff.png", "2.png"):
         shutil.copy(tmp_path / "odd/images/a/0.png", tmp_path / "odd/images/b" / copy)
     run("odd", tmp_path, tmp_path / "out", "--near", "0")
-    told = r"exclude.csv lacks 1 images whose names are not UTF-8, such as .*b/\\udcff.png: rename these files"
+    told = r"exclude.csv lacks 1 image not named in UTF-8, such as .*b/\\udcff.png: rename such files"
     assert re.search(told, capsys.readouterr().err)
     assert [row["path"] for row in table(tmp_path / "out/exclude.csv")] == ["images/b/2.png"]
     assert (tmp_path / "out/pairs.html").exists()

@@ -127,9 +127,12 @@ def test_a_damaged_file_is_made_anew(
 
 
 def test_processes_do_not_copy_the_file() -> None:
-    stored = image_cache.StoredImages(Path("any"), np.array([[3, 2, 2]]), ["a"])
+    stored = image_cache.StoredImages(Path("any"), np.array([[2, 2, 3]]), ["a"])
     stored._pixels = np.arange(12, dtype=np.uint8)
-    assert stored.read("a").flatten().tolist() == list(range(12))
+    image = stored.read("a")
+    assert image.shape == (3, 2, 2)
+    assert image.permute(1, 2, 0).is_contiguous()  # as a batch is, so that no pixel is moved
+    assert image.permute(1, 2, 0).flatten().tolist() == list(range(12))
     assert pickle.loads(pickle.dumps(stored))._pixels is None
 
 
