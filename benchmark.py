@@ -15,10 +15,13 @@ if __name__ == "__main__" and "_ARGCOMPLETE" in os.environ:  # a shell asks what
     completion.complete("benchmark")
 
 import contextlib
+import csv
 import ctypes
 import gc
 import json
 import platform
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -34,6 +37,7 @@ import torch.nn.functional as F
 from PIL import Image
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning import miners as pml_miners
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from sklearn.datasets import load_sample_images
 from torchvision import transforms as v1
 
@@ -497,6 +501,9 @@ def benchmark_evaluation() -> list[Row]:
     timed("products", lambda: _multiply_all(points, points))
     space.clustering = evaluate.Clustering("faiss")
     timed("faiss k-means", space.cluster)
+    chosen, targets = ("precision_at_1", "r_precision", "mean_average_precision_at_r"), torch.from_numpy(labels)
+    calculator = AccuracyCalculator(chosen, k="max_bin_count", device=points.device)
+    timed("library", lambda: calculator.get_accuracy(points, targets))
     print(f"Recall @ {k_vals}: ours {recalls}, faiss {faiss_recalls}")
     print(f"F1: ours {our_f1:.6f}, counted {counted_f1:.6f}; NMI: {our_nmi:.6f}")
     return [
@@ -505,6 +512,7 @@ def benchmark_evaluation() -> list[Row]:
         _row("Recall @ 1, 10, 100, 1000", "bare products", seconds["products"], "s", seconds["recall"]),
         _row(", ".join(PRECISIONS), "ours", seconds["precisions"], "s", seconds["precisions"]),
         _row(", ".join(PRECISIONS), "bare products", seconds["products"], "s", seconds["precisions"]),
+        _row(", ".join(PRECISIONS), "two: AccuracyCalculator", seconds["library"], "s", seconds["precisions"]),
         _row("F1", "ours", seconds["f1"], "s", seconds["f1"]),
         _row("F1", "a pass for each cluster", seconds["pair counting"], "s", seconds["f1"]),
         _row("NMI", "ours", seconds["nmi"], "s", seconds["nmi"]),
@@ -784,6 +792,61 @@ def _time_steps(
     ]
 
 
+LARGE_STEP = ["--arch", "resnet18", "--not_pretrained", "--crop_size", "64"]
+
+
+def benchmark_large_steps() -> list[Row]:
+    """A training step of ResNet18 on images of 64 px, whole and with gradient caching: time and peak memory."""
+    device, rows = auxiliaries.find_device(0), []
+    for flags in (["--bs", "48"], ["--bs", "960", "--grad_cache", "48"], ["--bs", "960"]):
+        auxiliaries.seed_everything(0)
+        opt = config.resolve(config.parse([*LARGE_STEP, *flags]))
+        method = methods.build_training(opt, 240, device)
+        images = torch.randint(0, 256, (opt.bs, 3, opt.crop_size, opt.crop_size), dtype=torch.uint8)
+        method.start_epoch(epoch=1)
+        step = partial(method.step, images.to(device), torch.arange(opt.bs) // 4, 1)
+        step()  # which makes the optimizer's state
+        rows += [(" ".join(flags), "peak memory", _memory_of(step, device), "GiB")]
+        rows += [(" ".join(flags), "time", _processor_time(step, device), "s")]
+    of_whole = {what: value for _, what, value, _ in rows}
+    return [{**_row(flags, what, value, unit, of_whole[what]), "of": "the whole"} for flags, what, value, unit in rows]
+
+
+RANKS = (
+    "--dataset noise --arch resnet18 --not_pretrained --crop_size 128 --bs 64 --gpu -1 --iterations_per_epoch 6 "
+    "--save_interval 99 --eval_metrics Recall --k_vals 1 --no-pictures --no-report --logger"
+).split()
+
+
+def benchmark_ranks(num_epochs: int = 4) -> list[Row]:
+    """Images per second of ResNet18 by one process with one core, and by two with a core each; without the first epoch.
+
+    Linux only.
+    """
+    script, launcher = str(Path(__file__).with_name("main.py")), ["-m", "torch.distributed.run", "--standalone"]
+    found: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        for number in range(128):
+            path = Path(folder, "noise", f"{number // 4:02d}", f"{number}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (160, 160, 3), dtype=np.uint8)).save(path)
+        for count, name in enumerate(("one process with one core", "two with a core each"), start=1):
+            start = [*launcher, "--nproc_per_node", "2", script] if count == 2 else [script]
+            flags = [*RANKS, "--n_epochs", str(num_epochs), "--source_path", folder, "--save_path", folder]
+            cores = sorted(os.sched_getaffinity(0))[:count]
+            subprocess.run(
+                [sys.executable, *start, *flags, "--savename", name],
+                preexec_fn=partial(os.sched_setaffinity, 0, cores),
+                stdout=subprocess.DEVNULL,
+                check=True,
+            )
+            with open(Path(folder, "noise", name, "log_train_Base.csv"), newline="", encoding="utf-8") as file:
+                found[name] = float(np.median([float(row["Images/s"]) for row in csv.DictReader(file)][1:]))
+    of_one = next(iter(found.values()))
+    return [{**_row("training images", name, value, "images/s", of_one), "of": "one"} for name, value in found.items()]
+
+
 BENCHMARKS = {
     "losses": benchmark_losses,
     "evaluation": benchmark_evaluation,
@@ -797,14 +860,15 @@ def build_parser() -> auxiliaries.FlagParser:
     """The parser of all flags."""
     parser = auxiliaries.FlagParser(prog="benchmark.py", description=__doc__)
     parser.add_argument(
-        "what", nargs="*", metavar="|".join([*BENCHMARKS, "step"]), help="which benchmarks (default: all)"
+        "what", nargs="*", metavar="|".join([*BENCHMARKS, "step", "ranks"]), help="which benchmarks (default: all)"
     )
     parser.add_argument("--json", default="benchmark.json", metavar="FILE", help="where the table is written")
     parser.add_argument("--arch", default="resnet50", help="the network of the benchmark step")
     parser.add_argument(
         "--large",
         action="store_true",
-        help="with losses: time and memory of batches of 4,096 embeddings of 512 dimensions instead",
+        help="with losses: time and memory of batches of 4,096 embeddings of 512 dimensions instead; with step: of 960 "
+        "images with and without --grad_cache",
     )
     parser.add_argument(
         "--sizes",
@@ -821,15 +885,18 @@ def build_parser() -> auxiliaries.FlagParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the chosen benchmarks, prints a table and writes it as JSON."""
     opt = build_parser().parse_args(argv)
-    benchmarks: dict[str, Callable[[], list[Row]]] = {**BENCHMARKS, "step": partial(benchmark_step, opt.arch)}
+    benchmarks: dict[str, Callable[[], list[Row]]]
+    benchmarks = {**BENCHMARKS, "step": partial(benchmark_step, opt.arch), "ranks": benchmark_ranks}
     if opt.sizes is not None:
         if opt.what != ["evaluation"]:
             raise auxiliaries.UserError("--sizes is of the evaluation: give `benchmark.py evaluation --sizes`")
         benchmarks["evaluation"] = partial(benchmark_sizes, opt.sizes or SIZES, Path(opt.plot))
     if opt.large:
-        if opt.what != ["losses"]:
-            raise auxiliaries.UserError("--large is of the losses: give `benchmark.py losses --large`")
-        benchmarks["losses"] = benchmark_large_losses
+        if opt.what not in (["losses"], ["step"]):
+            raise auxiliaries.UserError(
+                "--large is of losses or of steps: give `benchmark.py losses --large` or `benchmark.py step --large`"
+            )
+        benchmarks |= {"losses": benchmark_large_losses, "step": benchmark_large_steps}
     for name in opt.what:
         if name not in benchmarks:
             near = auxiliaries.nearest_name(name, benchmarks)

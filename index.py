@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import datasets
-from auxiliaries import UserError, atomic_write, disk_advice, locked, notice
+from auxiliaries import UserError, atomic_write, counted, disk_advice, locked, notice
 from datasets import printable
 from evaluate import import_faiss
 from transforms import split_box, with_box
@@ -128,19 +128,20 @@ def _walk(root: Path) -> Iterator[str]:
 
 
 def _read_csv(file: Path) -> Gallery:
-    """A gallery from a CSV file like that of a dataset; relative paths are relative to its folder."""
+    """A gallery from a CSV file like that of a dataset; relative paths are relative to its folder.
+
+    Raises:
+        UserError: it can't be read, lists no images, or an image with two labels.
+    """
     table = datasets.read_csv(file, ("path",), datasets.CSV_COLUMNS)
     if not len(table):
         raise UserError(f"{file} has no rows below the names of its columns: list images in it")
     boxes = datasets.read_boxes(table)
     listed = [path if box is None else with_box(path, box) for path, box in zip(table.columns["path"], boxes)]
-    names = list(dict.fromkeys(listed))
-    if len(names) < len(listed):
-        notice(f"images that {file} lists again count once: {len(listed) - len(names)}")
-    if "label" not in table.columns:
-        return Gallery(file, file.parent, names)
-    label_of = dict(zip(listed, table.columns["label"]))
-    return Gallery(file, file.parent, names, [label_of[name] for name in names])
+    gallery = Gallery(file, file.parent, listed, table.columns.get("label"))
+    origins = [f"row {row} of {file}" for row in table.rows]
+    _, kept = datasets.check_repeats(gallery.paths, gallery.labels or [""] * len(listed), [""] * len(listed), origins)
+    return gallery.subset(kept)
 
 
 # The index
@@ -171,12 +172,21 @@ class Index:
         gallery: the images that could be read.
         vectors: `(R, D)` float32, mapped into memory; some rows are of images that are gone.
         rows: `(N,)` the row of each image.
+        states: `(N, 2)` size and time of change of their files.
         kind: one of `KINDS`.
         faiss_index: of the rows, for another kind than flat.
     """
 
-    def __init__(self, gallery: Gallery, vectors: np.ndarray, rows: np.ndarray, kind: str, faiss_index: Any = None):
-        self.gallery, self.vectors, self.rows = gallery, vectors, rows
+    def __init__(
+        self,
+        gallery: Gallery,
+        vectors: np.ndarray,
+        rows: np.ndarray,
+        states: np.ndarray,
+        kind: str,
+        faiss_index: Any = None,
+    ):
+        self.gallery, self.vectors, self.rows, self.states = gallery, vectors, rows, states
         self.kind, self.faiss_index = kind, faiss_index
         self.position = np.full(len(vectors), -1, np.int64)  # (R,) of the image in the gallery; -1: it is gone
         self.position[rows] = np.arange(len(rows))
@@ -184,27 +194,35 @@ class Index:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def find(self, path: str) -> list[int]:
+        """The positions of an image in the gallery: several where links give its file several names."""
+        file, box = split_box(path)
+        state = os.stat(file)
+        alike = (self.states == (state.st_size, state.st_mtime_ns)).all(axis=1)  # (N,), which spares asking for each
+        found = [(position, *split_box(self.gallery.path(position))) for position in np.flatnonzero(alike).tolist()]
+        return [position for position, one, part in found if part == box and os.path.samefile(one, file)]
+
     def search(
-        self, queries: torch.Tensor, k: int, own: Sequence[int] | np.ndarray | None = None, exact: bool = False
+        self, queries: torch.Tensor, k: int, own: Sequence[Sequence[int]] | None = None, exact: bool = False
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Finds the nearest images.
 
         Args:
             queries: `(Q, D)` float32.
             k: how many; fewer where the gallery doesn't have that many.
-            own: for each query its position in the gallery, where it does not find itself; -1: it is not there.
+            own: for each query the positions in the gallery that it does not find, since they are its own.
             exact: whether to compare with all images, whatever the kind.
 
         Returns:
             For each query positions in the gallery `(k,)`, nearest first, and distances `(k,)` float64.
         """
         found: list[tuple[np.ndarray, np.ndarray]] = []
-        own_of = np.full(len(queries), -1) if own is None else np.asarray(own, np.int64)
+        own = [()] * len(queries) if own is None else own
+        count = min(k + max(map(len, own), default=0), len(self.rows))
         for start in range(0, len(queries), QUERIES_AT_ONCE):
             part = queries[start : start + QUERIES_AT_ONCE]
-            count = min(k + 1, len(self.rows))  # with the query itself
             rows = self._nearest(part, count) if exact or self.faiss_index is None else self._from_faiss(part, count)
-            for query, candidates, itself in zip(part.double().numpy(), rows, own_of[start:]):
+            for query, candidates, itself in zip(part.double().numpy(), rows, own[start:]):
                 found.append(self._rank(query, candidates, k, itself))
         return found
 
@@ -231,10 +249,10 @@ class Index:
             self.faiss_index.hnsw.efSearch = max(64, 2 * wanted)
         return self.faiss_index.search(np.ascontiguousarray(queries.numpy()), wanted)[1]
 
-    def _rank(self, query: np.ndarray, rows: np.ndarray, k: int, own: int) -> tuple[np.ndarray, np.ndarray]:
+    def _rank(self, query: np.ndarray, rows: np.ndarray, k: int, own: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest of candidate rows, as positions, with their distances."""
         positions = self.position[rows[rows >= 0]]
-        positions = np.sort(positions[(positions >= 0) & (positions != own)])  # equally near: in the gallery's order
+        positions = np.sort(positions[(positions >= 0) & ~np.isin(positions, own)])  # equally near: in gallery order
         distances = np.linalg.norm(self.vectors[self.rows[positions]] - query, axis=1)
         order = np.argsort(distances, kind="stable")[:k]
         return positions[order], distances[order]
@@ -243,8 +261,8 @@ class Index:
         """Share of the k nearest images that the index finds, over images of the gallery as queries."""
         chosen = np.random.default_rng(seed).permutation(len(self))[:RECALL_QUERIES]
         queries = torch.from_numpy(self.vectors[self.rows[chosen]])
-        shares = []
-        for (_, found), (_, nearest) in zip(self.search(queries, k, chosen), self.search(queries, k, chosen, True)):
+        own, shares = chosen[:, None].tolist(), []
+        for (_, found), (_, nearest) in zip(self.search(queries, k, own), self.search(queries, k, own, True)):
             if len(nearest):  # of equally near ones any counts
                 shares.append((found <= nearest[-1] * (1 + 1e-9)).sum() / len(nearest))
         return float(np.mean(shares)) if shares else math.nan
@@ -433,7 +451,8 @@ class _Store:
         self._embed(gallery, sizes, embed, errors)
         if self.num_rows > before:
             kept = f"{self.folder} keeps that for later searches"
-            notice(f"{self.num_rows - before} of {len(gallery.names)} images were embedded: {kept}")
+            embedded = f"{self.num_rows - before:,} of {counted(len(gallery.names), 'image')}"
+            notice(f"{embedded} {'was' if self.num_rows == before + 1 else 'were'} embedded: {kept}")
         if 4 * self._count_files() < 3 * self.num_rows:
             self._compact()
         report_unreadable(gallery.source, gallery.paths, errors)
@@ -503,13 +522,15 @@ class _Store:
 
     def give_index(self, gallery: Gallery, kind: str | None) -> Index:
         """The index of the images that could be read."""
-        row_of = {bytes(name): row for name, row in self.database.execute("SELECT name, row FROM files")}
-        there = [i for i, name in enumerate(gallery.names) if os.fsencode(name) in row_of]
+        files = self.database.execute("SELECT name, row, size, changed FROM files")
+        known = {bytes(name): of_file for name, *of_file in files}
+        there = [i for i, name in enumerate(gallery.names) if os.fsencode(name) in known]
         readable = gallery.subset(there)
-        rows = np.array([row_of[os.fsencode(name)] for name in readable.names], np.int64)
+        of_files = np.array([known[os.fsencode(name)] for name in readable.names], np.int64).reshape(-1, 3)
+        rows = of_files[:, 0]
         kind = "flat" if len(rows) < 2 else kind or choose_kind(len(rows))  # faiss needs two to train on
         faiss_index = None if kind == "flat" else self._give_faiss_index(kind)
-        return Index(readable, self.map_vectors(), rows, kind, faiss_index)
+        return Index(readable, self.map_vectors(), rows, of_files[:, 1:], kind, faiss_index)
 
     def _give_faiss_index(self, kind: str) -> Any:
         """faiss's index of all rows: from its file, to which new rows are added, or built."""
@@ -519,7 +540,7 @@ class _Store:
         if faiss_index is not None and faiss_index.ntotal == len(vectors):
             return faiss_index
         if faiss_index is None:
-            notice(f"building an index for quick search among {len(vectors)} images ({kind})")
+            notice(f"building an index for quick search among {len(vectors):,} images ({kind})")
             faiss_index = _build_faiss_index(faiss, vectors, kind)
         for start in range(faiss_index.ntotal, len(vectors), ROWS_AT_ONCE):
             faiss_index.add(np.ascontiguousarray(vectors[start : start + ROWS_AT_ONCE]))
@@ -594,9 +615,12 @@ def report_unreadable(source: Path | str, paths: Sequence[str], errors: Mapping[
     if not errors:
         return
     first = errors[min(errors)]
+    if len(paths) == 1:
+        raise first
     if len(errors) == len(paths):
-        raise UserError(f"none of the {len(errors)} images of {source} can be read, of which the first is: {first}")
+        raise UserError(f"none of the {len(errors):,} images of {source} can be read, of which the first is: {first}")
     names = [printable(paths[position]) for position in sorted(errors)[1 : 1 + NAMED]]
     more = f"; likewise {', '.join(names)}" if names else ""
-    more += f" and {len(errors) - 1 - len(names)} more" if len(errors) > 1 + len(names) else ""
-    notice(f"{len(errors)} of {len(paths)} images can't be read and are left out: {first}{more}")
+    more += f" and {len(errors) - 1 - len(names):,} more" if len(errors) > 1 + len(names) else ""
+    left_out = f"{'is' if len(errors) == 1 else 'are'} left out"
+    notice(f"{len(errors):,} of {len(paths):,} images can't be read and {left_out}: {first}{more}")

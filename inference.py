@@ -43,7 +43,7 @@ import report
 import retrieval
 import runs
 import transforms
-from auxiliaries import UserError, notice, number, user_path
+from auxiliaries import UserError, counted, notice, number, user_path
 from evaluate import Points
 from index import KINDS, Embedded, Gallery, Index, default_folder, list_gallery, open_index, report_unreadable
 
@@ -190,10 +190,11 @@ class EmbeddingModel:
         Args:
             gallery: the images.
             kind: of the index (default: by the number of images).
-            folder: of the index (default: a hidden one beside the gallery).
+            folder: of the index (default: a hidden one beside the gallery); means with mirror images have one in it.
         """
         key = self.key if folder is None else f"{self.key} {gallery.source.absolute()}"
         folder = folder or default_folder(gallery.source)
+        folder = folder / "flip" if self.mirrors else folder
         return open_index(gallery, folder, key, self.net.embed_dim, self.embed_in_batches, kind)
 
     def search(self, gallery: Path | str, queries: Sequence[ImageLike] | ImageLike, k: int = 10) -> list[list[Match]]:
@@ -213,7 +214,7 @@ class EmbeddingModel:
         several: Any = [queries] if _is_single(queries) else queries
         points = self.embed(several)  # first: what can't be read is noticed before the gallery is embedded
         index = self.open_index(list_gallery(Path(gallery)))
-        found = index.search(points, k, find_in_gallery(several, index.gallery))
+        found = index.search(points, k, find_in_gallery(several, index))
         return [matches_of(index.gallery, *one) for one in found]
 
     @torch.inference_mode()
@@ -234,11 +235,9 @@ class EmbeddingModel:
 BATCHES_AHEAD = 2  # that are read while one is embedded
 
 
-def find_in_gallery(queries: Sequence[Any], gallery: Gallery) -> list[int]:
-    """For each query the position of its file in a gallery; -1 where it isn't there, or is not a file."""
-    files = [str(query) if isinstance(query, str | Path) else "" for query in queries]
-    position = {file: i for i, file in enumerate(datasets.real_files(gallery.paths))}
-    return [position.get(file, -1) for file in datasets.real_files(files)]
+def find_in_gallery(queries: Sequence[Any], index: Index) -> list[list[int]]:
+    """For each query the positions of its file in a gallery; none where it isn't there, or is not a file."""
+    return [index.find(str(query)) if isinstance(query, str | Path) else [] for query in queries]
 
 
 def matches_of(gallery: Gallery, positions: np.ndarray, distances: np.ndarray) -> list[Match]:
@@ -306,7 +305,8 @@ def add_search_arguments(parser: auxiliaries.FlagParser) -> None:
     add("--index_path", type=user_path, metavar="FOLDER",
         help="where to keep the gallery's embeddings (default: the hidden folder .NAME.index beside the gallery)")
     add("--png", type=partial(output_file, (".png",)), metavar="FILE",
-        help="where to draw queries with what was found (default: search.png, unless --html is given)")
+        help="where to draw queries with what was found (default: search_GALLERY.png in the run folder, unless --html "
+        "is given)")
     add("--html", type=partial(output_file, (".html", ".htm")), metavar="FILE",
         help="write a page of queries with what was found")
     # fmt: on
@@ -323,12 +323,13 @@ def search_images(opt: argparse.Namespace) -> list[list[Match]]:
     for query in opt.query:
         if not Path(transforms.split_box(query)[0]).is_file():
             raise UserError(f"--query {auxiliaries.shown(query)} is not a file: give image files")
+    png = picture_file(opt)
     model = replace(load_for(opt), mirrors=opt.tta == "flip")
     points = model.embed(opt.query)
     index = model.open_index(gallery, "flat" if better else opt.index, opt.index_path and Path(opt.index_path))
     if opt.k > len(index):
-        notice(f"--k {opt.k} is more than the {len(index)} images of {opt.gallery}: all of them are shown")
-    own = find_in_gallery(opt.query, index.gallery)
+        notice(f"--k {opt.k} is more than the {counted(len(index), 'image')} of {opt.gallery}: all are shown")
+    own = find_in_gallery(opt.query, index)
     found = search_better(opt, model, index, points, own) if better else index.search(points, opt.k, own)
     results = [matches_of(index.gallery, *one) for one in found]
     print(f"{describe_index(index, opt.k)}{' with ' if better else ''}{', '.join(better)}")
@@ -337,8 +338,8 @@ def search_images(opt: argparse.Namespace) -> list[list[Match]]:
         for rank, match in enumerate(matches, start=1):
             label = "" if match.label is None else f"  {match.label}"
             print(f"{rank:>4}  {match.distance:.4f}  {match.path}{label}")
-    labels = [None if i < 0 or index.gallery.labels is None else index.gallery.labels[i] for i in own]
-    show_results(opt, model, results, labels)
+    labels = [index.gallery.labels[some[0]] if some and index.gallery.labels else None for some in own]
+    show_results(opt, model, results, labels, png)
     return results
 
 
@@ -346,7 +347,7 @@ BETTER = ("whiten", "database_augmentation", "query_expansion", "rerank")  # fla
 
 
 def search_better(
-    opt: argparse.Namespace, model: EmbeddingModel, index: Index, points: torch.Tensor, own: Sequence[int]
+    opt: argparse.Namespace, model: EmbeddingModel, index: Index, points: torch.Tensor, own: Sequence[Sequence[int]]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Searches as the flags of `retrieval` say, with the whole gallery in memory.
 
@@ -355,7 +356,7 @@ def search_better(
         model: the network.
         index: the gallery.
         points: `(Q, D)` queries.
-        own: for each query its position in the gallery; -1: it is not there.
+        own: for each query the positions of its file in the gallery.
 
     Returns:
         As `Index.search`; with --rerank the distances are those that rank.
@@ -363,10 +364,12 @@ def search_better(
     training = embed_training_images(model) if opt.whiten else None
     gallery = torch.from_numpy(index.vectors[index.rows])  # (G, D)
     alike = np.zeros(len(points), np.int64), np.zeros(len(gallery), np.int64)  # labels don't matter
-    space = evaluate.EmbeddingSpace(points, alike[0], gallery, alike[1], np.asarray(own))
+    first = np.array([some[0] if some else -1 for some in own])
+    space = evaluate.EmbeddingSpace(points, alike[0], gallery, alike[1], first)
     space = retrieval.chain([change for _, change in retrieval.build_changes(opt, training)])(space)
-    found = []
-    for query, positions in enumerate(space.neighbors(np.arange(len(points)), opt.k)):
+    found, k = [], opt.k + max(len(some) for some in own)
+    for query, positions in enumerate(space.neighbors(np.arange(len(points)), k)):
+        positions = positions[~np.isin(positions, own[query])][: opt.k]
         items = torch.from_numpy(positions)
         if space.ranking is None:
             distances = space.distances(torch.full_like(items, query), items)
@@ -396,15 +399,34 @@ TRAINING_INDEX = ".training.index"  # a folder in a run folder
 
 def describe_index(index: Index, k: int) -> str:
     """The size and the kind of an index, and how much it misses."""
-    text = f"{len(index)} images, index {index.kind}"
+    text = f"{counted(len(index), 'image')}, index {index.kind}"
     if index.kind == "flat":
         return f"{text}: exact search"
     k = min(k, len(index) - 1)
-    return f"{text}: finds {index.measure_recall(k):.1%} of the {k} nearest images that exact search finds"
+    return f"{text}: finds {index.measure_recall(k):.1%} of the {counted(k, 'nearest image')} that exact search finds"
+
+
+def picture_file(opt: argparse.Namespace) -> Path | None:
+    """Where the flags ask for a picture of what is found; None: nowhere.
+
+    Raises:
+        UserError: it is in the gallery, where later searches would find it.
+    """
+    if opt.png is None and opt.html is not None:
+        return None
+    source = Path(os.path.abspath(opt.gallery))
+    png = opt.png or Path(opt.run) / f"search_{source.name.removesuffix('.csv')}.png"
+    if source.is_dir() and source.resolve() in png.resolve().parents:
+        raise UserError(f"{png} is in the gallery, where later searches would find it: give another --png, or --html")
+    return png
 
 
 def show_results(
-    opt: argparse.Namespace, model: EmbeddingModel, results: Sequence[Sequence[Match]], labels: Sequence[str | None]
+    opt: argparse.Namespace,
+    model: EmbeddingModel,
+    results: Sequence[Sequence[Match]],
+    labels: Sequence[str | None],
+    png: Path | None,
 ) -> None:
     """Draws the picture and writes the page that the flags ask for.
 
@@ -413,13 +435,13 @@ def show_results(
         model: the network.
         results: for each query what was found.
         labels: the queries' labels, where they are known.
+        png: the picture, if one is drawn.
     """
     exif = model.opt.exif_orientation
     if opt.html:
         title = f"Search in {Path(opt.gallery).name}"
         report.save_search_page(opt.html, title, list(zip(opt.query, results)), exif)
         print(f"\npage: {opt.html}")
-    png = opt.png or (None if opt.html else Path("search.png"))
     if png:
         plots.draw_found(png, opt.query, results, labels, exif)
         print(f"\npicture: {png}")
@@ -459,7 +481,7 @@ def embed_images(opt: argparse.Namespace) -> int:
         report_unreadable(gallery.source, gallery.paths, errors)
 
     WRITERS[opt.out.suffix.lower()](opt.out, batches(), model.net.embed_dim, gallery.labels is not None)
-    print(f"{count} embeddings of dimension {model.net.embed_dim}: {opt.out}")
+    print(f"{counted(count, 'embedding')} of dimension {model.net.embed_dim}: {opt.out}")
     return count
 
 

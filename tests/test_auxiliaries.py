@@ -581,6 +581,12 @@ def test_only_similar_names_are_proposed(name: str, nearest: str) -> None:
     assert found == (f" (did you mean {nearest}?)" if nearest else "")
 
 
+def test_one_thing_is_not_several() -> None:
+    said = [auxiliaries.counted(number, "image") for number in (0, 1, 2, 12345)]
+    assert said == ["0 images", "1 image", "2 images", "12,345 images"]
+    assert [auxiliaries.counted(number, "query", "queries") for number in (1, 2)] == ["1 query", "2 queries"]
+
+
 def test_single_flipped_bits_in_a_checkpoint_are_found(tmp_path: Path) -> None:
     path = tmp_path / "last.pth.tar"
     state = {"epoch": 3, "weight": torch.arange(500.0)}

@@ -306,7 +306,7 @@ def test_search_in_parts_equals_search_at_once(photos: Path, reopen: Open, monke
 def test_an_image_of_the_gallery_does_not_find_itself(photos: Path, reopen: Open) -> None:
     opened, _ = reopen()
     names = ["011.png", "000.png"]
-    own = [opened.gallery.names.index(name) for name in names]
+    own = [[opened.gallery.names.index(name)] for name in names]
     queries = torch.from_numpy(np.stack([vector_of(photos / name) for name in names]))
     for name, query, (positions, _) in zip(names, queries.numpy(), opened.search(queries, 3, own)):
         assert [opened.gallery.names[i] for i in positions] == [
@@ -437,13 +437,23 @@ def test_a_csv_file_lists_images(tmp_path: Path, capsys: pytest.CaptureFixture[s
     gallery = list_gallery(file)
     assert gallery.paths == [f"{tmp_path}/photos/002.png", f"{tmp_path}/photos/000.png"]
     assert gallery.labels == ["a", "b"]
-    assert "images that" in capsys.readouterr().err
+    assert "images that are listed again count once: 1, e.g. " in capsys.readouterr().err
     file.write_text("path\nphotos/002.png\n")
     assert list_gallery(file).labels is None
     opened = open_index(list_gallery(file), index.default_folder(file), "net", DIM, Embedder())
     assert len(opened) == 1
     assert index.default_folder(file) == tmp_path / ".some.csv.index"
     assert index.default_folder(tmp_path / "photos/..") == index.default_folder(tmp_path)
+
+
+def test_an_image_with_two_labels_is_refused(tmp_path: Path) -> None:
+    make_files(tmp_path, 1)
+    (tmp_path / "linked.png").symlink_to(tmp_path / "000.png")
+    for other in ("000.png", "./000.png", "linked.png"):
+        (tmp_path / "some.csv").write_text(f"path,label\n000.png,a\n{other},b\n")
+        words = r"000.png.* belongs to the classes a and b \(row 2 of .*some.csv; row 3 of .*some.csv\): remove one"
+        with pytest.raises(UserError, match=words):
+            list_gallery(tmp_path / "some.csv")
 
 
 def test_a_csv_file_lists_parts_of_images(tmp_path: Path) -> None:
@@ -480,7 +490,7 @@ def test_images_that_cant_be_read_are_named_and_left_out(
     (photos / "007.png").write_text("cut off")
     opened, _ = reopen()
     assert len(opened) == 29
-    assert f"1 of 30 images can't be read and are left out: {photos}/007.png is cut off" in capsys.readouterr().err
+    assert f"1 of 30 images can't be read and is left out: {photos}/007.png is cut off" in capsys.readouterr().err
     for number in range(8, 15):
         (photos / f"{number:03}.png").write_text("cut, too")
     (photos / "gone.png").symlink_to(photos / "nowhere.png")
@@ -497,6 +507,10 @@ def test_a_gallery_of_which_nothing_can_be_read(photos: Path, tmp_path: Path) ->
     for path in photos.iterdir():
         path.write_text("cut")
     with pytest.raises(UserError, match=r"none of the 30 images of .*photos can be read, of which the first is: .*000"):
+        open_index(list_gallery(photos), tmp_path / "index", "net", DIM, Embedder())
+    for path in sorted(photos.iterdir())[1:]:
+        path.unlink()
+    with pytest.raises(UserError, match=r"^.*/000.png is cut off$"):
         open_index(list_gallery(photos), tmp_path / "index", "net", DIM, Embedder())
 
 

@@ -174,7 +174,7 @@ def nearest_by_hand(model: EmbeddingModel, photos: Path, query: Path, k: int) ->
 
 
 def test_search(
-    use: Use, model: EmbeddingModel, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    use: Use, trained: Path, model: EmbeddingModel, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     queries = [photos / "class_2/3.jpg", photos / "class_0/1.jpg"]
     results = use("search", "--gallery", photos, "--query", *queries, "--k", 4)
@@ -188,7 +188,8 @@ def test_search(
         assert [match.label for match in matches] == [Path(path).parent.name for path, _ in expected]
         first = matches[0]
         assert f"\n{query}\n   1  {first.distance:.4f}  {first.path}  {first.label}\n" in out
-    with Image.open("search.png") as picture:
+    assert f"picture: {trained}/search_photos.png\n" in out
+    with Image.open(trained / "search_photos.png") as picture:
         assert picture.width > 5 * 128
         colors = {picture.getpixel((12 + column * 148, y)) for column in range(5) for y in range(40, 200)}
     assert {(214, 39, 40), (176, 176, 176)} & colors == {(214, 39, 40), (176, 176, 176)}
@@ -196,13 +197,38 @@ def test_search(
     assert "embedded" not in capsys.readouterr().err
 
 
-def test_search_writes_a_page(use: Use, photos: Path, tmp_path: Path) -> None:
+def test_search_writes_a_page(use: Use, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     query = photos / "class_0/1.jpg"
     (matches,) = use("search", "--gallery", photos, "--query", query, "--html", "page.html", "--k", 2)
     page = Path("page.html").read_text()
     assert all(Path(match.path).name in page for match in matches)
-    assert not Path("search.png").exists()
+    assert "picture" not in capsys.readouterr().out
     assert "data:image/" in page
+
+
+@pytest.mark.parametrize("better", [[], ["--query_expansion", 1]])
+def test_a_query_does_not_find_itself_under_other_names(use: Use, photos: Path, better: list[Any]) -> None:
+    query, other = photos / "class_0/1.jpg", photos / "class_0/0.jpg"
+    (photos / "class_1/linked.jpg").symlink_to(query)
+    (photos / "class_2/hard.jpg").hardlink_to(query)
+    copy = shutil.copy2(query, photos / "class_3/copy.jpg")  # of the same size and time, but another file
+    (photos / "class_1/other.jpg").symlink_to(other)
+    flags = ["--gallery", photos, "--k", 50, "--html", "x.html", *better]
+    for name in (query, photos / "class_2/hard.jpg"):
+        matches, others = use("search", "--query", name, other, *flags)
+        found = [match.path for match in matches]
+        assert found[0] == str(copy)
+        assert len(found) == len({os.stat(path).st_ino for path in found}) + 1 == 21  # both names of the other one
+        assert len(others) == 22
+
+
+def test_a_picture_is_not_drawn_into_the_gallery(use: Use, trained: Path, photos: Path, tmp_path: Path) -> None:
+    query = photos / "class_0/1.jpg"
+    for gallery, flags in ((photos, ["--png", "photos/x.png"]), (trained.parent, [])):
+        with pytest.raises(UserError, match=r"png is in the gallery, where later searches would find it: give another"):
+            use("search", "--gallery", gallery, "--query", query, *flags)
+    use("search", "--gallery", ".", "--query", query)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".png"] == []
 
 
 def test_search_for_an_image_from_elsewhere(use: Use, photos: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -244,14 +270,14 @@ def test_a_gallery_of_one_image(use: Use, photos: Path, kind: str, capsys: pytes
     flags = ["--gallery", "one", "--index", kind, "--html", "page.html"]
     found = use("search", "--query", "one/0.jpg", photos / "class_1/0.jpg", *flags)
     assert [[match.path for match in matches] for matches in found] == [[], ["one/0.jpg"]]
-    assert "1 images, index flat: exact search" in capsys.readouterr().out
+    assert "1 image, index flat: exact search" in capsys.readouterr().out
 
 
 def test_more_than_the_gallery_has(use: Use, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     query = photos / "class_0/1.jpg"
     (matches,) = use("search", "--gallery", photos, "--query", query, "--k", 99, "--html", "page.html")
     assert len(matches) == 19
-    assert f"--k 99 is more than the 20 images of {photos}: all of them are shown" in capsys.readouterr().err
+    assert f"--k 99 is more than the 20 images of {photos}: all are shown" in capsys.readouterr().err
 
 
 def test_an_index_elsewhere_is_of_one_gallery(use: Use, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -269,7 +295,7 @@ def test_an_image_that_is_cut_off_among_others(use: Use, photos: Path, capsys: p
     cut.write_bytes(cut.read_bytes()[:300])
     (matches,) = use("search", "--gallery", photos, "--query", photos / "class_0/1.jpg", "--k", 50, "--png", "x.png")
     assert len(matches) == 18
-    assert f"1 of 20 images can't be read and are left out: {cut} is incomplete or corrupt" in capsys.readouterr().err
+    assert f"1 of 20 images can't be read and is left out: {cut} is incomplete or corrupt" in capsys.readouterr().err
 
 
 def test_search_by_better_embeddings_and_ranks(
@@ -310,6 +336,17 @@ def test_search_by_means_with_mirror_images(use: Use, model: EmbeddingModel, pho
     expected, order = distances.sort()
     assert [match.path for match in matches] == [paths[i] for i in order[:3]]
     assert [match.distance for match in matches] == pytest.approx(expected[:3].tolist(), abs=1e-5)
+
+
+def test_embeddings_with_and_without_mirror_images_are_both_kept(
+    use: Use, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--gallery", photos, "--query", photos / "class_0/1.jpg", "--whiten", "--html", "x.html"]
+    found = [use("search", *flags), use("search", *flags, "--tta", "flip")]
+    assert found[0] != found[1]
+    capsys.readouterr()
+    assert [use("search", *flags), use("search", *flags, "--tta", "flip")] == found
+    assert "embedded" not in capsys.readouterr().err
 
 
 def test_help_says_what_a_command_does_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
@@ -433,7 +470,7 @@ def test_embeddings_without_labels_and_without_what_cant_be_read(
     (tmp_path / "some.csv").write_text("path\n" + "".join(f"{file}\n" for file in files))
     files[2].write_bytes(files[2].read_bytes()[:300])
     assert use("embed", "--images", "some.csv", "--out", name, "--bs", 3) == 19
-    assert f"1 of 20 images can't be read and are left out: {files[2]}" in capsys.readouterr().err
+    assert f"1 of 20 images can't be read and is left out: {files[2]}" in capsys.readouterr().err
     if name == "x.parquet":
         table = pyarrow.parquet.read_table(name)
         assert (table.column_names, len(table)) == (["path", "vector"], 19)
@@ -570,7 +607,7 @@ def test_pairs_of_a_csv_file(
     assert [pair.distance for pair in pairs] == pytest.approx(distances)
     assert sorted(pair.same for pair in pairs) == [False, True]
     out, err = capsys.readouterr()
-    assert f"1 of 5 images can't be read and are left out: {cut}" in err
+    assert f"1 of 5 images can't be read and is left out: {cut}" in err
     assert f"1 of 2 pairs are the same, up to the distance {threshold:.4f}" in out
     with open("out.csv", newline="") as file:
         rows = list(csv.DictReader(file))

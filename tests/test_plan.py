@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -54,6 +55,12 @@ def test_a_new_run_is_described_and_nothing_is_written(run: Run, tmp_path: Path,
     assert said["memory"].startswith("about 0.") or said["memory"].startswith("about 1.")
     assert said["run folder"] == str(tmp_path / "tiny" / "run")
     assert out.endswith("nothing was trained or written: drop --dry_run to start\n")
+
+
+def test_one_epoch_of_one_iteration() -> None:
+    opt = argparse.Namespace(n_epochs=1, save_interval=1, patience=1)
+    words = "1, with 1 iteration each, 1 in all; evaluated every epoch, until 1 epoch without improvement (--patience)"
+    assert plan.describe_epochs(opt, 0, 1) == words
 
 
 def test_a_run_that_would_go_on_is_described_and_stays_as_it_is(copied: Path, go_on: Run, capsys: Any) -> None:
