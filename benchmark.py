@@ -812,10 +812,11 @@ def benchmark_large_steps() -> list[Row]:
     return [{**_row(flags, what, value, unit, of_whole[what]), "of": "the whole"} for flags, what, value, unit in rows]
 
 
-RANKS = (
-    "--dataset noise --arch resnet18 --not_pretrained --crop_size 128 --bs 64 --gpu -1 --iterations_per_epoch 6 "
-    "--save_interval 99 --eval_metrics Recall --k_vals 1 --no-pictures --no-report --logger"
-).split()
+RANKS = [
+    *("--dataset", "noise", "--arch", "resnet18", "--not_pretrained", "--crop_size", "128", "--bs", "64"),
+    *("--gpu", "-1", "--iterations_per_epoch", "6", "--save_interval", "99", "--eval_metrics", "Recall"),
+    *("--k_vals", "1", "--no-pictures", "--no-report", "--logger"),
+]
 
 
 def benchmark_ranks(num_epochs: int = 4) -> list[Row]:
@@ -825,15 +826,15 @@ def benchmark_ranks(num_epochs: int = 4) -> list[Row]:
     """
     script, launcher = str(Path(__file__).with_name("main.py")), ["-m", "torch.distributed.run", "--standalone"]
     found: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as images, tempfile.TemporaryDirectory() as results:
         rng = np.random.default_rng(0)
         for number in range(128):
-            path = Path(folder, "noise", f"{number // 4:02d}", f"{number}.png")
+            path = Path(images, "noise", f"{number // 4:02d}", f"{number}.png")
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 256, (160, 160, 3), dtype=np.uint8)).save(path)
         for count, name in enumerate(("one process with one core", "two with a core each"), start=1):
             start = [*launcher, "--nproc_per_node", "2", script] if count == 2 else [script]
-            flags = [*RANKS, "--n_epochs", str(num_epochs), "--source_path", folder, "--save_path", folder]
+            flags = [*RANKS, "--n_epochs", str(num_epochs), "--source_path", images, "--save_path", results]
             cores = sorted(os.sched_getaffinity(0))[:count]
             subprocess.run(
                 [sys.executable, *start, *flags, "--savename", name],
@@ -841,7 +842,7 @@ def benchmark_ranks(num_epochs: int = 4) -> list[Row]:
                 stdout=subprocess.DEVNULL,
                 check=True,
             )
-            with open(Path(folder, "noise", name, "log_train_Base.csv"), newline="", encoding="utf-8") as file:
+            with open(Path(results, "noise", name, "log_train_Base.csv"), newline="", encoding="utf-8") as file:
                 found[name] = float(np.median([float(row["Images/s"]) for row in csv.DictReader(file)][1:]))
     of_one = next(iter(found.values()))
     return [{**_row("training images", name, value, "images/s", of_one), "of": "one"} for name, value in found.items()]
