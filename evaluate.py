@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from datasets import ImageLoader, RetrievalSet
 
 QUERY_TILE, GALLERY_TILE = 1024, 1024  # products of this shape stay in the cache
+FORGET_EVERY = 2  # comparisons of a tile, after which positives too far away to matter are left out
 MAX_MARGINS = 4.0  # of the median rounding error, which queries that share products may have
 MAX_IN_TURN = 16  # thresholds that are compared with one after the other
 MAX_DIFFERENCES = 2**19  # coordinates that are subtracted at once
@@ -141,7 +142,7 @@ class EmbeddingSpace:
         query_hierarchy, gallery_hierarchy: `(Q, H)` and `(G, H)` labels of every level.
         num_positives: `(Q,)` the number of items that each query should find (R).
         has_positive: `(Q,)` bool, whether there are any; queries without don't count in retrieval metrics.
-        counted_k: the k for which `precisions` counts, from `count_at`.
+        counted_k: the k for which `precisions` counts, from `count_at`; with ∞, all ranks.
         clustering: how points are clustered.
         threshold: the distance up to which verification takes a pair for one class, chosen on other images; NaN where
             it should be, and is not known. None: it is chosen on these images.
@@ -178,7 +179,7 @@ class EmbeddingSpace:
         self.num_positives = np.array([size.get(label, 0) for label in self.query_labels.tolist()], np.int64)  # (Q,)
         self.num_positives -= is_inside
         self.has_positive = self.num_positives > 0  # (Q,)
-        self.counted_k: set[int] = set()
+        self.counted_k: set[float] = set()
         self.threshold: float | None = None
         self.ranking: Ranking | None = None
         self.clustering = Clustering()
@@ -217,23 +218,35 @@ class EmbeddingSpace:
         num_items = len(self.gallery) - (self.query_in_gallery >= 0)  # (Q,)
         return self.precisions[f"found_at_{k}"] / num_items.clip(1, k)
 
-    def count_at(self, k_vals: Iterable[int]) -> None:
+    def count_at(self, k_vals: Iterable[float]) -> None:
         """Makes `precisions` count for these k, too, which takes another pass where it has counted without them."""
         if not self.counted_k.issuperset(new := set(k_vals) - {1}):
             self.counted_k |= new
             vars(self).pop("precisions", None)
 
+    @property
+    def average_precisions(self) -> np.ndarray:
+        """`(Q,)` the mean precision at the ranks of each query's positives, ties against it."""
+        self.count_at([math.inf])
+        return self.precisions["map"]
+
+    @property
+    def discounted_gains(self) -> np.ndarray:
+        """`(Q,)` Σ 1 / log₂(1 + rank) over each query's positives, ties against it."""
+        self.count_at([math.inf])
+        return self.precisions["dcg"]
+
     @cached_property
     def precisions(self) -> dict[str, np.ndarray]:
-        """For each query `(Q,)` its R-precision, AP@R (`map_at_r`) and average precision (`map`), ties against it.
+        """For each query `(Q,)` its R-precision and AP@R (`map_at_r`), ties against it.
 
         R is the number of its positives. The j-th nearest of them has rank j + (negatives at least as near). Further,
-        the discounted cumulative gain of its positives (`dcg`), Σ 1 / log₂(1 + rank), and for the k in `counted_k` how
-        many of them are among its k nearest items (`found_at_10`).
+        for the k in `counted_k` how many positives are among its k nearest items (`found_at_10`), and with ∞ in it,
+        which takes longer, `average_precisions` (`map`) and `discounted_gains` (`dcg`).
         """
-        found_at = {k: f"found_at_{k}" for k in self.counted_k}
-        names = ("r_precision", "map_at_r", "map", "dcg", *found_at.values())
-        results = {name: np.zeros(len(self.query)) for name in names}
+        found_at = {int(k): f"found_at_{k}" for k in self.counted_k - {math.inf}}
+        of_all = ("map", "dcg") if self.depth is None else ()
+        results = {name: np.zeros(len(self.query)) for name in ("r_precision", "map_at_r", *of_all, *found_at.values())}
         ahead = np.zeros(len(self.query), np.int64)
         num_positives = torch.from_numpy(self.num_positives)
         for queries, counts in _in_parts(self._count_negatives(nearest_only=False)):
@@ -243,17 +256,23 @@ class EmbeddingSpace:
             rank = found + counts  # (rows, M)
             precision = (found / rank.double()).masked_fill_(found > r, 0)  # (rows, M)
             within_r = (rank <= r) & (found <= r)  # (rows, M)
-            for name, total in (
-                ("r_precision", within_r.sum(dim=1)),
-                ("map_at_r", (precision * within_r).sum(dim=1)),
-                ("map", precision.sum(dim=1)),
-            ):
+            totals = {"r_precision": within_r.sum(dim=1), "map_at_r": (precision * within_r).sum(dim=1)}
+            if of_all:
+                totals["map"] = precision.sum(dim=1)
+                gains = (1 / rank.double().add_(1).log2_()).masked_fill_(found > r, 0)
+                results["dcg"][queries] = gains.sum(dim=1).numpy()
+            for name, total in totals.items():
                 results[name][queries] = (total.double() / r[:, 0].clamp(min=1)).numpy()
-            results["dcg"][queries] = (1 / rank.double().add_(1).log2_()).masked_fill_(found > r, 0).sum(dim=1).numpy()
             for k, name in found_at.items():
                 results[name][queries] = ((rank <= k) & (found <= r)).sum(dim=1).numpy()
         vars(self).setdefault("num_negatives_ahead", ahead * self.has_positive)  # which need no pass of their own now
         return results
+
+    @property
+    def depth(self) -> np.ndarray | None:
+        """`(Q,)` the last rank that matters to `precisions`; None where all do."""
+        largest = max(self.counted_k, default=0)
+        return None if largest == math.inf else self.num_positives.clip(int(largest))
 
     @cached_property
     def levels(self) -> list[EmbeddingSpace]:
@@ -283,7 +302,7 @@ class EmbeddingSpace:
         weights = [2.0**level for level in reversed(range(len(self.levels)))]  # of the finest level first
         largest = max(int(space.num_positives.max(initial=0)) for space in self.levels)
         ideal = np.append(0, np.cumsum(1 / np.log2(np.arange(2, largest + 2))))  # (R + 1,) by number of positives
-        gained = sum(weight * space.precisions["dcg"] for weight, space in zip(weights, self.levels))
+        gained = sum(weight * space.discounted_gains for weight, space in zip(weights, self.levels))
         possible = sum(weight * ideal[space.num_positives] for weight, space in zip(weights, self.levels))
         return np.divide(gained, possible, out=np.zeros(len(self.query)), where=np.asarray(possible) > 0)
 
@@ -302,7 +321,7 @@ class EmbeddingSpace:
         relevance = np.minimum.accumulate(relevance, axis=0)  # (H, Q)
         relevance[np.isinf(relevance)] = 0
         weights = -np.diff(relevance, axis=0, append=0) * num_positives  # (H, Q)
-        gained = sum(weight * space.precisions["map"] for weight, space in zip(weights, self.levels))
+        gained = sum(weight * space.average_precisions for weight, space in zip(weights, self.levels))
         possible = weights.sum(axis=0)
         return np.divide(gained, possible, out=np.zeros(len(self.query)), where=possible > 0)
 
@@ -322,7 +341,8 @@ class EmbeddingSpace:
 
         Yields:
             Some queries: their positions `(rows,)`, and counts `(rows, M)`, for the nearest positive only or for all
-            of them, nearest first; a query with fewer positives has counts without meaning at the end.
+            of them, nearest first; a query with fewer positives has counts without meaning at the end. Behind the
+            nearest one, counts of `depth` and more may be too low.
         """
         waiting = torch.from_numpy(np.argsort(self.query_labels, kind="stable")).to(self.query.device)  # by label
         if self.ranking is not None:
@@ -848,6 +868,9 @@ class _QueryTile:
         self.num_doubts = points.new_zeros(len(queries))  # (rows,) about as many
         self.max_doubts = 64 + len(products.gallery) // 32
         self.has_few_hits = True  # as far as is known
+        depth = None if nearest_only else products.space.depth  # (rows, 1), on the device
+        self.depth = None if depth is None else torch.from_numpy(depth).to(queries.device)[queries][:, None]
+        self.num_compared = 0
         self.doubts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # rows, positives and columns
 
     def _points(self) -> torch.Tensor:
@@ -964,6 +987,19 @@ class _QueryTile:
             self._compare_each(scores[places, columns], asking[places], columns + column)
         else:
             self._compare_all(scores.contiguous(), asking, column)
+        self.num_compared += 1
+        if self.num_compared % FORGET_EVERY == 0:
+            self._forget_far()
+
+    def _forget_far(self) -> None:
+        """Compares no more with positives that are known to be of a rank that doesn't matter.
+
+        The nearest one always does, and with it those that may be the nearest but for rounding.
+        """
+        if self.depth is not None:
+            is_far = (self.counts >= self.depth) & (self.thresholds < self.thresholds[:, :1] - 1)  # (rows, M)
+            self.thresholds.masked_fill_(is_far, torch.inf)
+            self.lowest = self.thresholds.amin(dim=1, keepdim=True)
 
     def _compare_each(self, scores: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> None:
         """Compares scores `(hits,)` of rows and columns `(hits,)` with the thresholds."""
@@ -1384,7 +1420,7 @@ def map_at_r(space: EmbeddingSpace) -> float:
 
 def mean_average_precision(space: EmbeddingSpace) -> float:
     """Mean over queries of the mean precision at the ranks of all their positives."""
-    return mean_over_queries(space, space.precisions["map"])
+    return mean_over_queries(space, space.average_precisions)
 
 
 def normalized_dcg(space: EmbeddingSpace) -> float:
@@ -1561,6 +1597,7 @@ FMRS = (0.01, 0.001)  # that FNMR is computed at, unless its name says another
 NUMBERS: dict[str, Callable[[str], float]] = {"k": number(int, 1), "fmr": number(float, 0, exclusive=True, below=1)}
 
 
+OF_ALL_RANKS = ("mAP", "nDCG", "H-AP")
 METRICS: dict[str, Metric] = {
     "NMI": Metric(nmi),
     "F1": Metric(f1),
@@ -1569,7 +1606,7 @@ METRICS: dict[str, Metric] = {
     "MRR": Metric(mean_reciprocal_rank, by_query=lambda space: space.reciprocal_ranks),
     "R-precision": Metric(r_precision, by_query=lambda space: space.precisions["r_precision"]),
     "MAP@R": Metric(map_at_r, by_query=lambda space: space.precisions["map_at_r"]),
-    "mAP": Metric(mean_average_precision, by_query=lambda space: space.precisions["map"]),
+    "mAP": Metric(mean_average_precision, by_query=lambda space: space.average_precisions),
     "nDCG": Metric(normalized_dcg, by_query=lambda space: space.ndcg),
     "H-AP": Metric(hierarchical_ap, by_query=lambda space: space.hierarchical_precisions),
     "ROC AUC": Metric(roc_auc),
@@ -1672,6 +1709,7 @@ def evaluate_space(space: EmbeddingSpace, k_vals: Sequence[int], names: Sequence
     """Computes the metrics of one space, those of `chosen_metrics`."""
     chosen = chosen_metrics(k_vals, names)
     space.count_at([int(name.removeprefix("Precision @ ")) for name in chosen if name.startswith("Precision @ ")])
+    space.count_at([math.inf] * any(name in OF_ALL_RANKS for name in chosen))
     # the last ones first: they count for all positives what Recall counts for the nearest
     values = {name: compute(space) for name, compute in reversed(chosen.items())}
     return {name: values[name] for name in chosen}

@@ -113,9 +113,15 @@ def assert_exact(space: EmbeddingSpace) -> None:
     counted = space.has_positive
     assert (space.num_negatives_ahead >= few)[counted].all()
     assert (space.num_negatives_ahead <= many)[counted].all()
-    for name, values in space.precisions.items():
-        assert (low[name] - 1e-12 <= values).all(), name
-        assert (values <= high[name] + 1e-12).all(), name
+    for k_vals in ([], [math.inf]):  # with all ranks, too
+        space.count_at(k_vals)
+        del space.num_negatives_ahead  # which are counted beside precisions now
+        assert set(space.precisions) == {"r_precision", "map_at_r", *(["map", "dcg"] if k_vals else [])}
+        for name, values in space.precisions.items():
+            assert (low[name] - 1e-12 <= values).all(), name
+            assert (values <= high[name] + 1e-12).all(), name
+        assert (space.num_negatives_ahead >= few)[counted].all()
+        assert (space.num_negatives_ahead <= many)[counted].all()
 
 
 def unit(points: np.ndarray) -> np.ndarray:
@@ -279,6 +285,27 @@ def test_all_against_all_takes_each_product_once(names: list[str], num_products:
     np.testing.assert_array_equal(
         space.num_negatives_ahead, EmbeddingSpace(points.astype(np.float32), labels).num_negatives_ahead
     )
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_the_nearest_positive_is_counted_beyond_the_ranks_that_matter(
+    is_own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two positives and a negative whose distances float32 can't tell apart, behind more nearer ones than positives."""
+    monkeypatch.setattr(evaluate, "QUERY_TILE", 16)
+    monkeypatch.setattr(evaluate, "GALLERY_TILE", 16)
+    rng = np.random.default_rng(0)
+    queries = 10 * rng.normal(size=(60, 8))
+    around = unit(rng.normal(size=(540, 8))).reshape(9, 60, 8)
+    around[2:8] /= 2
+    points = np.concatenate([queries, *(queries + around)]).astype(np.float32)
+    own = np.arange(60)
+    labels = np.concatenate([own, own, own, *(100 * part + own for part in range(1, 8))])
+    space = EmbeddingSpace(points, labels)
+    if not is_own:
+        space = EmbeddingSpace(points[:60], labels[:60], points, labels, own)
+    assert (exact_ahead(space)[0][:60] >= 6).all()
+    assert_exact(space)
 
 
 def test_few_big_classes_take_no_more_products_than_a_loop(num_products: list[int]) -> None:
@@ -1241,7 +1268,7 @@ def test_a_class_of_thousands() -> None:
         precision = hits * np.cumsum(hits) / np.arange(1, 6000)
         assert space.precisions["r_precision"][query] == pytest.approx(hits[:2999].mean())
         assert space.precisions["map_at_r"][query] == pytest.approx(precision[:2999].sum() / 2999)
-        assert space.precisions["map"][query] == pytest.approx(precision.sum() / 2999)
+        assert space.average_precisions[query] == pytest.approx(precision.sum() / 2999)
 
 
 def test_geometry_metrics_agree_with_naive_loops() -> None:
