@@ -793,12 +793,14 @@ def _time_steps(
 
 
 LARGE_STEP = ["--arch", "resnet18", "--not_pretrained", "--crop_size", "64"]
+CHUNK, WHOLE = 48, 960  # images
 
 
 def benchmark_large_steps() -> list[Row]:
     """A training step of ResNet18 on images of 64 px, whole and with gradient caching: time and peak memory."""
     device, rows = auxiliaries.find_device(0), []
-    for flags in (["--bs", "48"], ["--bs", "960", "--grad_cache", "48"], ["--bs", "960"]):
+    for size, chunk in ((CHUNK, []), (WHOLE, ["--grad_cache", str(CHUNK)]), (WHOLE, [])):
+        flags = ["--bs", str(size), *chunk]
         auxiliaries.seed_everything(0)
         opt = config.resolve(config.parse([*LARGE_STEP, *flags]))
         method = methods.build_training(opt, 240, device)

@@ -78,5 +78,27 @@ def test_the_table_of_large_batches(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         ("peak memory", "GiB", "the product"),
     }
     assert rows[0]["times ours"] == 1
-    with pytest.raises(auxiliaries.UserError, match="--large is of the losses"):
+    with pytest.raises(auxiliaries.UserError, match="--large is of losses or of steps"):
         benchmark.main(["records", "--large"])
+
+
+@pytest.mark.slow
+def test_the_table_of_gradient_caching(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(benchmark, "CHUNK", 8)
+    monkeypatch.setattr(benchmark, "WHOLE", 128)
+    benchmark.main(["step", "--large", "--json", str(tmp_path / "table.json")])
+    rows = json.loads((tmp_path / "table.json").read_text())["results"]["step"]
+    assert [row["what"] for row in rows[::2]] == ["--bs 8", "--bs 128 --grad_cache 8", "--bs 128"]
+    assert {row["who"] for row in rows} == {"peak memory", "time"}
+    _, cached, whole = (row["value"] for row in rows if row["who"] == "peak memory")
+    assert cached < whole
+
+
+@pytest.mark.slow
+def test_the_table_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"128": "32", "6": "1"}  # px and iterations
+    monkeypatch.setattr(benchmark, "RANKS", [small.get(flag, flag) for flag in benchmark.RANKS])
+    one, two = benchmark.benchmark_ranks(num_epochs=2)
+    assert (one["who"], two["who"]) == ("one process with one core", "two with a core each")
+    assert one["times ours"] == 1
+    assert two["times ours"] == pytest.approx(two["value"] / one["value"], abs=0.01)
