@@ -501,9 +501,7 @@ def benchmark_evaluation() -> list[Row]:
     timed("products", lambda: _multiply_all(points, points))
     space.clustering = evaluate.Clustering("faiss")
     timed("faiss k-means", space.cluster)
-    chosen, targets = ("precision_at_1", "r_precision", "mean_average_precision_at_r"), torch.from_numpy(labels)
-    calculator = AccuracyCalculator(chosen, k="max_bin_count", device=points.device)
-    timed("library", lambda: calculator.get_accuracy(points, targets))
+    timed("library", lambda: _precisions_by_library(points, labels))
     print(f"Recall @ {k_vals}: ours {recalls}, faiss {faiss_recalls}")
     print(f"F1: ours {our_f1:.6f}, counted {counted_f1:.6f}; NMI: {our_nmi:.6f}")
     return [
@@ -529,6 +527,13 @@ def _recall_by_faiss(points: np.ndarray, labels: np.ndarray, k_vals: Sequence[in
     index.add(points)
     found = labels[index.search(points, max(k_vals) + 1)[1][:, 1:]] == labels[:, None]  # no duplicates here
     return [float(found[:, :k].any(axis=1).mean()) for k in k_vals]
+
+
+def _precisions_by_library(points: torch.Tensor, labels: np.ndarray) -> dict[str, float]:
+    """Precision @ 1, R-precision and MAP@R by pytorch-metric-learning."""
+    chosen = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
+    calculator = AccuracyCalculator(chosen, k="max_bin_count", device=points.device)
+    return calculator.get_accuracy(points, torch.from_numpy(labels))
 
 
 def benchmark_sizes(sizes: Sequence[int], plot: Path) -> list[Row]:
@@ -814,7 +819,7 @@ def benchmark_large_steps() -> list[Row]:
     return [{**_row(flags, what, value, unit, of_whole[what]), "of": "the whole"} for flags, what, value, unit in rows]
 
 
-RANKS = [
+RANK_FLAGS = [
     *("--dataset", "noise", "--arch", "resnet18", "--not_pretrained", "--crop_size", "128", "--bs", "64"),
     *("--gpu", "-1", "--iterations_per_epoch", "6", "--save_interval", "99", "--eval_metrics", "Recall"),
     *("--k_vals", "1", "--no-pictures", "--no-report", "--logger"),
@@ -824,8 +829,11 @@ RANKS = [
 def benchmark_ranks(num_epochs: int = 4) -> list[Row]:
     """Images per second of ResNet18 by one process with one core, and by two with a core each; without the first epoch.
 
-    Linux only.
+    Raises:
+        UserError: this system can't keep a process to some cores.
     """
+    if not hasattr(os, "sched_setaffinity"):
+        raise auxiliaries.UserError("the benchmark ranks keeps processes to cores, as only Linux can: choose others")
     script, launcher = str(Path(__file__).with_name("main.py")), ["-m", "torch.distributed.run", "--standalone"]
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as images, tempfile.TemporaryDirectory() as results:
@@ -836,7 +844,7 @@ def benchmark_ranks(num_epochs: int = 4) -> list[Row]:
             Image.fromarray(rng.integers(0, 256, (160, 160, 3), dtype=np.uint8)).save(path)
         for count, name in enumerate(("one process with one core", "two with a core each"), start=1):
             start = [*launcher, "--nproc_per_node", "2", script] if count == 2 else [script]
-            flags = [*RANKS, "--n_epochs", str(num_epochs), "--source_path", images, "--save_path", results]
+            flags = [*RANK_FLAGS, "--n_epochs", str(num_epochs), "--source_path", images, "--save_path", results]
             cores = sorted(os.sched_getaffinity(0))[:count]
             subprocess.run(
                 [sys.executable, *start, *flags, "--savename", name],
@@ -863,7 +871,10 @@ def build_parser() -> auxiliaries.FlagParser:
     """The parser of all flags."""
     parser = auxiliaries.FlagParser(prog="benchmark.py", description=__doc__)
     parser.add_argument(
-        "what", nargs="*", metavar="|".join([*BENCHMARKS, "step", "ranks"]), help="which benchmarks (default: all)"
+        "what",
+        nargs="*",
+        metavar="|".join([*BENCHMARKS, "step", "ranks"]),
+        help="which benchmarks (default: all but ranks)",
     )
     parser.add_argument("--json", default="benchmark.json", metavar="FILE", help="where the table is written")
     parser.add_argument("--arch", default="resnet50", help="the network of the benchmark step")
@@ -904,7 +915,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if name not in benchmarks:
             near = auxiliaries.nearest_name(name, benchmarks)
             raise auxiliaries.UserError(f"{name} is not a benchmark{near}: it is one of {', '.join(benchmarks)}")
-    results = {name: benchmarks[name]() for name in opt.what or benchmarks}
+    results = {name: benchmarks[name]() for name in opt.what or [*BENCHMARKS, "step"]}
     for rows in results.values():
         width = max(len(row["what"]) for row in rows)
         for row in rows:

@@ -777,6 +777,7 @@ class _Products:
 
     def __init__(self, space: EmbeddingSpace, dtype: torch.dtype):
         self.space, self.dtype, self.scale = space, dtype, space.scale
+        self.depth = None if space.depth is None else torch.from_numpy(space.depth).to(space.query.device)  # (Q,)
         self.center = (space.gallery.mean(dim=0, dtype=torch.float64) * self.scale).to(dtype)  # (D,)
         self.gallery = self.prepare(space.gallery[space.gallery_order])  # (G, D + 2), sorted by label
         self.gallery[:, -2] = -0.5 * torch.linalg.vector_norm(self.gallery[:, :-2], dim=1).square()
@@ -868,8 +869,7 @@ class _QueryTile:
         self.num_doubts = points.new_zeros(len(queries))  # (rows,) about as many
         self.max_doubts = 64 + len(products.gallery) // 32
         self.has_few_hits = True  # as far as is known
-        depth = None if nearest_only else products.space.depth  # (rows, 1), on the device
-        self.depth = None if depth is None else torch.from_numpy(depth).to(queries.device)[queries][:, None]
+        self.depth = None if nearest_only or products.depth is None else products.depth[queries][:, None]  # (rows, 1)
         self.num_compared = 0
         self.doubts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # rows, positives and columns
 

@@ -97,7 +97,7 @@ def test_the_table_of_gradient_caching(monkeypatch: pytest.MonkeyPatch, tmp_path
 @pytest.mark.slow
 def test_the_table_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"128": "32", "6": "1"}  # px and iterations
-    monkeypatch.setattr(benchmark, "RANKS", [small.get(flag, flag) for flag in benchmark.RANKS])
+    monkeypatch.setattr(benchmark, "RANK_FLAGS", [small.get(flag, flag) for flag in benchmark.RANK_FLAGS])
     one, two = benchmark.benchmark_ranks(num_epochs=2)
     assert (one["who"], two["who"]) == ("one process with one core", "two with a core each")
     assert one["times ours"] == 1
