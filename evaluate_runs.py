@@ -551,6 +551,13 @@ def draw_attention(
     plots.save_attention(path, shown, f"queries above their nearest neighbors, red where {what} comes from")
 
 
+@auxiliaries.by_first_rank
+def _is_drawn(folder: Path) -> bool:
+    """Whether retrievals were drawn since the best network was saved, by a process that was stopped later."""
+    picture, best = folder / "sample_recoveries.png", folder / "checkpoint.pth.tar"
+    return picture.exists() and picture.stat().st_mtime_ns >= best.stat().st_mtime_ns
+
+
 class Pictures:
     """Curves and retrievals of a run while it trains, drawn as often as a fiftieth of the time allows, and at its end.
 
@@ -568,7 +575,7 @@ class Pictures:
         self.are_current, self.next_time = False, -math.inf  # whether curves show all that there is, and when to draw
 
     def draw(self, epoch: int, best_epoch: int) -> None:
-        """Draws curves after the evaluation of an epoch, and retrievals if it is the best so far; or nothing yet."""
+        """Draws curves once an epoch is saved, and retrievals if it is the best so far; or nothing yet."""
         start = time.monotonic()
         self.are_current = self.run.opt.pictures and auxiliaries.from_first_rank(start >= self.next_time)
         if self.are_current:
@@ -579,7 +586,8 @@ class Pictures:
 
     def finish(self, best_epoch: int) -> None:
         """Draws what does not show the end yet, after which the network may have the weights of the best epoch."""
-        if self.run.opt.pictures and self.shown != best_epoch:
+        is_drawn = self.shown == best_epoch or (self.shown is None and _is_drawn(self.run.folder))
+        if self.run.opt.pictures and not is_drawn:
             self.run.method.evaluated.load_state_dict(runs.best_state(self.run.folder)["state_dict"])
             self._draw_retrievals(best_epoch)
         if self.run.opt.pictures and not self.are_current:

@@ -126,10 +126,10 @@ def main(opt: argparse.Namespace, folder: Path | None = None, only_check: bool =
             method.end_evaluation(records.mean_over_sets(run.log.rows["val"][-1], opt.eval_metric_for_best_epoch))
             best_epoch = best_epoch_so_far(opt, run.log)
             console.print_epoch(epoch, run.log, best_epoch)
-            pictures.draw(epoch, best_epoch)
             if gradients is not None:
                 gradients.save()
             run.save(epoch, best_epoch)
+            pictures.draw(epoch, best_epoch)
         pictures.finish(best_epoch_so_far(opt, run.log))
 
         # ===================================== Test classes and summary ===============================================

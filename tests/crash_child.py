@@ -109,7 +109,7 @@ class Events:
         csv.DictWriter = TornWriter  # type: ignore[assignment, misc]
 
     def _tear_files(self) -> None:
-        save, copy, write, save_arrays = torch.save, shutil.copyfile, Path.write_bytes, np.savez
+        save, write, save_arrays = torch.save, Path.write_bytes, np.savez
 
         def torn_save(value: Any, path: Path) -> None:
             self.happen("before torch.save")
@@ -130,12 +130,6 @@ class Events:
             file.seek(0)
             save_arrays(file, **arrays)
 
-        def torn_copy(source: Path, target: Path, **kwargs: Any) -> Any:
-            data = Path(source).read_bytes()
-            write(Path(target), data[: len(data) // 2])
-            self.happen("half of copyfile")
-            return copy(source, target, **kwargs)
-
         def torn_write(path: Path, data: bytes) -> int:
             write(path, data[: len(data) // 2])
             self.happen("half of write_bytes")
@@ -146,8 +140,7 @@ class Events:
             self.happen("half of write_text")
             return write(path, text.encode())
 
-        torch.save, shutil.copyfile = torn_save, torn_copy  # type: ignore[assignment]
-        np.savez = torn_arrays  # type: ignore[assignment]
+        torch.save, np.savez = torn_save, torn_arrays  # type: ignore[assignment]
         Path.write_bytes, Path.write_text = torn_write, torn_text  # type: ignore[assignment, method-assign]
 
 

@@ -541,7 +541,7 @@ def test_moments_cover_every_rename_and_every_kind(crashes: dict[str, Any]) -> N
     assert renames <= covered
     assert {"before replace last.pth.tar", "before replace checkpoint.pth.tar", "before rename run"} <= renames
     for kind in (
-        *("optimizer.step", "in mid-row of ", "half of torch.save", "half of copyfile", "after SQLite insert"),
+        *("optimizer.step", "in mid-row of ", "half of torch.save", "after SQLite insert"),
         *("after Records.add", "before evaluate", "after evaluate", "before flush", "after replace last.pth.tar"),
         *("after replace checkpoint.pth.tar", "half of write_", "after note_configuration"),
     ):
